@@ -1,0 +1,211 @@
+"""Tokens -> masks: how a finished completion is turned back into a partly masked one.
+
+MaskGRPO (ICLR 2026) cannot read the likelihood of a completion off a masked diffusion model. It
+re-masks the completion, lets the model predict what was hidden, and compares policies on that.
+*Which* tokens are hidden decides what the comparison sees; this file holds the choices:
+
+    fading_out       MaskGRPO, Alg. 1: late tokens are hidden more often ("AR-like"), for text
+    uniform          MaskGRPO, Alg. 2: every token is hidden with the same probability, for images
+    full             diffu-GRPO: the whole completion, and 15% of the prompt
+    whole_range      UniGRPO: uniform, at a ratio drawn from all of (0, 1)
+    trace            TraceRL: the recorded order of generation, replayed slice by slice
+
+Each is a pure function of tensors and returns a `Remask`: what to hide, what to score, at which t.
+
+    symbol       shape            meaning
+    completion   (B, L) bool      positions of the completion, up to and including its first EOS
+    r, t         float or (B,)    mask ratio in (0, 1]; 1 hides the whole completion
+    gamma, mu    float, int       truncation (lowest ratio) and number of inner updates
+    d, p         (B, L) float     Alg. 1's ramp over the completion, and the probability to *keep*
+    u            (B, L) float     uniform noise in [0, 1): the only randomness, passed in
+
+Departures from the paper and from its official code
+ 1. The ramp spans each row's own completion. The official code spans prompt and completion together
+    and reads the prompt's length off the first row, so a nominal ratio of .633 becomes .768.
+ 2. Alg. 1 as printed gives p > 1 at the start once r < 1/2; a probability is clamped to 1, and the
+    expected ratio is then 1/(4(1-r)) instead of r (r = .3 masks .357). With the paper's
+    gamma = 0.6 it never happens. `expected_ratio` says what a row really expects.
+ 3. The noise comes from a generator of the caller's. The official code reseeds the global one.
+
+    python remask.py            # mask probability by position, every scheme, as text and as a picture
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Remask(NamedTuple):
+    """One re-masking of a batch of completions.
+
+    masked: (B, L) bool, positions that show the mask token in x_t (prompt positions too, for `full`)
+    scored: (B, L) bool, the masked positions whose prediction counts; a subset of `masked`
+    t:      (B,) float32, the mask ratio that the 1/t weight of the sequence loss divides by
+    """
+
+    masked: Tensor
+    scored: Tensor
+    t: Tensor
+
+
+# ---------------------------------------------------------------------------------------------
+# Time and noise
+# ---------------------------------------------------------------------------------------------
+
+
+def inner_time(j: int, mu: int, gamma: float) -> float:
+    """Mask ratio of inner update j = 1 ... mu: t_j = gamma + (1 - gamma) j / mu  (MaskGRPO, Loss).
+
+    j is an argument, never read off a step counter: with gradient accumulation a counter of
+    micro-batches would skip half of the masks. The last update, and the only one if mu = 1, has t = 1.
+    """
+    if not 1 <= j <= mu:
+        raise ValueError(f"j = {j} is outside 1..mu = {mu}")
+    return gamma + (1 - gamma) * j / mu
+
+
+def seeded(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on `key` (non-negative integers) alone; the global one is not touched.
+
+    numpy's SeedSequence mixes the key, so (seed, step, j) = (1, 2, 3) and (1, 3, 2) are unrelated.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device).manual_seed(seed)
+
+
+def ratio_column(r: float | Tensor, rows: int, device: torch.device) -> Tensor:
+    """r as a (B, 1) float32 column: one ratio for all rows, or one per row."""
+    return torch.as_tensor(r, dtype=torch.float32, device=device).reshape(-1, 1).expand(rows, 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# MaskGRPO: fading-out for text (Alg. 1), uniform for images (Alg. 2)
+# ---------------------------------------------------------------------------------------------
+
+
+def keep_probability(completion: Tensor, r: float | Tensor) -> Tensor:
+    """Alg. 1: the probability that each completion token stays visible, (B, L) float32, 0 elsewhere."""
+    length = completion.sum(1, keepdim=True)  # L_o, (B, 1)
+    position = completion.cumsum(1) - 1  # 0 ... L_o - 1 inside the completion, wherever it starts
+    d = 1 - position / (length - 1).clamp(min=1)  # d = linspace(1, 0, L_o), (B, L)
+    d = d * completion
+    # p = d (1 - r) L_o / sum(d); sum(d) is L_o / 2, so p starts at 2 (1 - r) and fades out to 0
+    p = d * (1 - ratio_column(r, len(completion), completion.device)) * length / d.sum(1, keepdim=True).clamp(min=1e-9)
+    return p.clamp(max=1)  # only bites below r = 1/2, see departure 2
+
+
+def expected_ratio(completion: Tensor, r: float | Tensor) -> Tensor:
+    """The ratio that `fading_out` really masks on average after the clamp, (B,) float32; r if r >= 1/2."""
+    return 1 - keep_probability(completion, r).sum(1) / completion.sum(1)
+
+
+def fading_out(completion: Tensor, r: float | Tensor, u: Tensor) -> Remask:
+    """MaskGRPO Alg. 1, text. completion (B, L) bool, u (B, L) uniform noise.
+
+    The 1/t weight uses t = r, as in the paper. It is exact for masks that hide every token with
+    the same probability; here early tokens are hidden more rarely than r, and weigh too little.
+    """
+    masked = completion & (u >= keep_probability(completion, r))
+    return Remask(masked, masked, ratio_column(r, len(completion), completion.device)[:, 0])
+
+
+def uniform(completion: Tensor, r: float | Tensor, u: Tensor) -> Remask:
+    """MaskGRPO Alg. 2, images; also the masks of the ELBO (Eq. 2). Hidden with probability r each."""
+    r = ratio_column(r, len(completion), completion.device)
+    masked = completion & (u < r)
+    return Remask(masked, masked, r[:, 0])
+
+
+# ---------------------------------------------------------------------------------------------
+# The compared methods
+# ---------------------------------------------------------------------------------------------
+
+
+def full(completion: Tensor, prompt: Tensor, u: Tensor, prompt_ratio: float = 0.15) -> Remask:
+    """diffu-GRPO (d1): the completion is fully masked, and prompt tokens with probability 15%."""
+    masked = completion | (prompt & (u < prompt_ratio))
+    return Remask(masked, completion, torch.ones(len(completion), device=completion.device))
+
+
+def whole_range(completion: Tensor, u: Tensor, u_ratio: Tensor) -> Remask:
+    """UniGRPO: uniform masks at a ratio drawn per row from (0, 1]; u_ratio is (B,) uniform noise."""
+    return uniform(completion, 1 - u_ratio, u)
+
+
+def trace(completion: Tensor, unmask_step: Tensor, j: int, mu: int) -> Remask:
+    """TraceRL: replay of the recorded order. unmask_step (B, L) long, as the sampler returns it.
+
+    Each row's steps are cut into mu slices of equal length. Update j hides what had not been revealed
+    before slice j, and scores what slice j revealed: over j = 1 ... mu each token is scored exactly
+    once, in very nearly the state in which it was drawn (the very state, with one step per slice).
+    t is set so that the 1/t weight undoes the slicing: E over j of (1/t) sum equals the full sum.
+    """
+    step = unmask_step.masked_fill(~completion, -1)
+    steps = step.amax(1, keepdim=True) + 1  # steps that this row took, (B, 1)
+    current = step * mu // steps.clamp(min=1) + 1  # the slice 1 ... mu of each token, (B, L)
+    masked, scored = completion & (current >= j), completion & (current == j)
+    return Remask(masked, scored, torch.full((len(completion),), 1 / mu, device=completion.device))
+
+
+# ---------------------------------------------------------------------------------------------
+# python remask.py
+# ---------------------------------------------------------------------------------------------
+
+
+def mask_probability(scheme: str, length: int = 24, gamma: float = 0.6, mu: int = 4, draws: int = 20_000) -> Tensor:
+    """Measured probability that each completion position is scored, over all updates j, (length,) float32."""
+    completion = torch.ones(draws, length, dtype=torch.bool)
+    order = torch.arange(length).expand(draws, length) // 2  # left to right, two tokens a step
+    counts = torch.zeros(length)
+    for j in range(1, mu + 1):
+        g = seeded(0, j)
+        u, u_ratio = torch.rand(draws, length, generator=g), torch.rand(draws, generator=g)
+        r = inner_time(j, mu, gamma)
+        counts += {
+            "fading_out": lambda: fading_out(completion, r, u),
+            "uniform": lambda: uniform(completion, r, u),
+            "full": lambda: full(completion, ~completion, u),
+            "whole_range": lambda: whole_range(completion, u, u_ratio),
+            "trace": lambda: trace(completion, order, j, mu),
+        }[scheme]().scored.float().mean(0)
+    return counts / mu
+
+
+def main() -> None:
+    schemes = ("fading_out", "uniform", "full", "whole_range", "trace")
+    print("Probability that a completion token is scored, by position (24 tokens, gamma = 0.6, mu = 4,")
+    print("mean over the updates j = 1 ... mu and 20,000 draws; trace: generated left to right)\n")
+    curves = {scheme: mask_probability(scheme) for scheme in schemes}
+    print(f"{'position':<12}" + "".join(f"{n:>6}" for n in range(1, 25, 3)) + "     24    mean")
+    for scheme, p in curves.items():
+        cells = "".join(f"{v:6.2f}" for v in p[::3]) + f" {p[-1]:6.2f}"
+        print(f"{scheme:<12}{cells}  {p.mean():6.3f}  " + "".join(" ▁▂▃▄▅▆▇█"[round(float(v) * 8)] for v in p))
+    row = torch.ones(1, 256, dtype=torch.bool)
+    print("\nAlg. 1 clamps its ramp below r = 1/2; the ratio that 256 tokens really expect:")
+    print("  r        " + "".join(f"{r:7.1f}" for r in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)))
+    print("  expected " + "".join(f"{expected_ratio(row, r).item():7.3f}" for r in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)))
+    draw(curves)
+
+
+def draw(curves: dict[str, Tensor], path: str = "remask.png") -> None:
+    """The same curves as a picture, where matplotlib is installed."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("\n(pip install matplotlib, and this also draws remask.png)")
+        return
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    for scheme, p in curves.items():
+        axes.plot(range(1, len(p) + 1), p, marker=".", label=scheme)
+    axes.set(xlabel="position in the completion", ylabel="probability of being scored", ylim=(0, 1.05))
+    axes.set_title("What each re-masking looks at (gamma = 0.6, mu = 4)", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    print(f"\npicture: {path}")
+
+
+if __name__ == "__main__":
+    main()

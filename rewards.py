@@ -1,0 +1,260 @@
+"""Completions -> numbers: the tasks, their data, and their verifiable rewards. Text in, numbers out.
+
+A task is one row of `TASKS`: where its problems come from, what the model is asked, what it is rewarded
+for, and what counts as solved. A problem is a dict in the published data set's own format; GSM8K's is
+
+    {"question": "Tom has 12 apples ...", "answer": "12 + 7 = 19\\n#### 19"}
+
+Problems come from a generator (offline, from a seed), from a file in the published format, or from the
+published data set by `datasets`. The generator's splits:
+
+    train        what the model learns from
+    validation   decides when base training stops
+    test         fresh problems: new questions, made of number pairs that training has shown
+    unseen       problems whose first operation joins a pair of numbers that training never shows
+
+Departures from the paper and from its official code
+ 1. The prompt asks for GSM8K's own last line, `#### 42`, instead of <reasoning>/<answer> tags. Reward:
+    2 for a correct answer, 0.5 for an integer, 0.5 for the format, the official weights.
+ 2. The integer bonus needs an answer that can be told apart. The official code pays for any digits.
+ 3. GSM8K's calculator marks (<<48/2=24>>) are removed from the solutions that SFT trains on.
+
+    python rewards.py           # problems of each split, and what a few completions earn
+"""
+
+import json
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import NamedTuple
+
+Problem = dict[str, str]
+Reward = dict[str, float]
+
+
+class DataError(ValueError):
+    """Data that cannot be used: what is wrong, in which file and line, and what would be right."""
+
+
+# ---------------------------------------------------------------------------------------------
+# GSM8K: the embedded generator
+# ---------------------------------------------------------------------------------------------
+
+NAMES = ("Tom", "Ann", "Sam", "Eva", "Max", "Lea")
+ITEMS = ("apples", "books", "coins", "eggs", "pens", "stamps")
+# The story of a problem and its two operations: (a op1 b) op2 c.
+TEMPLATES = (
+    ("{name} has {a} {item}, buys {b}, sells {c}. How many?", "+", "-"),
+    ("{name} has {a} {item}, loses {b}, finds {c}. How many?", "-", "+"),
+    ("{name} has {a} {item}, sells {b}, loses {c}. How many?", "-", "-"),
+    ("{name} has {a} {item}, finds {b}, buys {c}. How many?", "+", "+"),
+    ("{name} fills {a} bags, {b} {item} each, sells {c}. How many?", "*", "-"),
+    ("{name} fills {a} bags, {b} {item} each, buys {c}. How many?", "*", "+"),
+)
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda x, y: x + y,
+    "-": lambda x, y: x - y,
+    "*": lambda x, y: x * y,
+}
+SPLITS = ("train", "validation", "test", "unseen")
+
+
+def reserved(x: int, op: str, y: int) -> bool:
+    """Whether the pair x op y is one of the eighth of all pairs that training never shows."""
+    return zlib.crc32(f"{x} {op} {y}".encode()) % 8 == 0
+
+
+def split_of(question: str, first: tuple[int, str, int], second: tuple[int, str, int]) -> str | None:
+    """The one split that may hold a problem, decided by its numbers and words alone; None: no split."""
+    if reserved(*first):
+        return "unseen"
+    if reserved(*second):
+        return None
+    part = zlib.crc32(question.encode()) % 16
+    return {0: "test", 1: "validation"}.get(part, "train")
+
+
+def operands(rng: random.Random, op: str) -> tuple[int, int]:
+    """Two numbers of the first operation."""
+    return (rng.randint(2, 9), rng.randint(2, 9)) if op == "*" else (rng.randint(2, 20), rng.randint(2, 9))
+
+
+def generate_gsm8k(split: str, n: int, seed: int) -> list[Problem]:
+    """n different grade-school word problems with a worked solution, in GSM8K's format, from a seed."""
+    rng = random.Random(f"gsm8k {split} {seed}")
+    problems: dict[str, Problem] = {}
+    while len(problems) < n:
+        story, op1, op2 = rng.choice(TEMPLATES)
+        a, b = operands(rng, op1)
+        middle = OPERATIONS[op1](a, b)
+        c = rng.randint(2, 9)
+        result = OPERATIONS[op2](middle, c)
+        question = story.format(name=rng.choice(NAMES), item=rng.choice(ITEMS), a=a, b=b, c=c)
+        if not (1 <= middle <= 20 and 1 <= result <= 20) or split_of(question, (a, op1, b), (middle, op2, c)) != split:
+            continue
+        answer = f"{a} {op1} {b} = {middle}\n{middle} {op2} {c} = {result}\n#### {result}"
+        problems[question] = {"question": question, "answer": answer}
+    return list(problems.values())
+
+
+# ---------------------------------------------------------------------------------------------
+# GSM8K: published data
+# ---------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: str) -> Iterator[tuple[int, dict]]:
+    """(line number, object) for each line of a JSONL file; DataError names the line that is malformed."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a text file ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); expected one object per line") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+        yield number, row
+
+
+def check_gsm8k(row: dict, where: str) -> Problem:
+    """The two fields of a GSM8K problem; DataError says what is missing from `where`."""
+    for field in ("question", "answer"):
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise DataError(f'{where}: field "{field}" is missing or not text; GSM8K has "question" and "answer"')
+    if gold_answer(row) is None:
+        raise DataError(f'{where}: "answer" must end with a line like "#### 42"')
+    return {"question": row["question"].strip(), "answer": row["answer"].strip()}
+
+
+def load_gsm8k(path: str | None = None, split: str = "train") -> list[Problem]:
+    """GSM8K from a JSONL file in its own format, or by `datasets` where path is None."""
+    if path is not None:
+        problems = [check_gsm8k(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
+        if not problems:
+            raise DataError(f'{path}: no problems in it; expected lines like {{"question": ..., "answer": "... #### 42"}}')
+        return problems
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError("GSM8K is downloaded by `datasets`: pip install datasets, or give --data FILE.jsonl") from None
+    try:
+        rows = load_dataset("openai/gsm8k", "main", split=split)
+    except Exception as error:  # the hub's errors have no common class
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"openai/gsm8k could not be loaded ({reason}); give --data FILE.jsonl") from None
+    return [check_gsm8k(row, f"openai/gsm8k {split}, row {i}") for i, row in enumerate(rows)]
+
+
+# ---------------------------------------------------------------------------------------------
+# GSM8K: the question, the answer, the reward
+# ---------------------------------------------------------------------------------------------
+
+GSM8K_INSTRUCTION = (
+    "Solve the problem step by step. Write the final answer on a last line of its own, "
+    "as four hash signs and the number, like this:\n#### 42"
+)
+
+
+def gsm8k_messages(problem: Problem) -> list[dict[str, str]]:
+    """The chat that asks for a solution, for the tokenizer's chat template."""
+    return [{"role": "system", "content": GSM8K_INSTRUCTION}, {"role": "user", "content": problem["question"]}]
+
+
+def gsm8k_target(problem: Problem) -> str:
+    """The solution that SFT trains on: the worked answer without its calculator marks."""
+    return re.sub(r"<<[^<>\n]*>>", "", problem["answer"])
+
+
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+# Where an answer is announced, from the end of the announcement to the end of its line.
+ANNOUNCED = re.compile(r"(?:####|\\boxed\s*\{|<answer>)\s*([^\n<{}]{0,80})")
+
+
+def parse_number(text: str) -> Decimal | None:
+    """The one number in a short text: "$1,234.50", "42 apples", "42." ; None if there is none, or several."""
+    numbers = NUMBER.findall(text[:80])
+    if len(numbers) != 1:
+        return None
+    try:
+        return Decimal(numbers[0].replace(",", "")).normalize()
+    except InvalidOperation:
+        return None
+
+
+def extract_answer(completion: str) -> Decimal | None:
+    """The announced answer of a completion (`#### 42`, \\boxed{42}, <answer>42</answer>).
+
+    None if none is announced, or if announcements disagree: naming several numbers is not answering.
+    """
+    answers = {parse_number(text) for text in ANNOUNCED.findall(completion)}
+    return answers.pop() if len(answers) == 1 else None
+
+
+def gold_answer(problem: Problem) -> Decimal | None:
+    """The number after the last `####` of a published answer."""
+    head, mark, tail = problem["answer"].rpartition("####")
+    return parse_number(tail) if mark else None
+
+
+def gsm8k_correct(completion: str, problem: Problem) -> bool:
+    """Whether the announced answer is the right number."""
+    answer = extract_answer(completion)
+    return answer is not None and answer == gold_answer(problem)
+
+
+def gsm8k_reward(completion: str, problem: Problem) -> Reward:
+    """correctness 2.0; format: 0.5 for an integer answer, 0.5 for a worked solution with a last line `#### N`."""
+    answer = extract_answer(completion)
+    integer = answer is not None and answer == answer.to_integral_value()
+    lines = completion.strip().splitlines()
+    in_form = len(lines) >= 2 and re.fullmatch(r"#### \S[^\n]{0,40}", lines[-1].strip()) is not None
+    return {
+        "correctness": 2.0 * gsm8k_correct(completion, problem),
+        "format": 0.5 * integer + 0.5 * (in_form and answer is not None),
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# The table of tasks
+# ---------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """generate(split, n, seed) and load(path, split) give problems; messages and target are what a model
+    reads and should write; reward(completion, problem) is a sum of named terms; correct is pass@1."""
+
+    generate: Callable[[str, int, int], list[Problem]]
+    load: Callable[[str | None, str], list[Problem]]
+    messages: Callable[[Problem], list[dict[str, str]]]
+    target: Callable[[Problem], str]
+    reward: Callable[[str, Problem], Reward]
+    correct: Callable[[str, Problem], bool]
+
+
+TASKS = {
+    "gsm8k": Task(generate_gsm8k, load_gsm8k, gsm8k_messages, gsm8k_target, gsm8k_reward, gsm8k_correct),
+}
+
+
+def main() -> None:
+    for name, task in TASKS.items():
+        print(f"{name}\n" + "-" * len(name))
+        for split in SPLITS:
+            problem = task.generate(split, 1, 0)[0]
+            print(f"{split:<11} {problem['question']}\n" + "".join(f"{'':<11} | {s}\n" for s in task.target(problem).splitlines()))
+        problem = {"question": "Tom has 12 apples, finds 7 and sells 4. How many are left?", "answer": "12 + 7 = 19\n19 - 4 = 15\n#### 15"}
+        print(f"What completions earn where the answer is {gold_answer(problem)}:\n{'completion':<38} correctness  format")
+        for completion in (problem["answer"], "#### 15", "12 + 7 = 19\n#### 12", "The answer is \\boxed{$15.00}.", "15", "#### 14\n#### 15", ""):
+            reward = task.reward(completion, problem)
+            print(f"{completion!r:<38} {reward['correctness']:>11.1f} {reward['format']:>7.1f}")
+
+
+if __name__ == "__main__":
+    main()
