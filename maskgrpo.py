@@ -50,18 +50,22 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 import remask
-from emerge_sampler import Rollout, guided, semi_autoregressive, through_eos
+import rewards
+from emerge_sampler import guided, semi_autoregressive, through_eos
 from remask import Remask, inner_time, seeded
 from rewards import TASKS, DataError, Problem
 
@@ -551,50 +555,62 @@ DATA, ELBO, ROLLOUT, MASKS, EVALUATION = range(5)
 
 
 class Run:
-    """One process's share of a run: configuration, Accelerate, task and the run directory."""
+    """One process's share of a run: configuration, Accelerate, task, directory and clocks."""
 
-    def __init__(self, cfg: Config, accelerator: Accelerator, path: Path):
-        self.cfg, self.accelerator, self.path = cfg, accelerator, path
+    def __init__(self, cfg: Config, accelerator: Accelerator):
+        self.cfg, self.accelerator, self.path = cfg, accelerator, Path(cfg.output_dir)
         self.task, self.device = TASKS[cfg.task], accelerator.device
-        self.main, self.rank, self.world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+        self.main, self.rank, self.world = (
+            accelerator.is_main_process,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
         self.seconds = dict.fromkeys(("base", "rollout", "update", "eval", "total"), 0.0)
-        self.started = time.perf_counter()
-        self.stop_signal = 0  # set by SIGINT and SIGTERM
+        self.lap = time.perf_counter()
+        self.signal = 0  # the SIGINT or SIGTERM that this process has received
 
     def say(self, text: str) -> None:
-        """One line from the main process, above any progress bar."""
+        """A line from the main process, above any progress bar."""
         if self.main:
             tqdm.write(text)
             sys.stdout.flush()
 
+    def bar(self, total: int, label: str, **options) -> tqdm:
+        """A progress bar with the time to completion, where someone is looking (a terminal)."""
+        return tqdm(total=total, desc=label, disable=None if self.main else True, dynamic_ncols=True, **options)
+
     @contextlib.contextmanager
-    def clock(self, name: str):
-        """Adds the block's wall-clock seconds to `seconds[name]`."""
+    def clock(self, name: str) -> Iterator[None]:
+        """Add the block's wall-clock seconds to `seconds[name]`."""
         start = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - start
 
-    def total(self, value: float) -> float:
-        """The sum of a number over all processes; every process has to call it."""
+    def stopwatch(self) -> dict[str, float]:
+        """All seconds so far, those before a resume included."""
+        now = time.perf_counter()
+        self.seconds["total"] += now - self.lap
+        self.lap = now
+        return dict(self.seconds)
+
+    def average(self, value: float) -> float:
+        """The mean over all processes, which all have to ask."""
         if self.world == 1:
             return value
-        return float(self.accelerator.reduce(torch.tensor(value, device=self.device, dtype=torch.float64), "sum"))
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.device), "mean"))
 
     def everyone(self, flag: bool) -> bool:
-        """Whether all processes say so."""
-        return self.total(float(not flag)) == 0
+        """Whether the flag holds on all processes, which all have to ask."""
+        return self.average(float(flag)) == 1.0
 
-    def stopping(self) -> int:
-        """The signal that some process has received, 0: none. Asked at the same place by all."""
-        return int(self.total(float(self.stop_signal)) / max(1.0, self.total(float(self.stop_signal > 0))))
-
-    def bar(self, total: int, label: str, **options) -> tqdm:
-        """A progress bar with a time to completion, on the main process, where someone is looking (a terminal)."""
-        return tqdm(total=total, desc=label, disable=None if self.main else True, dynamic_ncols=True, smoothing=0.1, **options)
-
-
-def free_space_error(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]}); earlier checkpoints are intact")
+    def leave_if_stopped(self, save: Callable[[], None] = lambda: None) -> None:
+        """Where a process has received SIGINT or SIGTERM: save, and exit all with the shell's code for a signal."""
+        if not self.everyone(self.signal == 0):
+            save()
+            received = signal.Signals(self.signal or signal.SIGTERM)
+            self.say(f"stopped by {received.name}; to go on: --resume --output_dir {self.path}")
+            self.accelerator.end_training()
+            sys.exit(128 + received)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -609,45 +625,52 @@ def write_atomically(path: Path, text: str) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(run: Run, root: Path, progress: dict, held: dict | None = None) -> None:
-    """root/checkpoint/NAME: weights that train, optimiser (Accelerate), progress, and this process's `held` tensors.
+def newest_slot(root: Path) -> Path | None:
+    """The complete checkpoint of two slots, checkpoint/a and checkpoint/b; None before the first."""
+    pointer = root / "checkpoint" / "newest"
+    return pointer.with_name(pointer.read_text()) if pointer.is_file() else None
 
-    Written beside the last one; `latest` then names it, and only then the last one goes. A process that is
-    killed anywhere in here leaves a checkpoint that loads. Masks, noise and data order need no state: they
-    are functions of (seed, step, j, row).
+
+def save_checkpoint(run: Run, root: Path, progress: dict, held: dict | None = None) -> None:
+    """Weights that train and optimiser (Accelerate), `progress` (JSON), and this process's `held` tensors.
+
+    Written into the free slot; then `newest` names it, and only then the other goes. A process killed
+    anywhere in here leaves a checkpoint that loads. Masks, noise and data order need no state: they are
+    functions of (seed, step, j, row).
     """
-    folder = root / "checkpoint"
-    target = folder / f"step{progress['step']:06d}-{progress.get('j', 1):03d}"
+    old = newest_slot(root)
+    slot = root / "checkpoint" / ("b" if old is not None and old.name == "a" else "a")
+    run.accelerator.wait_for_everyone()  # all have read `newest`
+    if run.main:
+        shutil.rmtree(slot, ignore_errors=True)
+        slot.mkdir(parents=True)
+    run.accelerator.wait_for_everyone()
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        run.accelerator.wait_for_everyone()
-        run.accelerator.save_state(str(target))
-        torch.save(held or {}, target / f"held{run.rank}.pt")
-        run.accelerator.wait_for_everyone()
-        if run.main:
-            write_atomically(target / "progress.json", json.dumps(progress))
-            write_atomically(folder / "latest", target.name)
-            for other in folder.iterdir():
-                if other.is_dir() and other.name != target.name:
-                    shutil.rmtree(other)
-    except (OSError, RuntimeError, Exception) as error:
-        if isinstance(error, OSError) or "write" in str(error).lower() or "space" in str(error).lower():
-            raise free_space_error(target, error) from None
-        raise
+        run.accelerator.save_state(str(slot))
+        torch.save(held or {}, slot / f"held{run.rank}.pt")
+    except (RuntimeError, SafetensorError) as error:  # what the two writers raise on a full disk
+        raise OSError(f"{slot}: {str(error).splitlines()[0]}") from None
+    run.accelerator.wait_for_everyone()
+    if run.main:
+        state = {"processes": run.world, "seconds": run.stopwatch()}
+        write_atomically(slot / "progress.json", json.dumps(progress | state))
+        write_atomically(root / "checkpoint" / "newest", slot.name)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
     run.accelerator.wait_for_everyone()
 
 
 def load_checkpoint(run: Run, root: Path) -> tuple[dict, dict] | None:
-    """(progress, held) after restoring weights and optimiser; None where there is no checkpoint."""
-    pointer = root / "checkpoint" / "latest"
-    if not pointer.is_file():
+    """(progress, held) after restoring weights, optimiser and clocks; None where there is no checkpoint."""
+    slot = newest_slot(root)
+    if slot is None:
         return None
-    source = root / "checkpoint" / pointer.read_text().strip()
-    progress = json.loads((source / "progress.json").read_text())
+    progress = json.loads((slot / "progress.json").read_text())
     if progress["processes"] != run.world:
-        raise UsageError(f"--resume: {source} was written by {progress['processes']} processes, this run has {run.world}")
-    run.accelerator.load_state(str(source), strict=False)
-    return progress, torch.load(source / f"held{run.rank}.pt", map_location=run.device)
+        raise UsageError(f"--resume: {slot} was written by {progress['processes']} processes, this run has {run.world}")
+    run.accelerator.load_state(str(slot), strict=False)
+    run.seconds = progress.pop("seconds")
+    return progress, torch.load(slot / f"held{run.rank}.pt", map_location=run.device)
 
 
 def keep_trainable_only(models: list, weights: list, output_dir: str) -> None:
@@ -657,23 +680,16 @@ def keep_trainable_only(models: list, weights: list, output_dir: str) -> None:
         weights[i] = {name: value for name, value in weights[i].items() if name in trained}
 
 
-def leave_if(run: Run, signalled: int) -> None:
-    """Exit with the shell's code for a signal, after the state was saved."""
-    if signalled:
-        run.say(f"stopped by {signal.Signals(signalled).name}; state saved. Go on with: --resume --output_dir {run.path}")
-        run.accelerator.end_training()
-        sys.exit(128 + signalled)
-
-
 # ---------------------------------------------------------------------------------------------
 # Rollouts and evaluation
 # ---------------------------------------------------------------------------------------------
 
 
-def roll_out(run: Run, model: nn.Module, base: MaskedDiffusionModel, prompts: list[list[int]], keys: list[tuple], temperature: float, tick=lambda: None):
-    """One completion per prompt: (Batch with the finished x, Rollout). keys: the noise's key for each row.
+def roll_out(run: Run, model: nn.Module, base: MaskedDiffusionModel, prompts, keys, temperature: float, tick=lambda: None):
+    """One completion per prompt: (Batch with the finished x, unmask_step (B, L) long, forwards).
 
-    `model` is the wrapped model: every process makes the same number of forwards, so nothing is unwrapped.
+    prompts: B lists of ids; keys: B keys of the rows' noise; tick is called once per forward. `model` is
+    the wrapped model: every process makes the same number of forwards, so nothing is unwrapped.
     """
     cfg = run.cfg
     batch = make_batch(base, prompts, [[base.mask_id] * cfg.gen_length] * len(prompts), run.device)
@@ -682,69 +698,59 @@ def roll_out(run: Run, model: nn.Module, base: MaskedDiffusionModel, prompts: li
         tick()
         return model(x, batch.attention, positions)
 
-    denoise = guided(predict, lambda x: x.masked_fill(batch.attention & ~batch.completion, base.mask_id), cfg.guidance)
-    out: Rollout = semi_autoregressive(
-        denoise, batch.x, batch.completion,
-        block_length=cfg.block_length, tokens_per_step=cfg.tokens_per_step, temperature=temperature,
+    x, unmask_step, forwards = semi_autoregressive(
+        guided(predict, lambda x: x.masked_fill(batch.attention & ~batch.completion, base.mask_id), cfg.guidance),
+        batch.x,
+        batch.completion,
+        block_length=cfg.block_length,
+        tokens_per_step=cfg.tokens_per_step,
+        temperature=temperature,
         generator=[seeded(*key, device=run.device) for key in keys],
-        eos_ids=base.eos_ids, pad_id=base.pad_id, eos_last=cfg.eos_last, everyone=run.everyone,
-    )  # fmt: skip
-    return batch._replace(x=out.x), out
+        eos_ids=base.eos_ids,
+        pad_id=base.pad_id,
+        eos_last=cfg.eos_last,
+        everyone=run.everyone,
+    )
+    return batch._replace(x=x), unmask_step, forwards
 
 
-def evaluate(run: Run, model: nn.Module, base: MaskedDiffusionModel, problems: list[Problem], samples: int = 0, label: str = "evaluation", leave: bool = False):
-    """Completions of every problem, greedy or `samples` per problem at cfg.temperature.
+def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, label="evaluation", stop=False) -> list[dict]:
+    """Completions of every problem, greedy, or `samples` of each at --temperature; the same on all processes.
 
-    Returns (correct, texts): (n, max(samples, 1)) bool tensor on the CPU and as many texts, the same on all
-    processes. Each row's noise is keyed by its problem, so the result depends on no batch size.
+    One dict per completion, in order: sample (None if greedy), correct, prompt, completion, answer. A row's
+    noise is keyed by its problem, so the result depends on no batch size. stop: a signal may end it.
     """
-    k = max(samples, 1)
-    rows = [(i, s) for i in range(len(problems)) for s in range(k)]
-    size = run.cfg.eval_batch_size
-    mine = [rows[i] for i in range(run.rank, len(rows), run.world)]
-    batches = -(-len(rows) // (run.world * size))  # the same for every process
-    found: list[tuple[int, int, bool, str]] = []
+    todo = [(i, s) for i in range(len(problems)) for s in range(max(samples, 1))]
+    size, mine, done = run.cfg.eval_batch_size, todo[run.rank :: run.world], []
+    batches = -(-len(todo) // (run.world * size))  # the same number for every process
     model.eval()
     with run.clock("eval"), run.bar(batches, label, leave=False) as bar:
         for b in range(batches):
-            if leave:
-                leave_if(run, run.stopping())
+            if stop:
+                run.leave_if_stopped()
             part = mine[b * size : (b + 1) * size]
-            filled = part or rows[:1]  # an empty share still makes its forwards
-            prompts = [prompt_ids(base.tokenizer, run.task.messages(problems[i])) for i, _ in filled]
-            keys = [(run.cfg.seed, EVALUATION, i, s) for i, s in filled]
-            batch, _ = roll_out(run, model, base, prompts, keys, run.cfg.temperature if samples else 0.0)
+            rows = part or todo[:1]  # a process without a share still makes its forwards
+            prompts = [prompt_ids(base.tokenizer, run.task.messages(problems[i])) for i, _ in rows]
+            keys = [(run.cfg.seed, EVALUATION, i, s) for i, s in rows]
+            batch, _, _ = roll_out(run, model, base, prompts, keys, run.cfg.temperature if samples else 0.0)
             texts = texts_of(base.tokenizer, batch.x, through_eos(batch.x, batch.completion, base.eos_ids))
-            found += [(i, s, run.task.correct(text, problems[i]), text) for (i, s), text in zip(part, texts)]
+            done += [(i, s, text) for (i, s), text in zip(part, texts)]
             bar.update()
-    if run.world > 1:
-        from accelerate.utils import gather_object
-
-        found = gather_object(found)
-    correct = torch.zeros(len(problems), k, dtype=torch.bool)
-    texts = [[""] * k for _ in problems]
-    for i, s, right, text in found:
-        correct[i, s], texts[i][s] = right, text
-    return correct, texts
-
-
-def accuracy_of(correct: Tensor) -> dict:
-    """{"accuracy", "stderr", "n"} of (n, 1) bool; the binomial standard error."""
-    n, p = len(correct), correct.float().mean().item()
-    return {"accuracy": round(p, 6), "stderr": round(math.sqrt(p * (1 - p) / n), 6), "n": n}
+    return [
+        {
+            "sample": s if samples else None,
+            "correct": run.task.correct(text, problems[i]),
+            "prompt": problems[i]["question"],
+            "completion": text,
+            "answer": problems[i]["answer"],
+        }
+        for i, s, text in sorted(gather_object(done) if run.world > 1 else done)
+    ]
 
 
-def pass_at(correct: Tensor, k: int) -> float:
-    """pass@k from c of n right samples: the mean of 1 - C(n - c, k) / C(n, k), unbiased; correct (problems, n) bool."""
-    n = correct.shape[1]
-    return sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in correct.sum(1).tolist()) / len(correct)
-
-
-def paired_p(before: Tensor, after: Tensor) -> float:
-    """Two-sided exact McNemar test: the probability of so uneven a split of the problems whose verdict changed."""
-    won, lost = int((after & ~before).sum()), int((before & ~after).sum())
-    tail = sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1))
-    return min(1.0, 2 * tail / 2 ** (won + lost))
+def validate(run: Run, model, base, problems: list[Problem]) -> float:
+    """Greedy accuracy on the validation problems."""
+    return rewards.accuracy([row["correct"] for row in evaluate(run, model, base, problems)])["accuracy"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -752,85 +758,93 @@ def paired_p(before: Tensor, after: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------
 
 
-def train_elbo(run: Run, base: MaskedDiffusionModel, problems: list[Problem], validation: list[Problem], steps: int, target: float, root: Path) -> None:
+def train_elbo(run: Run, base, train, validation, steps: int, target: float, root: Path) -> None:
     """Minimise Eq. 2 for `steps` steps, or until greedy validation accuracy reaches `target`.
 
-    A fixed number of steps would give bases of very different strength from seed to seed. Resumes from
-    root/checkpoint, which is removed by the caller when the model is saved.
+    A fixed number of steps would give bases of very different strength from seed to seed. An interrupted
+    training goes on from root/checkpoint.
     """
-    cfg, every = run.cfg, 50
-    run.accelerator.gradient_accumulation_steps = 1
-    prompts, completions = encode_targets(base, run.task, problems, cfg.gen_length)
-    run.say(f"ELBO training on {len(prompts)} problems ({len(problems) - len(prompts)} do not fit --gen_length {cfg.gen_length}), at most {steps} steps")
+    cfg = run.cfg
+    prompts, completions = encode_targets(base, run.task, train, cfg.gen_length)
+    run.say(f"ELBO training, at most {steps} steps, on {len(prompts)} solutions of up to {cfg.gen_length} tokens")
     if not prompts:
-        raise UsageError(f"--gen_length {cfg.gen_length}: no worked solution fits; the shortest needs more")
-    optimizer = torch.optim.AdamW([p for p in base.parameters() if p.requires_grad], lr=cfg.sft_lr, betas=BETAS, weight_decay=cfg.weight_decay)
-    model, optimizer = run.accelerator.prepare(base, optimizer)
-    resumed = load_checkpoint(run, root)
-    start, rows = resumed[0]["step"] if resumed else 0, cfg.sft_batch_size * run.world
-    bar = run.bar(steps, "ELBO training, at most", initial=start)
-    for step in range(start, steps):
-        model.train()
-        chosen = shuffled(len(prompts), rows, step * rows, cfg.seed, DATA, 0)[run.rank :: run.world]
-        batch = make_batch(base, [prompts[i] for i in chosen], [completions[i] for i in chosen], run.device)
-        noise = seeded(cfg.seed, ELBO, step, run.rank)
-        # t is stratified over the batch, r_b = (b + u) / B: the same expectation at less variance
-        r = 1 - (torch.arange(len(chosen)) + torch.rand(1, generator=noise)) / len(chosen)
-        u = torch.rand(batch.x.shape, generator=noise)
-        loss = elbo_loss(model, batch, r.to(run.device), u.to(run.device), base.mask_id)
-        run.accelerator.backward(loss)
-        run.accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.sft_lr * min(1.0, (step + 1) / 100)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.update()
-        last, signalled = step + 1 == steps, run.stopping()
-        if (step + 1) % every == 0 or last:
-            accuracy = evaluate(run, model, base, validation)[0].float().mean().item()
-            bar.set_postfix(loss=f"{loss.item():.3f}", validation=f"{accuracy:.3f}")
-            if (step + 1) % 200 == 0 or last or accuracy >= target:
-                run.say(f"  step {step + 1:>5}  ELBO loss {loss.item():.3f}  validation accuracy {accuracy:.3f}")
-            if accuracy >= target:
-                break
-        if signalled or (cfg.save_every and (step + 1) % (10 * cfg.save_every) == 0):
-            save_checkpoint(run, root, {"step": step + 1, "processes": run.world})
-        leave_if(run, signalled)
-    bar.close()
+        raise UsageError(f"--gen_length {cfg.gen_length}: none of the {len(train)} worked solutions fits")
+    trained = [p for p in base.parameters() if p.requires_grad]
+    run.accelerator.gradient_accumulation_steps = 1
+    model, optimizer = run.accelerator.prepare(base, torch.optim.AdamW(trained, lr=cfg.sft_lr, betas=BETAS))
+    start = (load_checkpoint(run, root) or ({"step": 0}, {}))[0]["step"]
+    with run.bar(steps, "ELBO training, at most", initial=start) as bar:
+        for step in range(start, steps):
+            loss = elbo_step(run, model, base, optimizer, prompts, completions, step)
+            bar.update()
+            if (step + 1) % 50 == 0 or step + 1 == steps:
+                accuracy = validate(run, model, base, validation)
+                bar.set_postfix(loss=f"{loss:.3f}", validation=f"{accuracy:.3f}")
+                if (step + 1) % 200 == 0 or step + 1 == steps or accuracy >= target:
+                    run.say(f"  step {step + 1:>5}  ELBO loss {loss:.3f}  validation accuracy {accuracy:.3f}")
+                if accuracy >= target:
+                    break
+            save = lambda: save_checkpoint(run, root, {"step": step + 1})  # noqa: B023, E731
+            run.leave_if_stopped(save)
+            if cfg.save_every and (step + 1) % (10 * cfg.save_every) == 0:
+                save()
     run.accelerator.free_memory()
 
 
+def elbo_step(run: Run, model, base, optimizer, prompts: list, completions: list, step: int) -> float:
+    """One step of ELBO training on this process's share of the batch; returns its loss."""
+    cfg = run.cfg
+    size = cfg.sft_batch_size
+    chosen = shuffled(len(prompts), size, (step * run.world + run.rank) * size, cfg.seed, DATA, 0)
+    batch = make_batch(base, [prompts[i] for i in chosen], [completions[i] for i in chosen], run.device)
+    noise = seeded(cfg.seed, ELBO, step, run.rank)
+    # t is stratified over the batch, r_b = 1 - (b + u) / B: the same expectation at less variance
+    r = 1 - (torch.arange(size) + torch.rand(1, generator=noise)) / size
+    u = torch.rand(batch.x.shape, generator=noise)
+    model.train()
+    loss = elbo_loss(model, batch, r.to(run.device), u.to(run.device), base.mask_id)
+    if not run.everyone(bool(loss.isfinite())):
+        raise UsageError(f"ELBO training, step {step + 1}: the loss is not finite; lower --sft_lr ({cfg.sft_lr:g})")
+    run.accelerator.backward(loss)
+    run.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = cfg.sft_lr * min(1.0, (step + 1) / 100)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
 def base_path(run: Run, train: list[Problem], validation: list[Problem]) -> tuple[str, bool]:
-    """(where the policy and the reference are loaded from, whether it was there already)."""
+    """(the model that RL starts from and is held to, whether it was there already)."""
     cfg = run.cfg
     if cfg.model is not None and not cfg.sft_steps:
         return cfg.model, True
+    root = run.path / "sft"
     if cfg.model is None:
-        fields = ("task", "data", "seed", "base_accuracy", "base_steps", "sft_lr", "sft_batch_size", "gen_length", "block_length", "tokens_per_step")
-        key = hashlib.sha256(json.dumps([run.world] + [getattr(cfg, f) for f in fields]).encode()).hexdigest()[:8]
+        names = ("gen_length", "block_length", "tokens_per_step", "base_accuracy", "base_steps", "sft_lr", "sft_batch_size")
+        settings = [run.world, train, cfg.seed] + [getattr(cfg, name) for name in names]
+        key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         root = Path("runs") / f"base-{cfg.task}-s{cfg.seed}-{key}"
-    else:
-        root = run.path / "sft"
     if (root / "seconds").is_file():
         run.seconds["base"] = float((root / "seconds").read_text())
-        run.say(f"base model: {root}, trained earlier")
+        run.say(f"base      {root}, trained earlier")
         return str(root), True
-    start = time.perf_counter()
+    run.say(f"base      training it, at most {cfg.sft_steps or cfg.base_steps} steps; it will be kept in {root}")
     if cfg.model is None:
-        run.say(f"base model: training it here, until greedy validation accuracy is {cfg.base_accuracy:.2f}; kept in {root}")
-        tokenizer = tiny_tokenizer([run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) for p in train])
-        base = tiny_model(tokenizer, cfg.seed).to(run.device)
+        texts = [run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) for p in train]
+        base = tiny_model(tiny_tokenizer(texts), cfg.seed).to(run.device)
     else:
-        base = load_model(cfg.model, cfg, trainable=True)
+        base = load_model(cfg.model, cfg, trainable=True).to(run.device)
+    start = time.perf_counter()
     train_elbo(run, base, train, validation, cfg.sft_steps or cfg.base_steps, 2.0 if cfg.model else cfg.base_accuracy, root)
+    run.seconds |= {"base": run.seconds["base"] + time.perf_counter() - start, "eval": 0.0}
     if run.main:
-        if hasattr(base.hf, "merge_and_unload"):
+        if cfg.lora:
             base.hf = base.hf.merge_and_unload()
         save_model(base, root / "model")
         shutil.rmtree(root / "checkpoint", ignore_errors=True)
-        write_atomically(root / "seconds", f"{time.perf_counter() - start:.1f}")
+        write_atomically(root / "seconds", f"{run.seconds['base']:.1f}")
     run.accelerator.wait_for_everyone()
-    run.seconds["base"], run.seconds["eval"] = time.perf_counter() - start, 0.0
     return str(root), False
 
 
@@ -839,101 +853,130 @@ def base_path(run: Run, train: list[Problem], validation: list[Problem]) -> tupl
 # ---------------------------------------------------------------------------------------------
 
 
-def mask_noise(run: Run, batch: Batch, step: int, j: int, groups: list[int]) -> tuple[Tensor, Tensor]:
-    """u (B, L) and u_ratio (B,) uniform noise of inner update j, on the run's device.
+class Experience(NamedTuple):
+    """One micro-batch of rollouts, kept for its mu updates.
 
-    Keyed by (seed, step, j, group): the same for the old, the new and the reference policy, whichever
-    process holds the group. With managed randomness a group's completions share it, so that they are
-    compared on the same hidden positions; else each has its own.
+    batch.completion spans all gen_length positions, `completion` (B, L) bool ends with the first EOS.
+    unmask_step (B, L) long; groups (B,) long, each row's global group; advantages (B,) float32;
+    old, ref: (mu, B, L) float32 token log-probabilities on the masks of update j (ref None if beta = 0).
     """
-    cfg, width = run.cfg, batch.x.shape[1] - run.cfg.gen_length
-    u, u_ratio = torch.zeros(batch.x.shape), torch.zeros(len(batch.x))
-    for row, g in enumerate(groups):
+
+    batch: Batch
+    completion: Tensor
+    unmask_step: Tensor
+    groups: Tensor
+    advantages: Tensor
+    old: Tensor | None = None
+    ref: Tensor | None = None
+
+
+def mask_noise(cfg: Config, e: Experience, step: int, j: int) -> tuple[Tensor, Tensor]:
+    """Uniform noise of inner update j: u (B, L) for positions, u_ratio (B,) for ratios; float32, on the CPU.
+
+    Keyed by (seed, step, j, group): the same for the old, the new and the reference policy, whichever process
+    holds the group and however it is padded. With managed randomness a group's completions share it, so that
+    they are compared on the same hidden positions; else each has its own.
+    """
+    u, u_ratio = torch.zeros(e.batch.x.shape), torch.zeros(len(e.batch.x))
+    width = u.shape[1] - cfg.gen_length
+    for row, (group, prompt) in enumerate(zip(e.groups.tolist(), e.batch.attention[:, :width].sum(1).tolist())):
         own = 0 if cfg.managed_randomness else 1 + row % cfg.group_size
-        noise = seeded(cfg.seed, MASKS, step, j, g, own)
+        noise = seeded(cfg.seed, MASKS, step, j, group, own)
         u[row, width:] = torch.rand(cfg.gen_length, generator=noise)
         u_ratio[row] = torch.rand((), generator=noise)
-        prompt = int(batch.attention[row, :width].sum())  # the prompt's noise does not depend on its padding
         u[row, width - prompt : width] = torch.rand(prompt, generator=noise)
-    return u.to(run.device), u_ratio.to(run.device)
+    return u, u_ratio
 
 
-def remask_batch(run: Run, held: dict, step: int, j: int) -> tuple[Remask, Tensor]:
-    """(masks, hidden) of inner update j: what is scored, and what x_t hides (the tail behind EOS included)."""
-    cfg, batch, completion = run.cfg, Batch(held["x"], held["attention"], held["whole"]), held["completion"]
-    u, u_ratio = mask_noise(run, batch, step, j, held["groups"].tolist())
+def remask_experience(cfg: Config, e: Experience, step: int, j: int) -> tuple[Remask, Tensor]:
+    """(masks of inner update j, what x_t hides (B, L) bool): the tail behind EOS stays hidden, as in the rollout."""
+    u, u_ratio = (noise.to(e.completion.device) for noise in mask_noise(cfg, e, step, j))
     r = inner_time(j, cfg.mu, cfg.gamma)
     masks = {
-        "fading_out": lambda: remask.fading_out(completion, r, u),
-        "uniform": lambda: remask.uniform(completion, r, u),
-        "full": lambda: remask.full(completion, batch.attention & ~batch.completion, u),
-        "whole_range": lambda: remask.whole_range(completion, u, u_ratio),
-        "trace": lambda: remask.trace(completion, held["unmask_step"], j, cfg.mu),
+        "fading_out": lambda: remask.fading_out(e.completion, r, u),
+        "uniform": lambda: remask.uniform(e.completion, r, u),
+        "full": lambda: remask.full(e.completion, e.batch.attention & ~e.batch.completion, u),
+        "whole_range": lambda: remask.whole_range(e.completion, u, u_ratio),
+        "trace": lambda: remask.trace(e.completion, e.unmask_step, j, cfg.mu),
     }[cfg.remask]()
-    return masks, masks.masked | (batch.completion & ~completion)
+    return masks, masks.masked | (e.batch.completion & ~e.completion)
 
 
-def log_probs_at(run: Run, model: nn.Module, base: MaskedDiffusionModel, held: dict, step: int, j: int) -> tuple[Tensor, Remask]:
-    """Token log-probabilities (B, L) of a micro-batch under `model` on the masks of update j, and the masks."""
-    masks, hidden = remask_batch(run, held, step, j)
-    batch = Batch(held["x"], held["attention"], held["whole"])
-    return token_log_probs(model, batch, hidden, masks.scored, base.mask_id, run.cfg.temperature), masks
+def remasked_log_probs(cfg: Config, model, base, e: Experience, step: int, j: int) -> tuple[Tensor, Remask]:
+    """Token log-probabilities (B, L) of the rollouts under `model` on the masks of update j, and the masks."""
+    masks, hidden = remask_experience(cfg, e, step, j)
+    return token_log_probs(model, e.batch, hidden, masks.scored, base.mask_id, cfg.temperature), masks
 
 
-def collect(run: Run, model, base, reference, train: list[Problem], step: int, micro: int, tick=lambda: None) -> tuple[dict, dict]:
-    """One micro-batch of experience: (tensors to keep for the mu updates, metrics of the rollout)."""
-    cfg = run.cfg
-    per_batch = cfg.batch_size // cfg.group_size  # groups; a group never straddles processes
+class Reference:
+    """The policy before RL, as a context that yields a model: the base with LoRA off, or a frozen copy."""
+
+    def __init__(self, run: Run, model: nn.Module, base: MaskedDiffusionModel, path: str):
+        self.run, self.model, self.base, self.copy = run, model, base, None
+        fresh_adapter = run.cfg.lora and resolve(path)[1] is None
+        if run.cfg.beta and not fresh_adapter:  # an adapter that came with --model belongs to the reference
+            self.copy = load_model(path, run.cfg, trainable=True).to(run.device).eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def policy(self) -> Iterator[nn.Module]:
+        """Without gradients, in the precision of the policy itself, so that equal weights give a KL of 0."""
+        switched_off = contextlib.nullcontext() if self.copy is not None else self.base.hf.disable_adapter()
+        with torch.no_grad(), self.run.accelerator.autocast(), switched_off:
+            yield self.model if self.copy is None else self.copy
+
+
+def collect(run: Run, model, base, reference: Reference, train, step: int, micro: int, tick) -> tuple[Experience, dict]:
+    """One micro-batch: its experience, and the metrics of its rollout."""
+    cfg, g = run.cfg, run.cfg.group_size
+    per_batch = cfg.batch_size // g  # a group never straddles processes: advantages need no communication
     first = (micro * run.world + run.rank) * per_batch
-    groups = list(range(first, first + per_batch))
-    per_step = per_batch * run.world * cfg.accumulation
-    problems = [train[shuffled(len(train), 1, step * per_step + g, cfg.seed, DATA, 1)[0]] for g in groups]
-    rows = [(g, k) for g in groups for k in range(cfg.group_size)]
+    groups = range(first, first + per_batch)
+    counter = step * per_batch * run.world * cfg.accumulation + first
+    problems = [train[i] for i in shuffled(len(train), per_batch, counter, cfg.seed, DATA, 1) for _ in range(g)]
     model.eval()
     with run.clock("rollout"):
         prompts = [prompt_ids(base.tokenizer, run.task.messages(p)) for p in problems]
-        keys = [(cfg.seed, ROLLOUT, step, g, k) for g, k in rows]
-        batch, out = roll_out(run, model, base, [prompts[g - first] for g, _ in rows], keys, cfg.temperature, tick)
+        keys = [(cfg.seed, ROLLOUT, step, group, k) for group in groups for k in range(g)]
+        batch, unmask_step, forwards = roll_out(run, model, base, prompts, keys, cfg.temperature, tick)
         completion = through_eos(batch.x, batch.completion, base.eos_ids)
-        texts = texts_of(base.tokenizer, batch.x, completion)
-        terms = [run.task.reward(text, problems[g - first]) for text, (g, _) in zip(texts, rows)]
-        rewards = torch.tensor([sum(term.values()) for term in terms])
-        held = {
-            "x": batch.x, "attention": batch.attention, "whole": batch.completion.clone(), "completion": completion,
-            "unmask_step": out.unmask_step, "groups": torch.tensor([g for g, _ in rows]),
-            "advantages": group_advantages(rewards, cfg.group_size, cfg.advantage).to(run.device),
-        }  # fmt: skip
-    with run.clock("update"), torch.no_grad():
-        # the first update starts from the old policy itself, so only j = 2 ... mu need its log-probabilities
-        old = [torch.zeros(batch.x.shape, device=run.device)] + [log_probs_at(run, model, base, held, step, j)[0] for j in range(2, cfg.mu + 1)]
-        held["old"] = torch.stack(old)  # (mu, B, L)
+        terms = [run.task.reward(t, p) for t, p in zip(texts_of(base.tokenizer, batch.x, completion), problems)]
+    reward = torch.tensor([sum(term.values()) for term in terms])
+    advantages = group_advantages(reward, g, cfg.advantage).to(run.device)
+    e = Experience(batch, completion, unmask_step, torch.tensor(groups).repeat_interleave(g), advantages)
+    with run.clock("update"):
+        at = lambda policy, j: remasked_log_probs(cfg, policy, base, e, step, j)[0]  # noqa: E731
+        with torch.no_grad():  # update 1 starts from the old policy itself: only j = 2 ... mu are needed
+            old = [torch.zeros_like(completion, dtype=torch.float32)] + [at(model, j) for j in range(2, cfg.mu + 1)]
+        e = e._replace(old=torch.stack(old))
         if cfg.beta:
-            with reference as frozen:
-                held["ref"] = torch.stack([log_probs_at(run, frozen, base, held, step, j)[0] for j in range(1, cfg.mu + 1)])
-    spread = rewards.view(-1, cfg.group_size).std(1)
-    metrics = {"reward": rewards.mean().item(), "zero_variance_groups": (spread < 1e-6).float().mean().item()}
+            with reference.policy() as policy:
+                e = e._replace(ref=torch.stack([at(policy, j) for j in range(1, cfg.mu + 1)]))
+    metrics = {"reward": reward.mean().item()}
     metrics |= {f"reward/{name}": sum(term[name] for term in terms) / len(terms) for name in terms[0]}
-    metrics |= {"completion_tokens": completion.sum(1).float().mean().item(), "forwards": float(out.forwards)}
-    return held, metrics
+    metrics["zero_variance_groups"] = (reward.view(-1, g).std(1) < 1e-6).float().mean().item()
+    metrics |= {"completion_tokens": completion.sum(1).float().mean().item(), "forwards": float(forwards)}
+    return e, metrics
 
 
-def update(run: Run, model, base, optimizer, micro_batches: list[dict], step: int, j: int) -> dict | None:
-    """Inner update j = 1 ... mu over all micro-batches: one optimiser step. None if the loss is not finite."""
+def update(run: Run, model, base, optimizer, experience: list[Experience], step: int, j: int) -> dict | None:
+    """Inner update j = 1 ... mu, one optimiser step over all micro-batches; None, undone, if the loss is not finite."""
     cfg, metrics = run.cfg, {}
     model.train()
-    for held in micro_batches:
+    for e in experience:
         with run.accelerator.accumulate(model):
-            log_p, masks = log_probs_at(run, model, base, held, step, j)
-            old = log_p.detach() if j == 1 else held["old"][j - 1]
-            ref = held["ref"][j - 1] if cfg.beta else None
-            lengths = held["completion"].sum(1).float()
-            loss = policy_loss(log_p, old, ref, masks, held["advantages"], lengths, ratio=cfg.ratio, clip=cfg.clip, beta=cfg.beta)
-            run.accelerator.backward(loss.loss)
+            log_p, masks = remasked_log_probs(cfg, model, base, e, step, j)
+            old = log_p.detach() if j == 1 else e.old[j - 1]
+            ref = e.ref[j - 1] if cfg.beta else None
+            lengths = e.completion.sum(1).float()
+            loss = policy_loss(
+                log_p, old, ref, masks, e.advantages, lengths, ratio=cfg.ratio, clip=cfg.clip, beta=cfg.beta
+            )
+            run.accelerator.backward(loss.loss)  # divided by the number of micro-batches there
             for name, value in loss._asdict().items():
-                metrics[name] = metrics.get(name, 0.0) + value.item() / len(micro_batches)
+                metrics[name] = metrics.get(name, 0.0) + value.item() / len(experience)
             if run.accelerator.sync_gradients:
                 metrics["grad_norm"] = float(run.accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm))
-                if not run.everyone(math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+                if not run.everyone(math.isfinite(metrics["loss"] + metrics["grad_norm"])):
                     optimizer.zero_grad()
                     return None
                 for group in optimizer.param_groups:
@@ -943,188 +986,144 @@ def update(run: Run, model, base, optimizer, micro_batches: list[dict], step: in
     return metrics
 
 
-class Reference:
-    """The policy before RL, as a context that yields a model: LoRA's base with the adapter off, or a frozen copy."""
-
-    def __init__(self, run: Run, model: nn.Module, base: MaskedDiffusionModel, path: str):
-        self.model, self.base, self.frozen = model, base, None
-        self.adapter_off = getattr(base.hf, "disable_adapter", None)
-        if not run.cfg.beta:
-            return
-        if self.adapter_off is None or resolve(path)[1] is not None:  # an adapter that came with --model belongs to the reference
-            self.adapter_off = None
-            self.frozen = load_model(path, run.cfg, trainable=False).to(run.device).eval()
-
-    def __enter__(self) -> nn.Module:
-        if self.frozen is not None:
-            return self.frozen
-        self.context = self.adapter_off()
-        self.context.__enter__()
-        return self.model
-
-    def __exit__(self, *error) -> None:
-        if self.frozen is None:
-            self.context.__exit__(*error)
-
-
-def train_policy(run: Run, model, base, optimizer, reference, train: list[Problem], validation: list[Problem], progress: dict, held: dict) -> None:
-    """The RL loop from `progress` (step, j, sums of metrics) on; `held` are the rollouts of an unfinished step."""
+def train_policy(run: Run, model, base, optimizer, reference, data: dict, progress: dict, held: dict) -> None:
+    """The RL loop from `progress` on: steps done, j to do next, metrics of the step so far; `held` is its experience."""
     cfg, log = run.cfg, run.path / "metrics.jsonl"
     start, began = progress["step"], time.perf_counter()
     lines = log.read_text().splitlines(keepends=True)[:start] if log.is_file() else []
     if run.main:
-        write_atomically(log, "".join(lines))  # lines behind the checkpoint will be written again
+        write_atomically(log, "".join(lines))  # steps behind the checkpoint will be made again
     outer = run.bar(cfg.max_steps, "RL steps", initial=start)
     for step in range(start, cfg.max_steps):
         if not held:
             with run.bar(cfg.accumulation * forwards_of(cfg), "  rollouts, forwards", leave=False) as bar:
-                micro = [collect(run, model, base, reference, train, step, a, bar.update) for a in range(cfg.accumulation)]
-            held = {"micro": [m[0] for m in micro]}
-            progress |= {"j": 1, "rollout": mean_of([m[1] for m in micro]), "updates": []}
+                micros = range(cfg.accumulation)
+                got = [collect(run, model, base, reference, data["train"], step, m, bar.update) for m in micros]
+            held = {"experience": [e for e, _ in got]}
+            progress = {"step": step, "j": 1, "rollout": mean_of([metrics for _, metrics in got]), "updates": []}
         with run.clock("update"), run.bar(cfg.mu, "  updates", leave=False, initial=progress["j"] - 1) as bar:
             for j in range(progress["j"], cfg.mu + 1):
-                metrics = update(run, model, base, optimizer, held["micro"], step, j)
+                run.leave_if_stopped(lambda: save_checkpoint(run, run.path, progress, pack(held)))  # noqa: B023
+                metrics = update(run, model, base, optimizer, held["experience"], step, j)
                 if metrics is None:
-                    save_checkpoint(run, run.path, progress | {"step": step}, held)
-                    raise UsageError(f"step {step + 1}, update {j}: the loss or its gradient is not finite; the state before it is in {run.path}; lower --lr ({cfg.lr:g}) or --clip")
+                    save_checkpoint(run, run.path, progress, pack(held))
+                    raise UsageError(
+                        f"step {step + 1}, inner update {j}: the loss or its gradient is not finite; "
+                        f"the state before it is in {run.path}; lower --lr ({cfg.lr:g})"
+                    )
                 progress = progress | {"j": j + 1, "updates": progress["updates"] + [metrics]}
                 bar.update()
-                signalled = run.stopping()
-                if signalled and j < cfg.mu:
-                    save_checkpoint(run, run.path, progress | {"step": step, "seconds": run.seconds}, held)
-                    leave_if(run, signalled)
         line = progress["rollout"] | mean_of(progress["updates"])
-        line = {name: run.total(value) / run.world for name, value in line.items()}
-        line = {"step": step + 1, "completions": (step + 1) * cfg.batch_size * cfg.accumulation * run.world} | line
+        completions = (step + 1) * cfg.batch_size * cfg.accumulation * run.world
+        line = {"step": step + 1, "completions": completions} | {k: run.average(v) for k, v in line.items()}
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps):
-            line["validation_accuracy"] = evaluate(run, model, base, validation)[0].float().mean().item()
+            line["validation_accuracy"] = validate(run, model, base, data["validation"])
             pace = (time.perf_counter() - began) / (step + 1 - start)
-            run.say(f"  step {step + 1:>5}/{cfg.max_steps}  reward {line['reward']:.3f}  validation {line['validation_accuracy']:.3f}"
-                    f"  kl {line['kl']:.4f}  {pace:.2f} s/step, {pace * (cfg.max_steps - step - 1) / 60:.1f} min left")  # fmt: skip
+            run.say(
+                f"  step {step + 1:>5}/{cfg.max_steps}  reward {line['reward']:.3f}  kl {line['kl']:.4f}"
+                f"  validation {line['validation_accuracy']:.3f}"
+                f"  {pace:.2f} s/step, {pace * (cfg.max_steps - step - 1) / 60:.1f} min left"
+            )
         if run.main:
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         run.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step + 1)
         outer.update()
         outer.set_postfix(reward=f"{line['reward']:.2f}", kl=f"{line['kl']:.4f}")
-        held, signalled = {}, run.stopping()
-        progress = progress | {"step": step + 1, "j": 1, "updates": [], "seconds": run.seconds}
-        if signalled or step + 1 == cfg.max_steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-            save_checkpoint(run, run.path, progress)
-        leave_if(run, signalled)
+        held, progress = {}, {"step": step + 1, "j": 1}
+        save = lambda: save_checkpoint(run, run.path, progress)  # noqa: B023, E731
+        run.leave_if_stopped(save)
+        if step + 1 == cfg.max_steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+            save()
     outer.close()
 
 
 def mean_of(rows: list[dict]) -> dict:
     """Key-wise means of dicts with the same keys."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def pack(held: dict) -> dict:
+    """Experience as plain dicts of tensors, which torch.load reads without running code."""
+    return {"experience": [e._replace(batch=e.batch._asdict())._asdict() for e in held["experience"]]}
+
+
+def unpack(held: dict) -> dict:
+    """The inverse of `pack`; {} stays {}."""
+    rows = [Experience(**row | {"batch": Batch(**row["batch"])}) for row in held.get("experience", [])]
+    return {"experience": rows} if rows else {}
 
 
 # ---------------------------------------------------------------------------------------------
-# Setting up: flags, data, run directory
+# Setting up: flags, run directory, first lines
 # ---------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # one line, not a page of usage
-        raise UsageError(message + " (see --help)")
+    def error(self, message: str):
+        raise UsageError(message + " (see --help)")  # one line, not a page of usage
 
 
-def parse(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]:
-    """(configuration, where each value comes from). Defaults < model's column < method's row < saved run < flags."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for field in dataclasses.fields(Config):
-        meta, kind = field.metadata, field.type
-        columns = f" [{meta['paper']} with --model, {meta['tiny']} without]" if meta["paper"] is not None or meta["tiny"] is not None else ""
-        columns = columns or (f" [{field.default}]" if field.default is not None else "")
-        options = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=meta["choices"])
-        parser.add_argument(f"--{field.name}", default=None, help=meta["help"].replace("%", "%%") + columns, **options)
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    saved = {}
-    if given.get("resume"):
-        if "output_dir" in given and not (Path(given["output_dir"]) / "config.json").is_file():
-            raise UsageError(f"--resume: {given['output_dir']} holds no run (no config.json)")
-        saved = saved_config(given)
-    values, source = {}, {}
-    column = "tiny" if is_tiny(given.get("model", saved.get("model"))) else "paper"
-    method = METHODS[given.get("method", saved.get("method", "maskgrpo"))]
-    for field in dataclasses.fields(Config):
-        name = field.name
-        layers = (("default", field.default), (column, field.metadata[column]), ("method", method.get(name)), ("saved", saved.get(name)), ("flag", given.get(name)))
-        source[name], values[name] = [(origin, value) for origin, value in layers if value is not None or origin == "default"][-1]
-    cfg = Config(**values)
-    check(cfg)
-    cfg.output_dir = cfg.output_dir or default_output_dir(cfg)
-    return cfg, source
-
-
-# What may change when a run goes on; everything else would make it another run.
+# What may change when a run goes on; anything else would make it another run.
 FREE_ON_RESUME = ("resume", "output_dir", "max_steps", "save_every", "log_with", "eval_n", "eval_batch_size", "pass_k")
 
 
-def saved_config(given: dict) -> dict:
-    """The configuration of the run to resume. UsageError where a flag contradicts it."""
-    place = Path(given.get("output_dir") or default_output_dir(parse([w for w in flags_of(given) if w != "--resume"])[0]))
-    if not (place / "config.json").is_file():
-        raise UsageError(f"--resume: {place} holds no run (no config.json); name one with --output_dir")
-    saved = json.loads((place / "config.json").read_text())
-    for name, value in given.items():
-        if name not in FREE_ON_RESUME and saved.get(name) != value:
-            raise UsageError(f"--resume: --{name} {value} contradicts {place / 'config.json'}, which has {saved.get(name)}")
-    return {name: value for name, value in saved.items() if name not in ("resume", "output_dir")}
+def parse(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]:
+    """(configuration, where each value comes from): default < the model's column < the method's row < flag.
 
-
-def flags_of(given: dict) -> list[str]:
-    """The command line that gives these values."""
-    words = []
-    for name, value in given.items():
-        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return words
-
-
-def default_output_dir(cfg: Config) -> str:
+    With --resume: the saved run's configuration, which flags may repeat but not contradict.
+    """
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    for field in dataclasses.fields(Config):
+        meta, columns = field.metadata, "" if field.default is None else f" [{field.default}]"
+        if meta["paper"] is not None or meta["tiny"] is not None:
+            columns = f" [{meta['paper']} with --model, {meta['tiny']} without]"
+        kind = dict(type=field.type, choices=meta["choices"])
+        options = dict(action=argparse.BooleanOptionalAction) if field.type is bool else kind
+        parser.add_argument(f"--{field.name}", default=None, help=meta["help"] + columns, **options)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    values, source = {}, {}
+    column = "tiny" if is_tiny(given.get("model")) else "paper"
+    method = METHODS[given.get("method", Config.method)]
+    for field in dataclasses.fields(Config):
+        layers = {"default": field.default, column: field.metadata[column], "method": method.get(field.name)}
+        layers = {name: value for name, value in layers.items() if value is not None}
+        layers |= {"flag": given[field.name]} if field.name in given else {}
+        source[field.name], values[field.name] = list(layers.items())[-1] if layers else ("default", None)
+    cfg = Config(**values)
     model = "tiny" if cfg.model is None else Path(cfg.model.rstrip("/")).name
-    return f"runs/maskgrpo-{cfg.task}-{cfg.method}-{model}-s{cfg.seed}" + ("-eval" if cfg.eval_only else "")
+    mode = "-eval" if cfg.eval_only else ""
+    cfg.output_dir = cfg.output_dir or f"runs/maskgrpo-{cfg.task}-{cfg.method}-{model}-s{cfg.seed}{mode}"
+    if cfg.resume:
+        file = Path(cfg.output_dir) / "config.json"
+        if not file.is_file():
+            raise UsageError(f"--resume: {cfg.output_dir} holds no run (no config.json); name one with --output_dir")
+        saved = json.loads(file.read_text())
+        for name, value in given.items():
+            if name not in FREE_ON_RESUME and saved.get(name) != value:
+                raise UsageError(f"--resume: --{name} {value} contradicts {file}, which has {saved.get(name)}")
+        free = {name: given[name] for name in FREE_ON_RESUME if name in given}
+        cfg = Config(**saved | free | {"output_dir": cfg.output_dir})
+        source = {name: "flag" if name in given else "saved" for name in source}
+    check(cfg)
+    return cfg, source
 
 
-def load_data(run: Run) -> dict[str, list[Problem] | None]:
-    """train, validation, test, unseen (None for published data). Held-out problems never train."""
-    cfg, task = run.cfg, run.task
+def open_run(cfg: Config) -> None:
+    """Make the run directory. An earlier run there is moved aside, never overwritten."""
+    path = Path(cfg.output_dir)
+    if not cfg.resume and (path / "config.json").exists():
+        aside = (path.with_name(f"{path.name}.old{n}") for n in range(1, 10_000))
+        path.rename(next(p for p in aside if not p.exists()))
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomically(path / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
+
+
+def load_splits(cfg: Config) -> dict[str, list[Problem]]:
+    """train, validation, test and unseen problems; unseen is empty for published data."""
     if cfg.data == "generated" or (cfg.data is None and is_tiny(cfg.model)):
-        n = cfg.eval_n or 1000
-        return {
-            "train": task.generate("train", 20_000, cfg.seed),
-            **{split: task.generate(split, n if split != "validation" else 256, 0) for split in ("validation", "test", "unseen")},
-        }
-    train = task.load(cfg.data, "train")
-    if cfg.eval_data:
-        test = task.load(cfg.eval_data, "test")
-    elif cfg.data is None:
-        test = task.load(None, "test")
-    else:
-        train, test = [p for i, p in enumerate(train) if i % 10 != 9], train[9::10]
-        if not test:
-            raise UsageError(f"--data {cfg.data}: {len(train)} problems are too few to hold every tenth one out; give --eval_data")
-    validation = train[-min(256, max(1, len(train) // 10)) :]
-    train = train[: -len(validation)] or train
-    return {"train": train, "validation": validation, "test": test[: cfg.eval_n or None], "unseen": None}
-
-
-def describe(run: Run, source: dict[str, str], data: dict) -> None:
-    """The first lines of a run: what runs, on what, with which values, and where each comes from."""
-    cfg = run.cfg
-    run.say(f"MaskGRPO: --task {cfg.task} --method {cfg.method} --seed {cfg.seed} -> {run.path}")
-    run.say(f"model     {cfg.model or 'tiny default: trained here from nothing (167k parameters)'}{f', LoRA rank {cfg.lora}' if cfg.lora else ''}")
-    held_out = ", ".join(f"{len(data[s])} {s}" for s in ("validation", "test", "unseen") if data[s])
-    origin = cfg.data or ("generated from the seed" if data["unseen"] else "published")
-    run.say(f"data      {origin}: {len(data['train'])} train, {held_out}")
-    run.say(f"decoding  {decoding(cfg)}; greedy for accuracy, temperature {cfg.temperature:g} in rollouts")
-    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
-    run.say(f"device    {run.device}, {run.world} process{'es' * (run.world > 1)}{threads}")
-    for origin in ("flag", "method", "paper", "tiny", "saved", "default"):
-        pairs = [f"{name}={getattr(cfg, name)}" for name in source if source[name] == origin and getattr(cfg, name) is not None]
-        for i in range(0, len(pairs), 6):
-            run.say(f"{origin if i == 0 else '':<9} " + " ".join(pairs[i : i + 6]))
+        return rewards.generated_splits(TASKS[cfg.task], cfg.eval_n or 1000, cfg.seed)
+    return rewards.published_splits(TASKS[cfg.task], cfg.data, cfg.eval_data, cfg.eval_n)
 
 
 def forwards_of(cfg: Config) -> int:
@@ -1136,139 +1135,167 @@ def forwards_of(cfg: Config) -> int:
 def decoding(cfg: Config) -> str:
     """The decoding settings that every accuracy depends on."""
     extra = (f", guidance {cfg.guidance:g}" if cfg.guidance else "") + (", EOS last" if cfg.eos_last else "")
-    return f"{cfg.gen_length} tokens in {forwards_of(cfg)} forwards, blocks of {cfg.block_length}, most confident first{extra}"
+    return f"{cfg.gen_length} tokens in {forwards_of(cfg)} forwards, blocks of {cfg.block_length}{extra}"
+
+
+def describe(run: Run, source: dict[str, str], data: dict) -> None:
+    """The first lines: what runs, on what, and every value with where it comes from."""
+    cfg = run.cfg
+    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    tiny = "the tiny default, trained here first on generated problems" if cfg.model is None else cfg.model
+    sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
+    run.say(f"MaskGRPO  task {cfg.task}, method {cfg.method}, seed {cfg.seed} -> {run.path}")
+    run.say(f"model     {tiny}" + (f", LoRA rank {cfg.lora}" if cfg.lora else ""))
+    run.say(f"data      {cfg.data or ('generated' if data['unseen'] else 'published')}: {sizes}")
+    run.say(f"decoding  {decoding(cfg)}; greedy for accuracy, temperature {cfg.temperature:g} in rollouts")
+    run.say(f"device    {run.device}, {run.world} process{'es' * (run.world > 1)}{threads}")
+    for origin in ("flag", "method", "paper", "tiny", "saved", "default"):
+        pairs = [f"{name}={getattr(cfg, name)}" for name in source if source[name] == origin]
+        for i in range(0, len(pairs), 5):
+            run.say(f"{origin if i == 0 else '':<9} " + " ".join(pairs[i : i + 5]))
 
 
 def memory_expected(cfg: Config, base: MaskedDiffusionModel) -> str:
-    """A lower estimate of a training step's memory: weights, gradients, Adam's two moments, reference, logits."""
+    """What a training step needs at least: weights, gradients and Adam's moments, the reference, logits."""
     everything = sum(p.numel() * p.element_size() for p in base.parameters())
     trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
     copy = everything if cfg.beta and not cfg.lora else 0
-    logits = 3 * 4 * cfg.batch_size * cfg.gen_length * base.hf.config.vocab_size  # at masked positions, with gradients
-    total = everything + 12 * trained + copy + logits
-    return f"{trained / 1e6:.2f}M of {sum(p.numel() for p in base.parameters()) / 1e6:.2f}M parameters train; at least {total / 2**30:.2f} GiB plus activations"
+    logits = 3 * 4 * cfg.batch_size * cfg.gen_length * base.hf.config.vocab_size  # float32, with their gradients
+    total = (everything + 12 * trained + copy + logits) / 2**30
+    share = f"{trained / 1e6:.2f}M of {sum(p.numel() for p in base.parameters()) / 1e6:.2f}M parameters train"
+    return f"{share}; expect {total:.2f} GiB and the activations of {cfg.batch_size} sequences"
 
 
-def open_run(cfg: Config) -> Path:
-    """The run directory, made. An earlier run there is moved aside, never overwritten; UsageError if not writable."""
-    path = Path(cfg.output_dir)
-    try:
-        if not cfg.resume and (path / "config.json").exists():
-            n = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.old{n}").exists())
-            path.rename(path.with_name(f"{path.name}.old{n}"))
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
-    except OSError as error:
-        raise UsageError(f"--output_dir {path}: cannot be written ({error.strerror or error})") from None
-    return path
+# ---------------------------------------------------------------------------------------------
+# Before, training, after
+# ---------------------------------------------------------------------------------------------
 
 
 def measure(run: Run, model, base, data: dict, phase: str) -> list[dict]:
-    """Held-out completions, kept in completions_PHASE.jsonl and read back on resume: greedy ones of both splits,
-    and --pass_k sampled ones of the test split. One dict per completion."""
+    """Held-out completions of one phase: greedy ones of test and unseen, --pass_k sampled ones of test.
+
+    Kept in completions_PHASE.jsonl; those before RL are read back when a run is resumed.
+    """
     file = run.path / f"completions_{phase}.jsonl"
-    if run.cfg.resume and file.is_file():
+    if run.cfg.resume and phase == "before" and file.is_file():
         return [json.loads(line) for line in file.read_text().splitlines()]
     rows = []
-    for split, samples in (("test", 0), ("unseen", 0), ("test", run.cfg.pass_k)):
-        if not data[split] or (split, samples) == ("test", 0) and rows:
-            continue
-        correct, texts = evaluate(run, model, base, data[split], samples, f"evaluation {phase}, {split}", leave=True)
-        for i, problem in enumerate(data[split]):
-            for s, text in enumerate(texts[i]):
-                row = {"split": split, "sample": s if samples else None, "correct": bool(correct[i, s])}
-                rows.append(row | {"prompt": problem["question"], "completion": text, "answer": problem["answer"]})
+    for split, samples in (("test", 0), ("unseen", 0), ("test", run.cfg.pass_k))[: 3 if run.cfg.pass_k else 2]:
+        done = evaluate(run, model, base, data[split], samples, f"evaluation {phase}, {split}", stop=True)
+        rows += [{"split": split} | row for row in done]
     if run.main:
         write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
-def verdicts(rows: list[dict], split: str, sampled: bool = False) -> Tensor:
-    """(n, k) bool of the completions of a split; k = 1 for greedy ones; empty where there are none."""
-    right = [row["correct"] for row in rows if row["split"] == split and (row["sample"] is not None) == sampled]
-    k = 1 + max((row["sample"] for row in rows if row["sample"] is not None), default=0) if sampled else 1
-    return torch.tensor(right, dtype=torch.bool).view(-1, k)
+def verdicts(rows: list[dict], split: str) -> list[bool]:
+    """The greedy verdicts of a split, one per problem."""
+    return [row["correct"] for row in rows if row["split"] == split and row["sample"] is None]
 
 
-def summary(rows: list[dict], phase: str) -> dict:
-    """Accuracies of one phase under the names of results.json; None for a split that does not exist."""
-    test, unseen, sampled = verdicts(rows, "test"), verdicts(rows, "unseen"), verdicts(rows, "test", sampled=True)
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= sampled.shape[1]] if len(sampled) else []
+def summary(rows: list[dict], phase: str, k: int) -> dict:
+    """The figures of one phase under their names in results.json; None where there is nothing to report."""
+    sampled = [row["correct"] for row in rows if row["sample"] is not None]
+    groups = [sampled[i : i + k] for i in range(0, len(sampled), k)] if k else []
+    unseen = verdicts(rows, "unseen")
     return {
-        phase: accuracy_of(test),
-        f"{phase}_unseen": accuracy_of(unseen) if len(unseen) else None,
-        f"{phase}_pass_at": {str(k): round(pass_at(sampled, k), 6) for k in ks} or None,
+        phase: rewards.accuracy(verdicts(rows, "test")),
+        f"{phase}_unseen": rewards.accuracy(unseen) if unseen else None,
+        f"{phase}_pass_at": {n: round(rewards.pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k} or None,
     }
 
 
 def report(run: Run, results: dict) -> None:
-    """results.json, and the same as a small table with its decoding settings."""
-    run.seconds["total"] += time.perf_counter() - run.started
-    results = {"task": run.cfg.task, "method": run.cfg.method, "seed": run.cfg.seed} | results
-    results |= {"decoding": decoding(run.cfg), "seconds": {k: round(v, 1) for k, v in run.seconds.items()}}
-    results |= {"config": dataclasses.asdict(run.cfg), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    """results.json, and the same as a small table under its decoding settings."""
+    cfg, seconds = run.cfg, {name: round(value, 1) for name, value in run.stopwatch().items()}
+    phases = [phase for phase in ("before", "after", "eval_only") if phase in results]
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    results = {"task": cfg.task, "method": cfg.method, "seed": cfg.seed} | results | {"decoding": decoding(cfg)}
+    results |= {"seconds": seconds, "config": dataclasses.asdict(cfg), "versions": versions}
     if run.main:
         write_atomically(run.path / "results.json", json.dumps(results, indent=1))
-    phases = [phase for phase in ("before", "after") if phase in results]
-    run.say(f"\ngreedy accuracy ± standard error; {results['decoding']}")
+    run.say(f"\ngreedy accuracy ± standard error; {decoding(cfg)}")
     for split, suffix in (("test", ""), ("unseen", "_unseen")):
-        if results[phases[0] + suffix]:
-            cells = "   ".join(f"{p} {results[p + suffix]['accuracy']:.3f} ± {results[p + suffix]['stderr']:.3f}" for p in phases)
-            test = f"   paired p = {results['paired_p'][split]:.1e}" if "paired_p" in results else ""
-            run.say(f"  {split:<7} {cells}   n = {results[phases[0] + suffix]['n']}{test}")
-    for p in phases:
-        if results[f"{p}_pass_at"]:
-            cells = "  ".join(f"@{k} {v:.3f}" for k, v in results[f"{p}_pass_at"].items())
-            run.say(f"  pass, {p:<6} {cells}   (test, temperature {run.cfg.temperature:g})")
-    run.say("seconds   " + "  ".join(f"{k} {v:.0f}" for k, v in run.seconds.items()) + f"\nresults   {run.path / 'results.json'}")
+        figures = {phase: results[phase + suffix] for phase in phases}
+        if all(figures.values()):
+            cells = "   ".join(f"{p} {f['accuracy']:.3f} ± {f['stderr']:.3f}" for p, f in figures.items())
+            paired = f"   paired p = {results['paired_p'][split]:.1e}" if "paired_p" in results else ""
+            run.say(f"  {split:<7} {cells}{paired}   n = {figures[phases[0]]['n']}")
+    for phase in phases:
+        if results[f"{phase}_pass_at"]:
+            cells = "  ".join(f"@{k} {v:.3f}" for k, v in results[f"{phase}_pass_at"].items())
+            run.say(f"  pass {cells}   {phase}, test, temperature {cfg.temperature:g}")
+    run.say("seconds   " + "  ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+    run.say(f"results   {run.path / 'results.json'}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    cfg, source = parse(argv)
-    kwargs = DistributedDataParallelKwargs(broadcast_buffers=False)  # rotary tables, the same everywhere
-    precision = "bf16" if cfg.bf16 else "no"
-    accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=cfg.output_dir, kwargs_handlers=[kwargs])
-    if accelerator.is_main_process:
-        open_run(cfg)
-    accelerator.wait_for_everyone()
-    run = Run(cfg, accelerator, Path(cfg.output_dir))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, frame: setattr(run, "stop_signal", received))
-    accelerator.register_save_state_pre_hook(keep_trainable_only)
-    accelerator.init_trackers("maskgrpo", config={k: v for k, v in dataclasses.asdict(cfg).items() if v is not None})
-
-    data = load_data(run)
-    describe(run, source, data)
-    path, cached = (cfg.model, True) if cfg.eval_only else base_path(run, data["train"], data["validation"])
-    base = load_model(path, cfg, trainable=not cfg.eval_only).to(run.device)
-    if cfg.eval_only:
-        model = accelerator.prepare(base) if run.world == 1 else base
-        report(run, summary(measure(run, model, base, data, "before"), "before"))
-        return
+def train_and_report(run: Run, path: str, cached: bool, data: dict) -> None:
+    """Accuracy before, RL, accuracy after, on held-out problems; the trained model; results.json."""
+    cfg = run.cfg
+    base = load_model(path, cfg, trainable=True).to(run.device)
     run.say("memory    " + memory_expected(cfg, base))
-    optimizer = torch.optim.AdamW([p for p in base.parameters() if p.requires_grad], lr=cfg.lr, betas=BETAS, weight_decay=cfg.weight_decay)
-    accelerator.gradient_accumulation_steps = cfg.accumulation
-    model, optimizer = accelerator.prepare(base, optimizer)
+    trained = [p for p in base.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=BETAS, weight_decay=cfg.weight_decay)
+    run.accelerator.gradient_accumulation_steps = cfg.accumulation
+    model, optimizer = run.accelerator.prepare(base, optimizer)
     reference = Reference(run, model, base, path)
-    progress, held = {"step": 0, "j": 1, "updates": [], "processes": run.world}, {}
-    if cfg.resume and (loaded := load_checkpoint(run, run.path)):
-        progress, held = loaded
-        run.seconds |= progress["seconds"]
-        run.say(f"resumed after step {progress['step']}" + (f", inner update {progress['j'] - 1}" if held else ""))
+    progress, held = (load_checkpoint(run, run.path) if cfg.resume else None) or ({"step": 0, "j": 1}, {})
+    if progress["step"] or held:
+        run.say(f"resumed   after {progress['step']} steps and {progress['j'] - 1} inner updates")
     before = measure(run, model, base, data, "before")
-    run.say(f"before RL: {accuracy_of(verdicts(before, 'test'))['accuracy']:.3f} on test")
-    train_policy(run, model, base, optimizer, reference, data["train"], data["validation"], progress, held)
+    run.say(f"before    accuracy {rewards.accuracy(verdicts(before, 'test'))['accuracy']:.3f} on test")
+    train_policy(run, model, base, optimizer, reference, data, progress, unpack(held))
     after = measure(run, model, base, data, "after")
     if run.main:
         save_model(base, run.path / "model")
-    pairs = {split: paired_p(verdicts(before, split), verdicts(after, split)) for split in ("test", "unseen") if data[split]}
-    report(run, summary(before, "before") | summary(after, "after") | {"paired_p": pairs, "base_cached": cached})
+    splits = [split for split in ("test", "unseen") if data[split]]
+    paired = {split: rewards.paired_p(verdicts(before, split), verdicts(after, split)) for split in splits}
+    figures = summary(before, "before", cfg.pass_k) | summary(after, "after", cfg.pass_k)
+    report(run, figures | {"paired_p": paired, "base_cached": cached})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, set up Accelerate and the run directory, then train or evaluate."""
+    cfg, source = parse(argv)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if cfg.bf16 else "no",
+        log_with=cfg.log_with,
+        project_dir=cfg.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # rotary tables, equal anyway
+    )
+    data = load_splits(cfg)
+    if accelerator.is_main_process:
+        open_run(cfg)
+    accelerator.wait_for_everyone()
+    run = Run(cfg, accelerator)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, frame: setattr(run, "signal", received))
+    accelerator.register_save_state_pre_hook(keep_trainable_only)
+    accelerator.init_trackers("maskgrpo", config={k: str(v) for k, v in dataclasses.asdict(cfg).items()})
+    describe(run, source, data)
+    if cfg.eval_only:
+        base = load_model(cfg.model, cfg, trainable=False)
+        model = accelerator.prepare_model(base, evaluation_mode=True)
+        report(run, summary(measure(run, model, base, data, "eval_only"), "eval_only", cfg.pass_k))
+    else:
+        path, cached = base_path(run, data["train"], data["validation"])
+        train_and_report(run, path, cached, data)
     accelerator.end_training()
 
 
-if __name__ == "__main__":
+def cli(argv: list[str] | None = None) -> int:
+    """main, with an exit code: 0 done, 2 something to change (one line says what); 128 + n leaves by signal n."""
+    transformers.utils.logging.disable_progress_bar()
     try:
-        main()
+        main(argv)
     except (UsageError, DataError) as error:
         print(f"maskgrpo.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        print(f"maskgrpo.py: error: cannot write or read: {error}; checkpoints are intact", file=sys.stderr)
+    else:
+        return 0
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -92,7 +92,8 @@ def keep_probability(completion: Tensor, r: float | Tensor) -> Tensor:
     d = 1 - position / (length - 1).clamp(min=1)  # d = linspace(1, 0, L_o), (B, L)
     d = d * completion
     # p = d (1 - r) L_o / sum(d); sum(d) is L_o / 2, so p starts at 2 (1 - r) and fades out to 0
-    p = d * (1 - ratio_column(r, len(completion), completion.device)) * length / d.sum(1, keepdim=True).clamp(min=1e-9)
+    r = ratio_column(r, len(completion), completion.device)
+    p = d * (1 - r) * length / d.sum(1, keepdim=True).clamp(min=1e-9)
     return p.clamp(max=1)  # only bites below r = 1/2, see departure 2
 
 
@@ -154,38 +155,38 @@ def trace(completion: Tensor, unmask_step: Tensor, j: int, mu: int) -> Remask:
 # ---------------------------------------------------------------------------------------------
 
 
-def mask_probability(scheme: str, length: int = 24, gamma: float = 0.6, mu: int = 4, draws: int = 20_000) -> Tensor:
-    """Measured probability that each completion position is scored, over all updates j, (length,) float32."""
+def mask_probability(scheme: str, length: int = 24, gamma: float = 0.6, mu: int = 4, draws: int = 20_000) -> Remask:
+    """Measured probability that each completion position is masked, and scored, over all updates j; (length,) each."""
     completion = torch.ones(draws, length, dtype=torch.bool)
     order = torch.arange(length).expand(draws, length) // 2  # left to right, two tokens a step
-    counts = torch.zeros(length)
+    masked, scored = torch.zeros(length), torch.zeros(length)
     for j in range(1, mu + 1):
-        g = seeded(0, j)
-        u, u_ratio = torch.rand(draws, length, generator=g), torch.rand(draws, generator=g)
-        r = inner_time(j, mu, gamma)
-        counts += {
+        noise, r = seeded(0, j), inner_time(j, mu, gamma)
+        u, u_ratio = torch.rand(draws, length, generator=noise), torch.rand(draws, generator=noise)
+        masks = {
             "fading_out": lambda: fading_out(completion, r, u),
             "uniform": lambda: uniform(completion, r, u),
             "full": lambda: full(completion, ~completion, u),
             "whole_range": lambda: whole_range(completion, u, u_ratio),
             "trace": lambda: trace(completion, order, j, mu),
-        }[scheme]().scored.float().mean(0)
-    return counts / mu
+        }[scheme]()
+        masked, scored = masked + masks.masked.float().mean(0) / mu, scored + masks.scored.float().mean(0) / mu
+    return Remask(masked, scored, torch.ones(1))
 
 
 def main() -> None:
-    schemes = ("fading_out", "uniform", "full", "whole_range", "trace")
-    print("Probability that a completion token is scored, by position (24 tokens, gamma = 0.6, mu = 4,")
-    print("mean over the updates j = 1 ... mu and 20,000 draws; trace: generated left to right)\n")
-    curves = {scheme: mask_probability(scheme) for scheme in schemes}
-    print(f"{'position':<12}" + "".join(f"{n:>6}" for n in range(1, 25, 3)) + "     24    mean")
-    for scheme, p in curves.items():
-        cells = "".join(f"{v:6.2f}" for v in p[::3]) + f" {p[-1]:6.2f}"
-        print(f"{scheme:<12}{cells}  {p.mean():6.3f}  " + "".join(" ▁▂▃▄▅▆▇█"[round(float(v) * 8)] for v in p))
-    row = torch.ones(1, 256, dtype=torch.bool)
+    probabilities = {name: mask_probability(name) for name in ("fading_out", "uniform", "full", "whole_range", "trace")}
+    curves = {name: p.masked for name, p in probabilities.items()} | {"trace, scored": probabilities["trace"].scored}
+    print("Probability that a completion token is masked, by position: 24 tokens, gamma = 0.6, mu = 4, mean over")
+    print("j = 1 ... mu and 20,000 draws. What is masked is scored, but for trace, which scores a slice of it.\n")
+    print(f"{'position':<14}" + "".join(f"{n:>5}" for n in (*range(1, 25, 4), 24)) + "   mean")
+    for name, p in curves.items():
+        cells = "".join(f"{v:5.2f}" for v in (*p[::4], p[-1]))
+        print(f"{name:<14}{cells}  {p.mean():5.3f}  " + "".join(" ▁▂▃▄▅▆▇█"[round(float(v) * 8)] for v in p))
+    row, ratios = torch.ones(1, 256, dtype=torch.bool), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
     print("\nAlg. 1 clamps its ramp below r = 1/2; the ratio that 256 tokens really expect:")
-    print("  r        " + "".join(f"{r:7.1f}" for r in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)))
-    print("  expected " + "".join(f"{expected_ratio(row, r).item():7.3f}" for r in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)))
+    print("  r        " + "".join(f"{r:7.1f}" for r in ratios))
+    print("  expected " + "".join(f"{expected_ratio(row, r).item():7.3f}" for r in ratios))
     draw(curves)
 
 
@@ -197,11 +198,11 @@ def draw(curves: dict[str, Tensor], path: str = "remask.png") -> None:
         print("\n(pip install matplotlib, and this also draws remask.png)")
         return
     figure, axes = plt.subplots(figsize=(7, 3.6))
-    for scheme, p in curves.items():
-        axes.plot(range(1, len(p) + 1), p, marker=".", label=scheme)
-    axes.set(xlabel="position in the completion", ylabel="probability of being scored", ylim=(0, 1.05))
+    for name, p in curves.items():
+        axes.plot(range(1, len(p) + 1), p, marker=".", label=name)
+    axes.set(xlabel="position in the completion", ylabel="probability of being masked", ylim=(0, 1.05))
     axes.set_title("What each re-masking looks at (gamma = 0.6, mu = 4)", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"\npicture: {path}")

@@ -23,6 +23,8 @@ Departures from the paper and from its official code
 """
 
 import json
+import math
+import operator
 import random
 import re
 import zlib
@@ -54,11 +56,8 @@ TEMPLATES = (
     ("{name} fills {a} bags, {b} {item} each, sells {c}. How many?", "*", "-"),
     ("{name} fills {a} bags, {b} {item} each, buys {c}. How many?", "*", "+"),
 )
-OPERATIONS: dict[str, Callable[[int, int], int]] = {
-    "+": lambda x, y: x + y,
-    "-": lambda x, y: x - y,
-    "*": lambda x, y: x * y,
-}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+LARGEST = 20  # of all numbers in a problem: some 250 different sums, differences and products
 SPLITS = ("train", "validation", "test", "unseen")
 
 
@@ -77,26 +76,24 @@ def split_of(question: str, first: tuple[int, str, int], second: tuple[int, str,
     return {0: "test", 1: "validation"}.get(part, "train")
 
 
-def operands(rng: random.Random, op: str) -> tuple[int, int]:
-    """Two numbers of the first operation."""
-    return (rng.randint(2, 9), rng.randint(2, 9)) if op == "*" else (rng.randint(2, 20), rng.randint(2, 9))
-
-
 def generate_gsm8k(split: str, n: int, seed: int) -> list[Problem]:
     """n different grade-school word problems with a worked solution, in GSM8K's format, from a seed."""
     rng = random.Random(f"gsm8k {split} {seed}")
     problems: dict[str, Problem] = {}
+    attempts = 0
     while len(problems) < n:
+        attempts += 1
+        if attempts > 1000 * n + 100_000:
+            raise DataError(f"the generator has fewer than {n} different gsm8k problems in its {split} split")
         story, op1, op2 = rng.choice(TEMPLATES)
-        a, b = operands(rng, op1)
+        a, b, c = rng.randint(2, 9 if op1 == "*" else LARGEST), rng.randint(2, 9), rng.randint(2, 9)
         middle = OPERATIONS[op1](a, b)
-        c = rng.randint(2, 9)
         result = OPERATIONS[op2](middle, c)
         question = story.format(name=rng.choice(NAMES), item=rng.choice(ITEMS), a=a, b=b, c=c)
-        if not (1 <= middle <= 20 and 1 <= result <= 20) or split_of(question, (a, op1, b), (middle, op2, c)) != split:
-            continue
-        answer = f"{a} {op1} {b} = {middle}\n{middle} {op2} {c} = {result}\n#### {result}"
-        problems[question] = {"question": question, "answer": answer}
+        small = 1 <= middle <= LARGEST and 1 <= result <= LARGEST
+        if small and split_of(question, (a, op1, b), (middle, op2, c)) == split:
+            answer = f"{a} {op1} {b} = {middle}\n{middle} {op2} {c} = {result}\n#### {result}"
+            problems[question] = {"question": question, "answer": answer}
     return list(problems.values())
 
 
@@ -138,7 +135,7 @@ def load_gsm8k(path: str | None = None, split: str = "train") -> list[Problem]:
     if path is not None:
         problems = [check_gsm8k(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
         if not problems:
-            raise DataError(f'{path}: no problems in it; expected lines like {{"question": ..., "answer": "... #### 42"}}')
+            raise DataError(f'{path}: no problems; expected lines {{"question": "...", "answer": "... #### 42"}}')
         return problems
     try:
         from datasets import load_dataset
@@ -222,20 +219,19 @@ def gsm8k_reward(completion: str, problem: Problem) -> Reward:
 
 
 # ---------------------------------------------------------------------------------------------
-# The table of tasks
+# The table of tasks, and their splits
 # ---------------------------------------------------------------------------------------------
 
 
 class Task(NamedTuple):
-    """generate(split, n, seed) and load(path, split) give problems; messages and target are what a model
-    reads and should write; reward(completion, problem) is a sum of named terms; correct is pass@1."""
+    """One task, as callables on text."""
 
-    generate: Callable[[str, int, int], list[Problem]]
-    load: Callable[[str | None, str], list[Problem]]
-    messages: Callable[[Problem], list[dict[str, str]]]
-    target: Callable[[Problem], str]
-    reward: Callable[[str, Problem], Reward]
-    correct: Callable[[str, Problem], bool]
+    generate: Callable[[str, int, int], list[Problem]]  # (split, n, seed) -> n different problems
+    load: Callable[[str | None, str], list[Problem]]  # (file, or None for the published data; split)
+    messages: Callable[[Problem], list[dict[str, str]]]  # what the model is asked, for a chat template
+    target: Callable[[Problem], str]  # what SFT teaches it to write
+    reward: Callable[[str, Problem], Reward]  # (completion, problem) -> named terms; the reward is their sum
+    correct: Callable[[str, Problem], bool]  # (completion, problem) -> solved
 
 
 TASKS = {
@@ -243,17 +239,69 @@ TASKS = {
 }
 
 
+def generated_splits(task: Task, n: int, seed: int) -> dict[str, list[Problem]]:
+    """Generated problems: train from the run's seed, n held-out ones per split from seed 0, the same for every run."""
+    train = task.generate("train", 20_000, seed)
+    held_out = {"validation": 256, "test": n, "unseen": n}
+    return {"train": train} | {split: task.generate(split, count, 0) for split, count in held_out.items()}
+
+
+def published_splits(task: Task, data: str | None, eval_data: str | None, n: int) -> dict[str, list[Problem]]:
+    """Published problems, from files or by `datasets` (data None). Held-out problems never train.
+
+    test is eval_data, else the published test split, else every tenth problem of data; its first n (0: all).
+    validation is the last tenth of what remains, 256 at most. There is no unseen split.
+    """
+    train = task.load(data, "train")
+    if eval_data or data is None:
+        test = task.load(eval_data, "test")
+    else:
+        train, test = [p for i, p in enumerate(train) if i % 10 != 9], train[9::10]
+    held = min(256, len(train) // 10)
+    if not test or not held:
+        raise DataError(f"{data}: {len(train)} problems are too few to hold some out; give 20 or more, or --eval_data")
+    return {"train": train[:-held], "validation": train[-held:], "test": test[: n or None], "unseen": []}
+
+
+# ---------------------------------------------------------------------------------------------
+# Verdicts -> figures
+# ---------------------------------------------------------------------------------------------
+
+
+def accuracy(right: list[bool]) -> dict[str, float]:
+    """{"accuracy", "stderr", "n"} of one verdict per problem; stderr is the binomial one."""
+    n, p = len(right), sum(right) / len(right)
+    return {"accuracy": round(p, 6), "stderr": round(math.sqrt(p * (1 - p) / n), 6), "n": n}
+
+
+def pass_at(right: list[list[bool]], k: int) -> float:
+    """pass@k from n >= k samples per problem, c of them right: the mean of 1 - C(n - c, k) / C(n, k), unbiased."""
+    return sum(1 - math.comb(len(row) - sum(row), k) / math.comb(len(row), k) for row in right) / len(right)
+
+
+def paired_p(before: list[bool], after: list[bool]) -> float:
+    """Two-sided exact McNemar test on the same problems: how likely so uneven a split of the changed verdicts is."""
+    won = sum(a and not b for b, a in zip(before, after, strict=True))
+    lost = sum(b and not a for b, a in zip(before, after, strict=True))
+    tail = sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1))
+    return min(1.0, 2 * tail / 2 ** (won + lost))
+
+
 def main() -> None:
     for name, task in TASKS.items():
         print(f"{name}\n" + "-" * len(name))
         for split in SPLITS:
             problem = task.generate(split, 1, 0)[0]
-            print(f"{split:<11} {problem['question']}\n" + "".join(f"{'':<11} | {s}\n" for s in task.target(problem).splitlines()))
-        problem = {"question": "Tom has 12 apples, finds 7 and sells 4. How many are left?", "answer": "12 + 7 = 19\n19 - 4 = 15\n#### 15"}
-        print(f"What completions earn where the answer is {gold_answer(problem)}:\n{'completion':<38} correctness  format")
-        for completion in (problem["answer"], "#### 15", "12 + 7 = 19\n#### 12", "The answer is \\boxed{$15.00}.", "15", "#### 14\n#### 15", ""):
-            reward = task.reward(completion, problem)
-            print(f"{completion!r:<38} {reward['correctness']:>11.1f} {reward['format']:>7.1f}")
+            print(f"{split:<11} {problem['question']}")
+            print("".join(f"{'':<11} | {line}\n" for line in task.target(problem).splitlines()))
+    problem = generate_gsm8k("train", 1, 0)[0]
+    right, steps = gold_answer(problem), problem["answer"]
+    print(f"What completions of a gsm8k problem earn where the answer is {right}:")
+    print(f"{'completion':<44} correctness  format")
+    tries = (steps, f"#### {right}", f"The answer is \\boxed{{${right}.00}}.", f"{right}", f"#### 99\n#### {right}", "")
+    for completion in tries:
+        reward = task.reward(completion, problem)
+        print(f"{completion!r:<44} {reward['correctness']:>11.1f} {reward['format']:>7.1f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""Fixtures: random checkpoints in the official on-disk formats, GSM8K-format data, and the scripts as commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
+
+import rewards  # noqa: E402
+
+
+def llada_checkpoint(path: Path, tokenizer, *, drop: str = "", extra: str = "", mask_token_id: int | None = None) -> Path:
+    """A random checkpoint with LLaDA's config.json and weight names: hidden 32, 2 layers, 4 heads."""
+    torch.manual_seed(0)
+    d, f, v, layers = 32, 48, len(tokenizer), 2
+    config = {
+        "architectures": ["LLaDAModelLM"], "model_type": "llada", "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"},
+        "d_model": d, "mlp_hidden_size": f, "n_layers": layers, "n_heads": 4, "n_kv_heads": 4, "vocab_size": v, "embedding_size": v,
+        "max_sequence_length": 512, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "weight_tying": False,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "mask_token_id": tokenizer.convert_tokens_to_ids("<|mdm_mask|>") if mask_token_id is None else mask_token_id,
+    }  # fmt: skip
+    if mask_token_id == -1:
+        del config["mask_token_id"]
+    shapes = {"wte.weight": (v, d), "ln_f.weight": (d,), "ff_out.weight": (v, d)}
+    for n in range(layers):
+        block = {"attn_norm": (d,), "ff_norm": (d,), "q_proj": (d, d), "k_proj": (d, d), "v_proj": (d, d), "attn_out": (d, d)}
+        block |= {"ff_proj": (f, d), "up_proj": (f, d), "ff_out": (d, f)}
+        shapes |= {f"blocks.{n}.{name}.weight": shape for name, shape in block.items()}
+    weights = {f"model.transformer.{k}": torch.randn(s) * (0.3 if len(s) > 1 else 0.1) + (len(s) == 1) for k, s in shapes.items()}
+    weights = {k: w for k, w in weights.items() if not (drop and drop in k)}
+    return write_checkpoint(path, config, weights | ({extra: torch.zeros(2)} if extra else {}), tokenizer)
+
+
+def dream_checkpoint(path: Path, tokenizer) -> Path:
+    """A random checkpoint with Dream's config.json and weight names: Qwen2-shaped, 2 key heads for 4 query heads."""
+    torch.manual_seed(1)
+    d, f, v, layers = 32, 48, len(tokenizer), 2
+    config = {
+        "architectures": ["DreamModel"], "model_type": "Dream", "auto_map": {"AutoModel": "modeling_dream.DreamModel"},
+        "hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": v, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
+        "tie_word_embeddings": False, "hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True,
+        "bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "mask_token_id": tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
+    }  # fmt: skip
+    shapes = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,), "lm_head.weight": (v, d)}
+    for n in range(layers):
+        layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,)}
+        layer |= {f"self_attn.{p}_proj.{w}": (rows, d)[: 2 if w == "weight" else 1] for p, rows in (("q", d), ("k", 16), ("v", 16)) for w in ("weight", "bias")}
+        layer |= {"self_attn.o_proj.weight": (d, d), "mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
+        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
+    weights = {k: torch.randn(s) * (0.3 if len(s) > 1 else 0.1) + ("norm" in k) for k, s in shapes.items()}
+    return write_checkpoint(path, config, weights, tokenizer, tokenizer_class="DreamTokenizer")
+
+
+def write_checkpoint(path: Path, config: dict, weights: dict, tokenizer, tokenizer_class: str | None = None) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(path)
+    if tokenizer_class:  # Dream ships vocab.json and merges.txt, and a tokenizer class of its own
+        tokenizer.backend_tokenizer.model.save(str(path))
+        (path / "tokenizer.json").unlink()
+        file = path / "tokenizer_config.json"
+        settings = json.loads(file.read_text()) | {"tokenizer_class": tokenizer_class, "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
+        file.write_text(json.dumps(settings))
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def gsm8k_file(path: Path, n: int = 60) -> Path:
+    """Problems in GSM8K's own format: prose with <<calculator marks>> and a last line `#### N`."""
+    lines = []
+    for p in rewards.generate_gsm8k("train", n, 7):
+        first, second, last = p["answer"].splitlines()
+        marked = [f"So it is {s.rpartition(' ')[0]} <<{s.replace(' ', '')}>>{s.rpartition(' ')[2]}." for s in (first, second)]
+        lines.append(json.dumps({"question": p["question"], "answer": "\n".join(marked + [last])}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> Path:
+    return gsm8k_file(tmp_path_factory.mktemp("data") / "gsm8k.jsonl")
+
+
+@pytest.fixture(scope="session")
+def bpe(data_file):
+    """A byte-level BPE tokenizer trained on the data file, with LLaDA's special tokens and chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>", "<|start_header_id|>", "<|end_header_id|>"]
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    raw.train([str(data_file)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=special[0], pad_token=special[0], additional_special_tokens=special[1:])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def llada(tmp_path_factory, bpe) -> Path:
+    return llada_checkpoint(tmp_path_factory.mktemp("llada") / "llada", bpe)
+
+
+@pytest.fixture(scope="session")
+def dream(tmp_path_factory, bpe) -> Path:
+    return dream_checkpoint(tmp_path_factory.mktemp("dream") / "dream", bpe)
+
+
+@pytest.fixture
+def start():
+    """start(*argv, launch=(), **env) -> a running `maskgrpo.py`, by python or by `accelerate launch LAUNCH`."""
+    running = []
+
+    def call(*argv, launch=None, cwd=ROOT, **env) -> subprocess.Popen:
+        prefix = [sys.executable] if launch is None else [sys.executable, "-m", "accelerate.commands.launch", *launch]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
+        command = [*prefix, str(ROOT / "maskgrpo.py"), *map(str, argv)]
+        running.append(subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return running[-1]
+
+    yield call
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def script(start):
+    """script(*argv, ...) -> (exit code, standard output, standard error) of `maskgrpo.py`."""
+
+    def call(*argv, **options):
+        process = start(*argv, **options)
+        out, err = process.communicate(timeout=400)
+        return process.returncode, out, err
+
+    return call

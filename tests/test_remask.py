@@ -1,0 +1,127 @@
+"""remask.py: every scheme's mask probability, position by position, against the formula in plain Python."""
+
+import pytest
+import torch
+
+import remask
+
+N = 4000
+GRID = (torch.arange(N) + 0.5) / N  # noise that hits every quantile once: probabilities to 1/N, without chance
+
+
+def layouts():
+    """Completions of several lengths that start anywhere, prompts padded on the left: (3, 12) bool, lengths 12, 5, 1."""
+    rows = torch.zeros(3, 12, dtype=torch.bool)
+    rows[0, :], rows[1, 4:9], rows[2, 11:] = True, True, True
+    return rows
+
+
+def probability(scheme, completion):
+    """P(masked) of one row's positions, by running the scheme on the grid of noise; (L,) float."""
+    wide = completion.expand(N, -1)
+    return scheme(wide, GRID[:, None].expand(N, wide.shape[1])).masked.float().mean(0)
+
+
+def keep_by_hand(length, r):
+    """Alg. 1 in plain Python: p = d (1 - r) L_o / sum(d), clamped to a probability."""
+    d = [1 - i / (length - 1) if length > 1 else 1.0 for i in range(length)]
+    return [min(1.0, v * (1 - r) * length / sum(d)) for v in d]
+
+
+@pytest.mark.parametrize("r", [0.3, 0.5, 0.633, 0.9, 1.0])
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_fading_out_is_algorithm_1_over_the_completion_alone(row, r):
+    completion = layouts()[row]
+    got = probability(lambda c, u: remask.fading_out(c, r, u), completion)
+    expected = torch.zeros(12)
+    expected[completion] = 1 - torch.tensor(keep_by_hand(int(completion.sum()), r))
+    torch.testing.assert_close(got, expected, atol=1 / N, rtol=0)
+
+
+@pytest.mark.parametrize("r", [0.1, 0.6, 1.0])
+def test_uniform_hides_every_completion_token_with_probability_r(r):
+    for completion in layouts():
+        got = probability(lambda c, u: remask.uniform(c, r, u), completion)
+        torch.testing.assert_close(got, r * completion.float(), atol=1 / N, rtol=0)
+
+
+def test_the_clamp_raises_the_expected_ratio_below_one_half():
+    row = torch.ones(1, 4096, dtype=torch.bool)
+    for r in (0.1, 0.3, 0.45):
+        assert remask.expected_ratio(row, r).item() == pytest.approx(1 / (4 * (1 - r)), abs=1e-3)  # the ramp's integral
+    for r in (0.5, 0.6, 0.8, 1.0):
+        assert remask.expected_ratio(row, r).item() == pytest.approx(r, abs=1e-3)
+    assert remask.expected_ratio(row, 0.3).item() == pytest.approx(0.357, abs=1e-3)
+
+
+def test_expected_ratio_is_the_mean_of_the_masks():
+    for completion in layouts():
+        for r in (0.3, 0.633):
+            got = probability(lambda c, u: remask.fading_out(c, r, u), completion).sum() / completion.sum()
+            assert remask.expected_ratio(completion[None], r).item() == pytest.approx(got.item(), abs=1 / N)
+
+
+def test_rows_may_have_ratios_of_their_own():
+    completion = torch.ones(2, 8, dtype=torch.bool)
+    u = torch.rand(2, 8, generator=torch.Generator().manual_seed(0))
+    r = torch.tensor([0.6, 0.9])
+    for scheme in (remask.fading_out, remask.uniform):
+        both = scheme(completion, r, u)
+        for i in range(2):
+            one = scheme(completion[i : i + 1], float(r[i]), u[i : i + 1])
+            assert torch.equal(both.masked[i], one.masked[0]) and both.t[i] == one.t[0]
+
+
+def test_full_hides_the_completion_and_15_percent_of_the_prompt():
+    completion = torch.tensor([False] * 3 + [True] * 3)
+    prompt = torch.tensor([False, True, True] + [False] * 3)  # position 0 is padding
+    u = GRID[:, None].expand(N, 6)
+    masks = remask.full(completion.expand(N, -1), prompt.expand(N, -1), u)
+    torch.testing.assert_close(masks.masked.float().mean(0), torch.tensor([0, 0.15, 0.15, 1, 1, 1]), atol=1 / N, rtol=0)
+    assert torch.equal(masks.scored, completion.expand(N, -1)) and (masks.t == 1).all()
+
+
+def test_whole_range_draws_its_ratio_from_all_of_0_to_1():
+    completion = torch.ones(N, 2, dtype=torch.bool)
+    u = torch.full((N, 2), 0.25)
+    masks = remask.whole_range(completion, u, GRID)
+    torch.testing.assert_close(masks.t, 1 - GRID)
+    assert masks.masked[:, 0].float().mean().item() == pytest.approx(0.75, abs=1 / N)  # P(0.25 < r), r uniform
+    assert (masks.t > 0).all()  # 1/t is finite
+
+
+@pytest.mark.parametrize("mu", [1, 2, 3, 5])
+def test_trace_scores_each_token_once_in_the_recorded_order(mu):
+    completion = torch.tensor([[False, True, True, True, True, True], [False, True, True, True, False, False]])
+    step = torch.tensor([[-1, 3, 0, 4, 1, 2], [-1, 1, 0, 2, 3, 3]])  # row 1 ends early: its last steps do not count
+    total = torch.zeros(2, 6)
+    for j in range(1, mu + 1):
+        masks = remask.trace(completion, step, j, mu)
+        total += masks.scored
+        assert not (masks.scored & ~masks.masked).any()
+        for row in range(2):
+            scored, visible = step[row][masks.scored[row]], step[row][completion[row] & ~masks.masked[row]]
+            if len(scored) and len(visible):
+                assert visible.max() < scored.min()  # everything revealed before is visible, nothing later is
+        torch.testing.assert_close(masks.t, torch.full((2,), 1 / mu))
+    assert torch.equal(total.bool(), completion) and total.max() == 1
+    # as many slices as steps: the very states in which the tokens were drawn
+    exact = [remask.trace(completion[:1], step[:1], j, 5) for j in range(1, 6)]
+    assert all(torch.equal(m.scored, completion[:1] & (step[:1] == j)) for j, m in enumerate(exact))
+
+
+def test_inner_times():
+    assert remask.inner_time(1, 1, 0.6) == 1.0  # mu = 1: fully masked
+    assert [remask.inner_time(j, 4, 0.6) for j in (1, 2, 3, 4)] == pytest.approx([0.7, 0.8, 0.9, 1.0])
+    assert [remask.inner_time(j, 4, 0.0) for j in (1, 4)] == pytest.approx([0.25, 1.0])
+    for j in (0, 5):
+        with pytest.raises(ValueError, match="outside"):
+            remask.inner_time(j, 4, 0.6)
+
+
+def test_seeded_generators_depend_on_their_key_alone_and_leave_the_global_one():
+    before = torch.get_rng_state()
+    draws = {key: torch.rand(4, generator=remask.seeded(*key)) for key in ((1, 2, 3), (1, 3, 2), (0, 1, 2, 3))}
+    assert torch.equal(draws[1, 2, 3], torch.rand(4, generator=remask.seeded(1, 2, 3)))
+    assert len({tuple(v.tolist()) for v in draws.values()}) == 3
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,173 @@
+"""rewards.py: the generator against a second evaluator, published formats, answers and figures by hand."""
+
+import json
+import math
+import random
+import re
+from decimal import Decimal
+
+import pytest
+
+import rewards
+from rewards import DataError
+
+
+def solve(question: str) -> int:
+    """An independent reading of the question: numbers in order, operations from the verbs."""
+    a, b, c = map(int, re.findall(r"\d+", question))
+    verbs = re.findall(r"fills|buys|finds|sells|loses", question)
+    value = a * b if verbs[0] == "fills" else a
+    for verb, n in zip(verbs[-2:] if verbs[0] != "fills" else verbs[-1:], (b, c) if verbs[0] != "fills" else (c,)):
+        value += n if verb in ("buys", "finds") else -n
+    return value
+
+
+@pytest.mark.parametrize("split", rewards.SPLITS)
+def test_generated_problems_are_right_and_worked_out(split):
+    for p in rewards.generate_gsm8k(split, 400, 3):
+        assert rewards.gold_answer(p) == solve(p["question"])
+        lines = p["answer"].splitlines()
+        for line in lines[:2]:
+            x, op, y, equals, z = line.split()
+            assert {"+": int(x) + int(y), "-": int(x) - int(y), "*": int(x) * int(y)}[op] == int(z) and equals == "="
+        assert lines[1].split()[0] == lines[0].split()[-1] and lines[2] == f"#### {lines[1].split()[-1]}"
+        assert rewards.check_gsm8k(p, "here") == p
+
+
+def pairs(problem):
+    return [tuple(line.split()[:3]) for line in problem["answer"].splitlines()[:2]]
+
+
+def test_splits_are_disjoint_and_unseen_pairs_never_train():
+    splits = {s: rewards.generate_gsm8k(s, 3000 if s == "train" else 800, 0) for s in rewards.SPLITS}
+    questions = {s: {p["question"] for p in rows} for s, rows in splits.items()}
+    for s in rewards.SPLITS:
+        assert len(questions[s]) == len(splits[s])
+        assert all(questions[s].isdisjoint(questions[other]) for other in rewards.SPLITS if other != s)
+    # over several seeds, as a run's training seed must not matter
+    trained = {pair for seed in range(4) for p in rewards.generate_gsm8k("train", 3000, seed) for pair in pairs(p)}
+    assert all(pairs(p)[0] not in trained for p in splits["unseen"])
+    assert sum(pairs(p)[0] in trained for p in splits["test"]) > 0.98 * len(splits["test"])
+    for seed in range(4):
+        assert questions["test"].isdisjoint(p["question"] for p in rewards.generate_gsm8k("train", 3000, seed))
+
+
+def test_generation_repeats_from_its_seed():
+    assert rewards.generate_gsm8k("train", 50, 1) == rewards.generate_gsm8k("train", 50, 1)
+    assert rewards.generate_gsm8k("train", 50, 1) != rewards.generate_gsm8k("train", 50, 2)
+    random.seed(0)
+    state = random.getstate()
+    rewards.generate_gsm8k("test", 50, 1)
+    assert random.getstate() == state
+    with pytest.raises(DataError, match="fewer than"):
+        rewards.generate_gsm8k("none", 1, 0)
+
+
+@pytest.mark.parametrize(
+    "completion,answer",
+    [
+        ("so 12 + 3 = 15\n#### 15", "15"),
+        ("#### $1,234.50", "1234.5"),
+        ("#### 42.0", "42"),
+        ("#### 42 apples.", "42"),
+        ("#### -7", "-7"),
+        ("\\boxed{42}", "42"),
+        ("\\boxed {\\$ 42}", "42"),
+        ("<answer>\n18\n</answer>", "18"),
+        ("<reasoning>3</reasoning><answer> 18 </answer>", "18"),
+        ("#### 15\n#### 15.0", "15"),
+        ("15", None),
+        ("The answer is 15", None),
+        ("#### 14\n#### 15", None),
+        ("#### 14 or 15", None),
+        ("####", None),
+        ("#### none", None),
+        ("", None),
+        ("#### \n15", "15"),
+        ("####15", "15"),
+        ("#### 15\n<answer>16</answer>", None),
+    ],
+)
+def test_extraction(completion, answer):
+    assert rewards.extract_answer(completion) == (None if answer is None else Decimal(answer))
+
+
+def test_reward_terms_by_hand():
+    p = {"question": "?", "answer": "12 + 3 = 15\n#### 15"}
+    cases = {
+        "12 + 3 = 15\n#### 15": (2.0, 1.0),
+        "#### 15": (2.0, 0.5),  # right, but nothing worked out
+        "12 + 3 = 15\n#### 14": (0.0, 1.0),
+        "12 + 3\n#### 15.5": (0.0, 0.5),  # in form, no integer
+        "12 + 3\n#### 15\nand more": (2.0, 0.5),  # the answer is not the last line
+        "15 15 15": (0.0, 0.0),  # digits are not an answer
+        "#### 14\n#### 15": (0.0, 0.0),
+    }
+    for completion, (correctness, form) in cases.items():
+        assert rewards.gsm8k_reward(completion, p) == {"correctness": correctness, "format": form}, completion
+        assert rewards.gsm8k_correct(completion, p) == (correctness == 2.0)
+
+
+def test_rewards_are_total_on_hostile_text():
+    p = {"question": "?", "answer": "#### 15"}
+    rng = random.Random(0)
+    noise = "".join(chr(rng.randrange(1, 0xD7FF)) for _ in range(5000))
+    for text in (noise, "#### " * 100_000, "9" * 1_000_000, "#### " + "9" * 100_000, "\\boxed{" * 50_000, "\x00\n" * 1000):
+        terms = rewards.gsm8k_reward(text, p)
+        assert terms["correctness"] == 0 and all(math.isfinite(v) for v in terms.values())
+
+
+def test_target_drops_the_calculator_marks():
+    p = {"question": "?", "answer": "He sold 48/2 = <<48/2=24>>24 clips.\n#### 24"}
+    assert rewards.gsm8k_target(p) == "He sold 48/2 = 24 clips.\n#### 24"
+
+
+def test_published_file(data_file):
+    problems = rewards.load_gsm8k(str(data_file))
+    assert len(problems) == 60 and all("<<" in p["answer"] for p in problems)
+    splits = rewards.published_splits(rewards.TASKS["gsm8k"], str(data_file), None, 3)
+    assert [len(splits[s]) for s in rewards.SPLITS] == [49, 5, 3, 0]
+    seen = [p["question"] for s in ("train", "validation", "test") for p in splits[s]]
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("", "no problems"),
+        ('{"question": "a", "answer": "#### 1"}\n{"question": "a"', "line 2: not JSON"),
+        ('{"question": "a", "answer": "#### 1"}\n\n[1]', "line 3: expected a JSON object"),
+        ('{"question": "a"}', 'line 1: field "answer"'),
+        ('{"question": 3, "answer": "#### 1"}', 'line 1: field "question"'),
+        ('{"question": "a", "answer": "1"}', "line 1: .* must end with"),
+    ],
+)
+def test_bad_files_name_file_and_line(tmp_path, text, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(text)
+    with pytest.raises(DataError, match=f"bad.jsonl.*{message}"):
+        rewards.load_gsm8k(str(file))
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(DataError, match="none.jsonl: cannot be read"):
+        rewards.load_gsm8k(str(tmp_path / "none.jsonl"))
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="b.jsonl: cannot be read"):
+        rewards.load_gsm8k(str(tmp_path / "b.jsonl"))
+    (tmp_path / "few.jsonl").write_text(json.dumps({"question": "a", "answer": "#### 1"}) + "\n")
+    with pytest.raises(DataError, match="too few"):
+        rewards.published_splits(rewards.TASKS["gsm8k"], str(tmp_path / "few.jsonl"), None, 0)
+
+
+def test_figures():
+    assert rewards.accuracy([True, True, True, False]) == {"accuracy": 0.75, "stderr": round(math.sqrt(0.75 * 0.25 / 4), 6), "n": 4}
+    rows = [[True, False, False, False], [True, True, False, False]]
+    # by enumeration: the share of pairs of samples with a right one
+    by_hand = sum(any(row[i] or row[j] for _ in (0,)) for row in rows for i in range(4) for j in range(i)) / 12
+    assert rewards.pass_at(rows, 2) == pytest.approx(by_hand)
+    assert rewards.pass_at(rows, 1) == pytest.approx(3 / 8) and rewards.pass_at(rows, 4) == 1
+    # 1 lost, 5 won: 2 (C(6,0) + C(6,1)) / 2^6
+    before, after = [True] + [False] * 5 + [True], [False] + [True] * 5 + [True]
+    assert rewards.paired_p(before, after) == pytest.approx(14 / 64)
+    assert rewards.paired_p([True, False], [True, False]) == 1.0
