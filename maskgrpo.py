@@ -17,9 +17,8 @@ problems, and stopped while it is still imperfect; a published checkpoint runs t
 Departures from the paper
  1. As printed the objective is A (rho - beta D): a negative advantage would reward divergence. Here
     it is A rho - beta D, and rho A is clipped as in PPO.
- 2. The default `--ratio token` is what the authors' code computes. `sequence` is Eq. 9 and 10 as
-    printed; `sequence_mean` takes the exponent per token, which has the same gradient at rho = 1 and
-    does not explode. README.md has the measurements.
+ 2. `--ratio token`, the default, is what the authors' code computes; `--ratio sequence` is Eq. 9 and
+    10 as printed. Their gradients agree where the policies are equal; README.md says how they compare.
  3. Tokens behind the first EOS do not count, and stay hidden in x_t, as they were in the rollout.
 Departures from the authors' code
  4. Only masked completion tokens enter the loss; there the loss mask is not indexed by j.
@@ -57,7 +56,8 @@ from typing import NamedTuple
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -111,7 +111,7 @@ class Config:
     eval_data: str = option("held-out problems, FILE.jsonl; default: every tenth problem of --data, or the published test split")
     seed: int = option("seed of everything random", 0)
     output_dir: str = option("run directory; default runs/maskgrpo-TASK-METHOD-MODEL-sSEED")
-    max_steps: int = option("RL steps (rollouts); the paper's run has 6000", paper=6000, tiny=200)
+    max_steps: int = option("RL steps (rollouts); the paper's run has 6000", paper=6000, tiny=150)
     resume: bool = option("go on from the last checkpoint in --output_dir", False)
     eval_only: bool = option("evaluate --model and leave", False)
     log_with: str = option("a tracker of Accelerate's: tensorboard, wandb, ...")
@@ -140,7 +140,7 @@ class Config:
     gamma: float = option("truncation: the lowest mask ratio, in [0, 1)")
     remask: str = option("re-masking scheme of remask.py", choices=REMASKS)
     managed_randomness: bool = option("one mask noise for a whole group instead of one per completion")
-    ratio: str = option("importance ratio on single tokens, on ell (Eq. 9), or on ell / |o|", choices=("token", "sequence", "sequence_mean"))
+    ratio: str = option("importance ratio and KL per token, or per sequence on ell (Eq. 9, 10)", choices=("token", "sequence"))
     advantage: str = option("divide by the group's std (paper) or only subtract its mean (d1)", choices=("std", "mean"))
     beta: float = option("weight of the KL to the reference", 0.01)
     clip: float = option("PPO clip of the ratio", 0.2)
@@ -164,6 +164,7 @@ def check(cfg: Config) -> None:
         (0 < cfg.temperature <= 10, f"--temperature {cfg.temperature} is outside (0, 10]; a group drawn at 0 would be G copies"),
         (0 < cfg.base_accuracy <= 1, f"--base_accuracy {cfg.base_accuracy} is outside (0, 1]"),
         (0 < cfg.clip < 1, f"--clip {cfg.clip} is outside (0, 1)"),
+        (not (cfg.eval_only and cfg.model is None), "--eval_only needs --model: a hub id, a model, adapter or run directory"),
         (not (cfg.lora and cfg.model is None), "--lora needs --model: the tiny default trains all its weights"),
         (not (cfg.sft_steps and cfg.model is None), "--sft_steps needs --model: the tiny default is trained by the ELBO already"),
         (cfg.seed >= 0 and cfg.seed < 2**32, f"--seed {cfg.seed} is outside 0..2^32-1"),
@@ -172,9 +173,14 @@ def check(cfg: Config) -> None:
     rules += [(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)} must be above 0") for name in positive]
     natural = ("max_steps", "save_every", "lora", "sft_steps", "warmup", "weight_decay", "eval_n", "eval_every", "pass_k", "beta", "guidance")
     rules += [(getattr(cfg, name) >= 0, f"--{name} {getattr(cfg, name)} must not be negative") for name in natural]
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    hint = "" if cfg.log_with not in LoggerType.list() else f"; pip install {cfg.log_with}"
+    rules.append((cfg.log_with in [None, *trackers], f"--log_with {cfg.log_with}: not a tracker that is installed{hint}"))
     for holds, message in rules:
         if not holds:
             raise UsageError(message)
+    if cfg.model is not None:
+        resolve(cfg.model)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -189,11 +195,13 @@ LLADA_KEYS = {
     r"^model\.transformer\.blocks\.": "model.layers.",
     r"\.attn_norm\.": ".input_layernorm.",
     r"\.ff_norm\.": ".post_attention_layernorm.",
-    r"(layers\.\d+)\.([qkv]_proj)\.": r"\1.self_attn.\2.",
+    r"\.q_proj\.": ".self_attn.q_proj.",
+    r"\.k_proj\.": ".self_attn.k_proj.",
+    r"\.v_proj\.": ".self_attn.v_proj.",
     r"\.attn_out\.": ".self_attn.o_proj.",
     r"\.ff_proj\.": ".mlp.gate_proj.",
     r"\.up_proj\.": ".mlp.up_proj.",
-    r"(layers\.\d+)\.ff_out\.": r"\1.mlp.down_proj.",
+    r"\.ff_out\.": ".mlp.down_proj.",  # a block's; the top-level one is renamed above
 }
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # what a chat model ends its turn with, where its vocabulary has it
 BIDIRECTIONAL = dict(is_causal=False, use_cache=False)
@@ -317,8 +325,8 @@ def resolve(path: str) -> tuple[str, str | None]:
     """(base model, adapter or None) of a hub id, a model directory, an adapter directory or a run directory."""
     inner = Path(path) / "model"
     path = str(inner) if inner.is_dir() else path
-    if Path(path).exists() and not Path(path).is_dir():
-        raise UsageError(f"--model {path}: a file; expected a directory or a hub id")
+    if not Path(path).is_dir() and (Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1):
+        raise UsageError(f"--model {path}: not a directory, and not a hub id either (those read OWNER/NAME)")
     adapter = Path(path) / "adapter_config.json"
     if adapter.is_file():
         return json.loads(adapter.read_text())["base_model_name_or_path"], path
@@ -493,57 +501,53 @@ def group_advantages(rewards: Tensor, group_size: int, convention: str) -> Tenso
     return centred.reshape(-1)
 
 
-def surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """PPO's pessimistic min(rho A, clip(rho, 1 - clip, 1 + clip) A), elementwise; rho = exp(log_ratio)."""
-    rho = log_ratio.clamp(max=20).exp()  # e^20 is far outside the clip; more would overflow
+def surrogate(log_rho: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """PPO's pessimistic min(rho A, clip(rho, 1 - clip, 1 + clip) A), elementwise; rho = exp(log_rho)."""
+    rho = log_rho.clamp(max=20).exp()  # e^20 is far outside the clip; beyond it exp would overflow
     return torch.minimum(rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def kl_estimate(log_ref_ratio: Tensor) -> Tensor:
-    """D = e^d - d - 1 with d = log pi_ref - log pi: >= 0, and unbiased for KL(pi || pi_ref) under samples of pi."""
-    d = log_ref_ratio.clamp(max=20)
-    return d.exp() - d - 1
+def kl_estimate(d: Tensor) -> Tensor:
+    """D = e^d - d - 1, elementwise, with d = log pi_ref - log pi: >= 0, and unbiased for KL(pi || pi_ref) on samples
+    of pi. In log space until the last step."""
+    d = d.clamp(max=20)
+    return d.expm1() - d
 
 
 class Loss(NamedTuple):
-    """loss: scalar; kl: scalar mean of D; clipped: share of ratios outside the clip; spread: mean |log rho|."""
+    """Scalars: the loss; the mean of D; the share of ratios outside the clip; the mean of |log rho|."""
 
     loss: Tensor
     kl: Tensor
     clipped: Tensor
-    spread: Tensor
+    log_ratio: Tensor
 
 
-def policy_loss(
-    log_p: Tensor, old: Tensor, ref: Tensor | None, masks: Remask, advantages: Tensor, lengths: Tensor, *, ratio: str, clip: float, beta: float
-) -> Loss:
-    """-(1/G) sum_i (A_i rho_i - beta D_i) / |o_i| for one inner update j, averaged over groups.
+def policy_loss(log_p, old, ref, masks: Remask, advantages, lengths, *, ratio: str, clip: float, beta: float) -> Loss:
+    """-(1/G) sum_i (A_i rho_i - beta D_i) / |o_i| of one inner update j, averaged over groups.
 
-    log_p, old, ref: (B, L) float32 token log-probabilities, 0 where not scored; advantages, lengths: (B,).
-    token: rho and D per token, mean over the row's *scored* tokens, about t |o_i| of them (authors' code).
-    sequence: Eq. 9 and 10 on the ell of a whole row; 1/|o_i| turns its sum over tokens into a mean.
-    sequence_mean: the same on ell / |o_i|, whose exponent is per token; 1/|o_i| is then inside.
-    The final mean is over B = groups x G rows: 1/G and the mean over groups at once.
+    log_p, old, ref (None without KL): (B, L) float32 token log-probabilities, 0 where not scored;
+    advantages, lengths: (B,) float32, lengths = |o|. Raises ValueError where shapes disagree.
     """
-    if not log_p.shape == old.shape == masks.scored.shape or advantages.shape != lengths.shape or len(lengths) != len(log_p):
-        raise ValueError(f"shapes disagree: log_p {log_p.shape}, old {old.shape}, scored {masks.scored.shape}, A {advantages.shape}")
     ref = log_p.detach() if ref is None else ref
-    if ratio == "token":
-        counts = masks.scored.sum(1).clamp(min=1)
-        log_rho, d, a = log_p - old, ref - log_p, advantages[:, None]
-        mean = lambda v: (v * masks.scored).sum(1) / counts  # (B, L) -> (B,)
+    if {log_p.shape, old.shape, ref.shape} != {masks.scored.shape} or {advantages.shape, lengths.shape} != {masks.t.shape}:
+        raise ValueError(f"shapes disagree: log_p {log_p.shape}, old {old.shape}, scored {masks.scored.shape}, A {advantages.shape}")
+    if ratio == "sequence":
+        # Eq. 9: log rho = ell_theta - ell_old;  Eq. 10: d = ell_ref - ell_theta; one of each per completion.
+        log_rho, d, a = sequence_ell(log_p - old, masks.t), sequence_ell(ref - log_p, masks.t), advantages
+        # 1/|o_i|: ell sums over the completion's tokens, this makes it a mean, so long answers weigh no more
+        mean = lambda v: v / lengths  # noqa: E731
+        row = lambda v: v  # noqa: E731
     else:
-        scale = lengths if ratio == "sequence_mean" else torch.ones_like(lengths)
-        # Eq. 9: log rho = ell_theta - ell_old;  Eq. 10: d = ell_ref - ell_theta
-        log_rho = sequence_ell(log_p - old, masks.t) / scale
-        d, a = sequence_ell(ref - log_p, masks.t) / scale, advantages
-        mean = (lambda v: v) if ratio == "sequence_mean" else (lambda v: v / lengths)
+        # The authors' code: a ratio and a D per token, and the mean over the row's scored tokens, some t |o_i| of
+        # them: the same as (1/t) sum / |o_i| on average, without the noise of how many tokens were masked.
+        log_rho, d, a = log_p - old, ref - log_p, advantages[:, None]
+        mean = row = lambda v: (v * masks.scored).sum(1) / masks.scored.sum(1).clamp(min=1)  # noqa: E731
     kl = kl_estimate(d)
-    objective = mean(surrogate(log_rho, a, clip) - beta * kl)  # (B,)
+    loss = -mean(surrogate(log_rho, a, clip) - beta * kl).mean()  # over B = groups x G rows: 1/G and the groups' mean
     with torch.no_grad():
-        outside = mean(((log_rho.exp() - 1).abs() > clip).float())
-        spread = mean(log_rho.abs())
-    return Loss(-objective.mean(), mean(kl).mean().detach(), outside.mean(), spread.mean())
+        outside = ((log_rho.clamp(max=20).exp() - 1).abs() > clip).float()
+        return Loss(loss, row(kl).mean(), row(outside).mean(), row(log_rho.abs()).mean())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}  # the same on a machine with GPUs
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 
 import rewards  # noqa: E402
@@ -129,7 +129,7 @@ def start():
 
     def call(*argv, launch=None, cwd=ROOT, **env) -> subprocess.Popen:
         prefix = [sys.executable] if launch is None else [sys.executable, "-m", "accelerate.commands.launch", *launch]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | env
         command = [*prefix, str(ROOT / "maskgrpo.py"), *map(str, argv)]
         running.append(subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return running[-1]

@@ -113,11 +113,11 @@ def test_another_process_that_has_not_ended_keeps_this_one_computing():
 
 
 def test_eos_last_waits_for_the_rest_of_its_block():
-    denoise, x = constant([EOS, 1, 2, 3]), torch.full((1, 4), MASK)  # position 0, an EOS, is the most confident
+    denoise, x = constant([0, 1, EOS, 3]), torch.full((1, 4), MASK)  # confidence falls from left to right
     settings = dict(block_length=4, tokens_per_step=1, temperature=0, generator=torch.Generator(), eos_ids=[EOS], pad_id=PAD)
     whole = torch.ones_like(x, dtype=torch.bool)
-    assert es.semi_autoregressive(denoise, x, whole, **settings).unmask_step.tolist() == [[0, -1, -1, -1]]
-    assert es.semi_autoregressive(denoise, x, whole, eos_last=True, **settings).unmask_step.tolist() == [[3, 0, 1, 2]]
+    assert es.semi_autoregressive(denoise, x, whole, **settings).unmask_step.tolist() == [[0, 1, 2, -1]]
+    assert es.semi_autoregressive(denoise, x, whole, eos_last=True, **settings).unmask_step.tolist() == [[0, 1, 3, -1]]
 
 
 def test_a_row_does_not_depend_on_its_batch():
