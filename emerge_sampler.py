@@ -145,7 +145,7 @@ def semi_autoregressive(
         unfinished = masked & through_eos(x, completion, eos_ids)  # what still has to be decoded, (B, L)
         if everyone(not bool(unfinished.any())):
             break
-        for s in range(-(-block_length // tokens_per_step)):
+        for _ in range(-(-block_length // tokens_per_step)):
             candidates = masked & (block == b) & through_eos(x, completion, eos_ids)
             logits = denoise(x, candidates)  # (N, V)
             noise = exponential_noise(candidates, logits.shape[-1], generator) if temperature > 0 else None
@@ -218,7 +218,9 @@ def main() -> None:
     exact = torch.multinomial(p, rows, True, generator=torch.Generator().manual_seed(0)).bincount(minlength=len(p))
     floor = float(0.5 * (exact / rows - p).abs().sum())
     print(f"A chain of 4 tokens over 3 words, neighbours agree with probability .7; {rows:,} samples, T = 1.")
-    print(f"Entropy of the truth {float(-(p * p.log2()).sum()):.2f} bits; distance of as many exact samples {floor:.3f}\n")
+    print(
+        f"Entropy of the truth {float(-(p * p.log2()).sum()):.2f} bits; distance of as many exact samples {floor:.3f}\n"
+    )
     print(f"{'block':>5} {'tokens/step':>11} {'forwards':>8} {'total variation':>15} {'entropy, bits':>13}")
     for block_length, k in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)):
         distance, entropy, forwards = compare(joint, rows, block_length=block_length, tokens_per_step=k)

@@ -19,15 +19,16 @@ Departures from the paper
     it is A rho - beta D, and rho A is clipped as in PPO.
  2. `--ratio token`, the default, is what the authors' code computes; `--ratio sequence` is Eq. 9 and
     10 as printed. Their gradients agree where the policies are equal; README.md says how they compare.
- 3. Tokens behind the first EOS do not count, and stay hidden in x_t, as they were in the rollout.
+ 3. Exponentials of log ratios beyond 1 go on as tangents (`tame_exp`), which the sequence form needs.
+ 4. Tokens behind the first EOS do not count, and stay hidden in x_t, as they were in the rollout.
 Departures from the authors' code
- 4. Only masked completion tokens enter the loss; there the loss mask is not indexed by j.
- 5. j is a loop index, so each rollout sees all mu masks whatever the gradient accumulation.
- 6. Masks come from a generator keyed by (seed, step, j, group): the same for old, new and reference
+ 5. Only masked completion tokens enter the loss; there the loss mask is not indexed by j.
+ 6. j is a loop index, so each rollout sees all mu masks whatever the gradient accumulation.
+ 7. Masks come from a generator keyed by (seed, step, j, group): the same for old, new and reference
     policy and for any number of processes. The global generator is never reseeded.
- 7. Log-probabilities are taken at the rollout's temperature. The rollout also *selects* positions by
+ 8. Log-probabilities are taken at the rollout's temperature. The rollout also *selects* positions by
     confidence; like every method compared here, ell leaves that choice out.
- 8. The reward asks for GSM8K's own `#### 42` (rewards.py), the masks' ramp is per row (remask.py).
+ 9. The reward asks for GSM8K's own `#### 42` (rewards.py), the masks' ramp is per row (remask.py).
 
     python maskgrpo.py --task gsm8k                        # the tiny default, minutes on a laptop
     accelerate launch maskgrpo.py --task gsm8k             # the same through Accelerate's launcher
@@ -40,6 +41,7 @@ Departures from the authors' code
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -57,7 +59,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -79,9 +81,10 @@ class UsageError(ValueError):
 # ---------------------------------------------------------------------------------------------
 
 
-def option(help: str, default=None, *, paper=None, tiny=None, choices=None):
-    """A field whose default is `default`, or `paper` with --model and `tiny` without."""
-    return dataclasses.field(default=default, metadata=dict(help=help, paper=paper, tiny=tiny, choices=choices))
+def option(help: str, default=None, *, paper=None, tiny=None, choices=None, within="[0, inf)"):
+    """A field whose default is `default`, or `paper` with --model and `tiny` without; numbers lie `within`."""
+    meta = dict(help=help, paper=paper, tiny=tiny, choices=choices, within=within)
+    return dataclasses.field(default=default, metadata=meta)
 
 
 # A method is a row of choices; a flag given by hand wins over its row.
@@ -106,10 +109,10 @@ class Config:
     # what runs
     task: str = option("task, a row of rewards.TASKS", "gsm8k", choices=tuple(TASKS))
     method: str = option("a row of METHODS", "maskgrpo", choices=tuple(METHODS))
-    model: str = option("hub id or path of a masked diffusion model, an adapter or a run directory; default: tiny, trained here")
-    data: str = option('training problems: FILE.jsonl, or "generated"; default: generated for tiny, else the published data')
-    eval_data: str = option("held-out problems, FILE.jsonl; default: every tenth problem of --data, or the published test split")
-    seed: int = option("seed of everything random", 0)
+    model: str = option("hub id, or path of a model, adapter or run directory; default: a tiny model, trained here")
+    data: str = option('training problems, FILE.jsonl or "generated"; default: published, for tiny generated')
+    eval_data: str = option("held-out problems, FILE.jsonl; default: published, or every tenth of --data")
+    seed: int = option("seed of everything random", 0, within="[0, 4294967295]")
     output_dir: str = option("run directory; default runs/maskgrpo-TASK-METHOD-MODEL-sSEED")
     max_steps: int = option("RL steps (rollouts); the paper's run has 6000", paper=6000, tiny=150)
     resume: bool = option("go on from the last checkpoint in --output_dir", False)
@@ -120,67 +123,76 @@ class Config:
     lora: int = option("LoRA rank (alpha = rank / 2), 0: train all weights; the paper has 128", 0)
     bf16: bool = option("frozen weights and matrix products in bfloat16", paper=torch.cuda.is_available(), tiny=False)
     gradient_checkpointing: bool = option("recompute activations to save memory", paper=True, tiny=False)
-    base_accuracy: float = option("tiny: training ends at this validation accuracy, in (0, 1]", 0.4)
-    base_steps: int = option("tiny: training ends after this many steps at the latest", 4000)
+    base_accuracy: float = option("tiny: training ends at this validation accuracy", 0.4, within="(0, 1]")
+    base_steps: int = option("tiny: training ends after this many steps at the latest", 4000, within="[1, inf)")
     sft_steps: int = option("steps of supervised ELBO training before RL (SFT + MaskGRPO)", 0)
-    sft_batch_size: int = option("sequences per process and step of ELBO training", paper=8, tiny=64)
-    sft_lr: float = option("AdamW learning rate of ELBO training", paper=1e-5, tiny=3e-3)
+    sft_batch_size: int = option("sequences per process and step of ELBO training", paper=8, tiny=64, within="[1, inf)")
+    sft_lr: float = option("AdamW learning rate of ELBO training", paper=1e-5, tiny=3e-3, within="(0, inf)")
     # rollout (emerge_sampler.py)
-    gen_length: int = option("completion length, tokens", paper=256, tiny=16)
-    block_length: int = option("tokens per semi-autoregressive block", paper=16, tiny=4)
-    tokens_per_step: int = option("tokens revealed per step; the paper has 256 tokens in 128 steps", paper=2, tiny=4)
-    temperature: float = option("rollout temperature, also of the log-probabilities", paper=0.9, tiny=1.0)
+    gen_length: int = option("completion length, tokens", paper=256, tiny=16, within="[1, inf)")
+    block_length: int = option("tokens per semi-autoregressive block", paper=16, tiny=4, within="[1, inf)")
+    tokens_per_step: int = option(
+        "tokens revealed per step; the paper has 256 tokens in 128 steps", paper=2, tiny=4, within="[1, inf)"
+    )
+    temperature: float = option(
+        "rollout temperature, also of the log-probabilities", paper=0.9, tiny=1.0, within="(0, 10]"
+    )
     guidance: float = option("classifier-free guidance, 0: none", 0.0)
     eos_last: bool = option("EOS waits until the rest of its block is filled", False)
     # GRPO
-    group_size: int = option("G, completions per prompt", paper=6, tiny=8)
-    batch_size: int = option("completions per process and micro-batch, a multiple of G", paper=6, tiny=128)
-    accumulation: int = option("micro-batches per update", paper=2, tiny=1)
-    mu: int = option("inner updates per rollout", paper=12, tiny=4)
-    gamma: float = option("truncation: the lowest mask ratio, in [0, 1)")
+    group_size: int = option("G, completions per prompt", paper=6, tiny=8, within="[2, inf)")
+    batch_size: int = option(
+        "completions per process and micro-batch, a multiple of G", paper=6, tiny=128, within="[1, inf)"
+    )
+    accumulation: int = option("micro-batches per update", paper=2, tiny=1, within="[1, inf)")
+    mu: int = option("inner updates per rollout", paper=12, tiny=4, within="[1, inf)")
+    gamma: float = option("truncation: the lowest mask ratio", within="[0, 1)")
     remask: str = option("re-masking scheme of remask.py", choices=REMASKS)
     managed_randomness: bool = option("one mask noise for a whole group instead of one per completion")
-    ratio: str = option("importance ratio and KL per token, or per sequence on ell (Eq. 9, 10)", choices=("token", "sequence"))
+    ratio: str = option("ratio and KL per token, or per sequence on ell (Eq. 9, 10)", choices=("token", "sequence"))
     advantage: str = option("divide by the group's std (paper) or only subtract its mean (d1)", choices=("std", "mean"))
     beta: float = option("weight of the KL to the reference", 0.01)
-    clip: float = option("PPO clip of the ratio", 0.2)
-    lr: float = option("AdamW learning rate, constant after warm-up", paper=3e-6, tiny=3e-4)
+    clip: float = option("PPO clip of the ratio", 0.2, within="(0, 1)")
+    lr: float = option("AdamW learning rate, constant after warm-up", paper=3e-6, tiny=3e-4, within="(0, inf)")
     warmup: int = option("updates of linear warm-up", paper=100, tiny=20)
     weight_decay: float = option("AdamW weight decay", 0.0)
-    max_grad_norm: float = option("gradient norm is clipped to this", paper=0.2, tiny=1.0)
+    max_grad_norm: float = option("gradient norm is clipped to this", paper=0.2, tiny=1.0, within="(0, inf)")
     # evaluation
     eval_n: int = option("held-out problems before and after, 0: all", paper=0, tiny=1000)
     eval_every: int = option("steps between looks at 256 validation problems, 0: never", paper=500, tiny=25)
-    eval_batch_size: int = option("completions per process and batch of evaluation", paper=32, tiny=256)
+    eval_batch_size: int = option(
+        "completions per process and batch of evaluation", paper=32, tiny=256, within="[1, inf)"
+    )
     pass_k: int = option("samples per problem for pass@k at --temperature, 0: greedy only", paper=0, tiny=8)
 
 
 def check(cfg: Config) -> None:
-    """Raise UsageError for a value out of range, naming its flag."""
-    rules = [
-        (cfg.group_size >= 2, f"--group_size {cfg.group_size}: a group of one has no advantage; give 2 or more"),
-        (cfg.batch_size > 0 and cfg.batch_size % max(cfg.group_size, 1) == 0, f"--batch_size {cfg.batch_size} is not a positive multiple of --group_size {cfg.group_size}"),
-        (0 <= cfg.gamma < 1, f"--gamma {cfg.gamma} is outside [0, 1)"),
-        (0 < cfg.temperature <= 10, f"--temperature {cfg.temperature} is outside (0, 10]; a group drawn at 0 would be G copies"),
-        (0 < cfg.base_accuracy <= 1, f"--base_accuracy {cfg.base_accuracy} is outside (0, 1]"),
-        (0 < cfg.clip < 1, f"--clip {cfg.clip} is outside (0, 1)"),
-        (not (cfg.eval_only and cfg.model is None), "--eval_only needs --model: a hub id, a model, adapter or run directory"),
-        (not (cfg.lora and cfg.model is None), "--lora needs --model: the tiny default trains all its weights"),
-        (not (cfg.sft_steps and cfg.model is None), "--sft_steps needs --model: the tiny default is trained by the ELBO already"),
-        (cfg.seed >= 0 and cfg.seed < 2**32, f"--seed {cfg.seed} is outside 0..2^32-1"),
-    ]
-    positive = ("gen_length", "block_length", "tokens_per_step", "accumulation", "mu", "base_steps", "sft_batch_size", "eval_batch_size", "lr", "sft_lr", "max_grad_norm")
-    rules += [(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)} must be above 0") for name in positive]
-    natural = ("max_steps", "save_every", "lora", "sft_steps", "warmup", "weight_decay", "eval_n", "eval_every", "pass_k", "beta", "guidance")
-    rules += [(getattr(cfg, name) >= 0, f"--{name} {getattr(cfg, name)} must not be negative") for name in natural]
+    """Raise UsageError for a value out of range or a combination that makes no sense, naming its flag."""
+    for field in dataclasses.fields(Config):
+        value, within = getattr(cfg, field.name), field.metadata["within"]
+        if field.type in (int, float) and not inside(value, within):
+            raise UsageError(f"--{field.name} {value} is outside {within}")
     trackers = [str(tracker) for tracker in get_available_trackers()]
-    hint = "" if cfg.log_with not in LoggerType.list() else f"; pip install {cfg.log_with}"
-    rules.append((cfg.log_with in [None, *trackers], f"--log_with {cfg.log_with}: not a tracker that is installed{hint}"))
-    for holds, message in rules:
+    whole_groups = cfg.batch_size % cfg.group_size == 0
+    rules = {
+        f"--batch_size {cfg.batch_size} is not a multiple of --group_size {cfg.group_size}": whole_groups,
+        f"--log_with {cfg.log_with}: not installed; installed are {trackers}": cfg.log_with in (None, *trackers),
+        "--eval_only needs --model: a hub id, or a model, adapter or run directory": cfg.model or not cfg.eval_only,
+        "--lora needs --model: the tiny default trains all its weights": cfg.model or not cfg.lora,
+        "--sft_steps needs --model: the tiny default has its own ELBO training": cfg.model or not cfg.sft_steps,
+    }
+    for message, holds in rules.items():
         if not holds:
             raise UsageError(message)
     if cfg.model is not None:
         resolve(cfg.model)
+
+
+def inside(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval like "[0, 1)"; nan lies in none."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -230,8 +242,12 @@ def llada_config(raw: dict) -> LlamaConfig:
 
 
 def dream_config(raw: dict) -> Qwen2Config:
-    """The Qwen2 configuration of a Dream config.json; `shifted_logits` records that position i is predicted at i - 1."""
-    kept = {k: v for k, v in raw.items() if k not in ("architectures", "auto_map", "model_type", "pad_token_id", "rope_theta", "rope_scaling")}
+    """The Qwen2 configuration of a Dream config.json; `shifted_logits`: position i is predicted at i - 1."""
+    kept = {
+        k: v
+        for k, v in raw.items()
+        if k not in ("architectures", "auto_map", "model_type", "pad_token_id", "rope_theta", "rope_scaling")
+    }
     rope = {"rope_type": "default", "rope_theta": raw.get("rope_theta", 10000.0)}
     return Qwen2Config(**kept | BIDIRECTIONAL | dict(rope_parameters=rope, pad_token_id=None, shifted_logits=True))
 
@@ -250,7 +266,9 @@ class MaskedDiffusionModel(nn.Module):
         if self.mask_id is None:
             self.mask_id = tokenizer.mask_token_id
         if self.mask_id is None:
-            raise UsageError(f"{config.name_or_path}: no mask token; config.json needs mask_token_id, or the tokenizer a mask_token")
+            raise UsageError(
+                f"{config.name_or_path}: no mask token; config.json needs mask_token_id, or the tokenizer a mask_token"
+            )
         vocabulary = tokenizer.get_vocab()
         self.end_id = next((vocabulary[word] for word in END_OF_TURN if word in vocabulary), tokenizer.eos_token_id)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -261,7 +279,9 @@ class MaskedDiffusionModel(nn.Module):
         self.eos_ids = sorted(eos_ids)
         self.pad_id = self.pad_id if self.pad_id is not None else self.eos_ids[0]
         self.shifted = getattr(config, "shifted_logits", False)
-        self.takes_positions = "position_ids" in inspect.signature(getattr(hf, "get_base_model", lambda: hf)().forward).parameters
+        self.takes_positions = (
+            "position_ids" in inspect.signature(getattr(hf, "get_base_model", lambda: hf)().forward).parameters
+        )
         for module in hf.modules():  # the old, the new and the reference policy must be the same function
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -276,8 +296,8 @@ class MaskedDiffusionModel(nn.Module):
         self.read = positions.roll(-1, dims=1) if self.shifted else positions
         places = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)} if self.takes_positions else {}
         logits = self.hf(input_ids=x, attention_mask=attention.long(), **places).logits.float()
-        hide = torch.arange(logits.shape[-1], device=x.device) == self.mask_id
-        return logits.masked_fill(hide, -torch.inf)
+        logits[:, self.mask_id] = -torch.inf  # in place: (N, V) is the largest tensor of a step
+        return logits
 
 
 def load_hf(path: str, dtype: torch.dtype) -> nn.Module:
@@ -290,13 +310,17 @@ def load_hf(path: str, dtype: torch.dtype) -> nn.Module:
         kind = str(raw.get("model_type", "")).lower()
         options = dict(dtype=dtype, output_loading_info=True)
         if {"d_model", "mlp_hidden_size", "n_layers"} <= raw.keys():  # LLaDA, MMaDA
-            model, info = LlamaForCausalLM.from_pretrained(path, config=llada_config(raw), key_mapping=LLADA_KEYS, **options)
+            model, info = LlamaForCausalLM.from_pretrained(
+                path, config=llada_config(raw), key_mapping=LLADA_KEYS, **options
+            )
         elif kind == "dream":
             model, info = Qwen2ForCausalLM.from_pretrained(path, config=dream_config(raw), **options)
         elif kind in ("llama", "qwen2"):  # saved by this project: is_causal=False and the shift are in its config
             family = LlamaForCausalLM if kind == "llama" else Qwen2ForCausalLM
             if raw.get("is_causal", True):
-                raise UsageError(f"{path}: a causal {kind} model; a masked diffusion model has is_causal: false in config.json")
+                raise UsageError(
+                    f"{path}: a causal {kind} model; a masked diffusion model has is_causal: false in config.json"
+                )
             model, info = family.from_pretrained(path, **options)
         else:
             model, info = transformers.AutoModelForMaskedLM.from_pretrained(path, trust_remote_code=False, **options)
@@ -305,9 +329,16 @@ def load_hf(path: str, dtype: torch.dtype) -> nn.Module:
             raise
         reason = f"config.json lacks {error}" if isinstance(error, KeyError) else str(error).strip().splitlines()[0]
         raise UsageError(f"--model {path}: cannot be loaded: {reason}") from None
-    wrong = {name: sorted(info[name])[:3] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(name)}
+    wrong = {
+        name: sorted(info[name])[:3]
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(name)
+    }
     if wrong:
-        raise UsageError(f"--model {path}: its weights do not fit its config.json: " + "; ".join(f"{k.replace('_', ' ')} {v} ..." for k, v in wrong.items()))
+        raise UsageError(
+            f"--model {path}: its weights do not fit its config.json: "
+            + "; ".join(f"{k.replace('_', ' ')} {v} ..." for k, v in wrong.items())
+        )
     return model
 
 
@@ -318,7 +349,9 @@ def load_tokenizer(path: str):
         family = transformers.Qwen2Tokenizer if str(raw.get("model_type", "")).lower() == "dream" else AutoTokenizer
         return family.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(f"--model {path}: its tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise UsageError(
+            f"--model {path}: its tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from None
 
 
 def resolve(path: str) -> tuple[str, str | None]:
@@ -362,7 +395,9 @@ def load_model(path: str, cfg: Config, trainable: bool) -> MaskedDiffusionModel:
         peft = require_peft()
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed)  # LoRA's initialisation; outside this block nothing changes
-            hf = peft.get_peft_model(hf, peft.LoraConfig(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules="all-linear"))
+            hf = peft.get_peft_model(
+                hf, peft.LoraConfig(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules="all-linear")
+            )
     if not trainable:
         hf.requires_grad_(False)
     if trainable and cfg.gradient_checkpointing:
@@ -386,7 +421,12 @@ def tiny_tokenizer(texts: list[str]):
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<|unknown|>"))
     raw.pre_tokenizer, raw.decoder = split, decoders.Fuse()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token=special[0], pad_token=special[0], mask_token=special[2], unk_token=special[3], additional_special_tokens=[special[1]]
+        tokenizer_object=raw,
+        eos_token=special[0],
+        pad_token=special[0],
+        mask_token=special[2],
+        unk_token=special[3],
+        additional_special_tokens=[special[1]],
     )
     # the question and a line break; instructions are for models that can read them
     tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}\n{% endfor %}"
@@ -394,12 +434,22 @@ def tiny_tokenizer(texts: list[str]):
 
 
 def tiny_model(tokenizer, seed: int) -> MaskedDiffusionModel:
-    """The embedded default: the class that LLaDA is loaded into, 167k parameters, random weights from the seed."""
+    """The embedded default: the class that LLaDA is loaded into, 159k parameters, random weights from the seed."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=128, bos_token_id=None, pad_token_id=None, eos_token_id=tokenizer.eos_token_id, mask_token_id=tokenizer.mask_token_id,
-        initializer_range=0.1, embedded_default=True, **BIDIRECTIONAL,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.1,  # learns the first words faster than Llama's 0.02
+        bos_token_id=None,
+        pad_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+        embedded_default=True,
+        **BIDIRECTIONAL,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return MaskedDiffusionModel(LlamaForCausalLM(config), tokenizer)
@@ -429,7 +479,9 @@ def prompt_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
 def make_batch(model: MaskedDiffusionModel, prompts: list[list[int]], completions: list[list[int]], device) -> Batch:
     """Prompts of any length beside completions of one length; masks for completions yield a rollout's start."""
     width = max(map(len, prompts))
-    x = torch.tensor([[model.pad_id] * (width - len(p)) + p + c for p, c in zip(prompts, completions, strict=True)], device=device)
+    x = torch.tensor(
+        [[model.pad_id] * (width - len(p)) + p + c for p, c in zip(prompts, completions, strict=True)], device=device
+    )
     lengths = torch.tensor([[len(p)] for p in prompts], device=device)
     place = torch.arange(x.shape[1], device=device)
     return Batch(x, place >= width - lengths, (place >= width).expand(x.shape))
@@ -453,7 +505,10 @@ def encode_targets(model: MaskedDiffusionModel, task, problems: list[Problem], g
 
 def shuffled(n: int, count: int, start: int, *key: int) -> list[int]:
     """Items start ... start + count of an endless series of shuffles of range(n), from a key; needs no state."""
-    epochs = {epoch: torch.randperm(n, generator=seeded(*key, epoch)) for epoch in range(start // n, (start + count - 1) // n + 1)}
+    epochs = {
+        epoch: torch.randperm(n, generator=seeded(*key, epoch))
+        for epoch in range(start // n, (start + count - 1) // n + 1)
+    }
     return [int(epochs[c // n][c % n]) for c in range(start, start + count)]
 
 
@@ -462,17 +517,20 @@ def shuffled(n: int, count: int, start: int, *key: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------
 
 
-def token_log_probs(model: nn.Module, batch: Batch, hidden: Tensor, scored: Tensor, mask_id: int, temperature: float = 1.0) -> Tensor:
+def token_log_probs(
+    model: nn.Module, batch: Batch, hidden: Tensor, scored: Tensor, mask_id: int, temperature: float = 1.0
+) -> Tensor:
     """log pi(x0^n | c, x_t) where scored (B, L) bool, else 0; (B, L) float32. x_t hides `hidden` (B, L) bool."""
     x_t = batch.x.masked_fill(hidden, mask_id)
-    logits = model(x_t, batch.attention, scored) / temperature  # (N, V)
+    logits = model(x_t, batch.attention, scored)  # (N, V)
+    logits = logits if temperature == 1 else logits / temperature
     chosen = logits.gather(-1, batch.x[scored][:, None])[:, 0]
     log_p = chosen - logits.logsumexp(-1)  # (N,), without a second (N, V) tensor
     return torch.zeros(batch.x.shape, device=log_p.device).masked_scatter(scored, log_p)
 
 
 def sequence_ell(log_p: Tensor, t: Tensor) -> Tensor:
-    """ell = (1/t) sum_n log pi(x0^n | c, x_t) over the scored positions (Eq. 2); log_p (B, L) is 0 elsewhere, t (B,)."""
+    """Eq. 2: ell = (1/t) sum_n log pi(x0^n | c, x_t) over scored positions; log_p (B, L), 0 elsewhere; t (B,)."""
     return log_p.sum(1) / t
 
 
@@ -501,17 +559,26 @@ def group_advantages(rewards: Tensor, group_size: int, convention: str) -> Tenso
     return centred.reshape(-1)
 
 
+def tame_exp(x: Tensor, limit: float = 1.0) -> Tensor:
+    """e^x up to `limit`, then its tangent there: monotone and smooth, with a gradient of at most e^limit.
+
+    ell sums a whole completion over 1/t, so log ratios of 5 or 10 do occur; one such e^x would own the clipped
+    gradient of the update. Cutting x off instead would take the pull-back away where it is needed most.
+    """
+    bounded = x.clamp(max=limit)
+    return bounded.exp() * (1 + x - bounded)
+
+
 def surrogate(log_rho: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """PPO's pessimistic min(rho A, clip(rho, 1 - clip, 1 + clip) A), elementwise; rho = exp(log_rho)."""
-    rho = log_rho.clamp(max=20).exp()  # e^20 is far outside the clip; beyond it exp would overflow
+    """PPO's pessimistic min(rho A, clip(rho, 1 - clip, 1 + clip) A), elementwise; rho = exp(log_rho), tamed."""
+    rho = tame_exp(log_rho)
     return torch.minimum(rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage)
 
 
 def kl_estimate(d: Tensor) -> Tensor:
-    """D = e^d - d - 1, elementwise, with d = log pi_ref - log pi: >= 0, and unbiased for KL(pi || pi_ref) on samples
-    of pi. In log space until the last step."""
-    d = d.clamp(max=20)
-    return d.expm1() - d
+    """D = e^d - d - 1, elementwise, d = log pi_ref - log pi: >= 0, and on samples of pi unbiased for KL(pi || pi_ref)
+    as long as d <= 1; beyond, the tangent of e^d makes it grow like |d| instead of exploding."""
+    return tame_exp(d) - d - 1
 
 
 class Loss(NamedTuple):
@@ -530,8 +597,9 @@ def policy_loss(log_p, old, ref, masks: Remask, advantages, lengths, *, ratio: s
     advantages, lengths: (B,) float32, lengths = |o|. Raises ValueError where shapes disagree.
     """
     ref = log_p.detach() if ref is None else ref
-    if {log_p.shape, old.shape, ref.shape} != {masks.scored.shape} or {advantages.shape, lengths.shape} != {masks.t.shape}:
-        raise ValueError(f"shapes disagree: log_p {log_p.shape}, old {old.shape}, scored {masks.scored.shape}, A {advantages.shape}")
+    shapes = (log_p.shape, old.shape, ref.shape, masks.scored.shape, advantages.shape, lengths.shape)
+    if shapes != (masks.scored.shape,) * 4 + (masks.t.shape,) * 2:
+        raise ValueError(f"shapes disagree: log_p, old, ref, scored, A, |o| are {[tuple(shape) for shape in shapes]}")
     if ratio == "sequence":
         # Eq. 9: log rho = ell_theta - ell_old;  Eq. 10: d = ell_ref - ell_theta; one of each per completion.
         log_rho, d, a = sequence_ell(log_p - old, masks.t), sequence_ell(ref - log_p, masks.t), advantages
@@ -546,7 +614,7 @@ def policy_loss(log_p, old, ref, masks: Remask, advantages, lengths, *, ratio: s
     kl = kl_estimate(d)
     loss = -mean(surrogate(log_rho, a, clip) - beta * kl).mean()  # over B = groups x G rows: 1/G and the groups' mean
     with torch.no_grad():
-        outside = ((log_rho.clamp(max=20).exp() - 1).abs() > clip).float()
+        outside = ((tame_exp(log_rho) - 1).abs() > clip).float()
         return Loss(loss, row(kl).mean(), row(outside).mean(), row(log_rho.abs()).mean())
 
 
@@ -564,11 +632,8 @@ class Run:
     def __init__(self, cfg: Config, accelerator: Accelerator):
         self.cfg, self.accelerator, self.path = cfg, accelerator, Path(cfg.output_dir)
         self.task, self.device = TASKS[cfg.task], accelerator.device
-        self.main, self.rank, self.world = (
-            accelerator.is_main_process,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        self.main, self.rank = accelerator.is_main_process, accelerator.process_index
+        self.world = accelerator.num_processes
         self.seconds = dict.fromkeys(("base", "rollout", "update", "eval", "total"), 0.0)
         self.lap = time.perf_counter()
         self.signal = 0  # the SIGINT or SIGTERM that this process has received
@@ -689,7 +754,9 @@ def keep_trainable_only(models: list, weights: list, output_dir: str) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def roll_out(run: Run, model: nn.Module, base: MaskedDiffusionModel, prompts, keys, temperature: float, tick=lambda: None):
+def roll_out(
+    run: Run, model: nn.Module, base: MaskedDiffusionModel, prompts, keys, temperature: float, tick=lambda: None
+):
     """One completion per prompt: (Batch with the finished x, unmask_step (B, L) long, forwards).
 
     prompts: B lists of ids; keys: B keys of the rows' noise; tick is called once per forward. `model` is
@@ -718,7 +785,9 @@ def roll_out(run: Run, model: nn.Module, base: MaskedDiffusionModel, prompts, ke
     return batch._replace(x=x), unmask_step, forwards
 
 
-def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, label="evaluation", stop=False) -> list[dict]:
+def evaluate(
+    run: Run, model, base, problems: list[Problem], samples: int = 0, label="evaluation", stop=False
+) -> list[dict]:
     """Completions of every problem, greedy, or `samples` of each at --temperature; the same on all processes.
 
     One dict per completion, in order: sample (None if greedy), correct, prompt, completion, answer. A row's
@@ -788,7 +857,7 @@ def train_elbo(run: Run, base, train, validation, steps: int, target: float, roo
                     run.say(f"  step {step + 1:>5}  ELBO loss {loss:.3f}  validation accuracy {accuracy:.3f}")
                 if accuracy >= target:
                     break
-            save = lambda: save_checkpoint(run, root, {"step": step + 1})  # noqa: B023, E731
+            save = functools.partial(save_checkpoint, run, root, {"step": step + 1})
             run.leave_if_stopped(save)
             if cfg.save_every and (step + 1) % (10 * cfg.save_every) == 0:
                 save()
@@ -825,7 +894,15 @@ def base_path(run: Run, train: list[Problem], validation: list[Problem]) -> tupl
         return cfg.model, True
     root = run.path / "sft"
     if cfg.model is None:
-        names = ("gen_length", "block_length", "tokens_per_step", "base_accuracy", "base_steps", "sft_lr", "sft_batch_size")
+        names = (
+            "gen_length",
+            "block_length",
+            "tokens_per_step",
+            "base_accuracy",
+            "base_steps",
+            "sft_lr",
+            "sft_batch_size",
+        )
         settings = [run.world, train, cfg.seed] + [getattr(cfg, name) for name in names]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         root = Path("runs") / f"base-{cfg.task}-s{cfg.seed}-{key}"
@@ -840,7 +917,9 @@ def base_path(run: Run, train: list[Problem], validation: list[Problem]) -> tupl
     else:
         base = load_model(cfg.model, cfg, trainable=True).to(run.device)
     start = time.perf_counter()
-    train_elbo(run, base, train, validation, cfg.sft_steps or cfg.base_steps, 2.0 if cfg.model else cfg.base_accuracy, root)
+    train_elbo(
+        run, base, train, validation, cfg.sft_steps or cfg.base_steps, 2.0 if cfg.model else cfg.base_accuracy, root
+    )
     run.seconds |= {"base": run.seconds["base"] + time.perf_counter() - start, "eval": 0.0}
     if run.main:
         if cfg.lora:
@@ -990,56 +1069,74 @@ def update(run: Run, model, base, optimizer, experience: list[Experience], step:
     return metrics
 
 
+def inner_updates(run: Run, model, base, optimizer, held: dict, progress: dict) -> dict:
+    """Updates j = progress["j"] ... mu on the held experience; returns the progress, with their metrics added."""
+    cfg = run.cfg
+    save = lambda: save_checkpoint(run, run.path, progress, pack(held))  # noqa: E731
+    with run.clock("update"), run.bar(cfg.mu, "  updates", leave=False, initial=progress["j"] - 1) as bar:
+        for j in range(progress["j"], cfg.mu + 1):
+            run.leave_if_stopped(save)
+            metrics = update(run, model, base, optimizer, held["experience"], progress["step"], j)
+            if metrics is None:
+                save()
+                raise UsageError(
+                    f"step {progress['step'] + 1}, inner update {j}: the loss or its gradient is not finite; "
+                    f"the state before it is in {run.path}; lower --lr ({cfg.lr:g})"
+                )
+            progress = progress | {"j": j + 1, "updates": progress["updates"] + [metrics]}
+            bar.update()
+    return progress
+
+
 def train_policy(run: Run, model, base, optimizer, reference, data: dict, progress: dict, held: dict) -> None:
-    """The RL loop from `progress` on: steps done, j to do next, metrics of the step so far; `held` is its experience."""
-    cfg, log = run.cfg, run.path / "metrics.jsonl"
-    start, began = progress["step"], time.perf_counter()
-    lines = log.read_text().splitlines(keepends=True)[:start] if log.is_file() else []
+    """The RL loop. progress: steps done, the j to do next, metrics of the step so far; held: its experience."""
+    cfg, start, began = run.cfg, progress["step"], time.perf_counter()
+    log = open_log(run, start)
+    with run.bar(cfg.max_steps, "RL steps", initial=start) as bar:
+        for step in range(start, cfg.max_steps):
+            if not held:
+                with run.bar(cfg.accumulation * forwards_of(cfg), "  rollouts, forwards", leave=False) as inner:
+                    micros = range(cfg.accumulation)
+                    got = [collect(run, model, base, reference, data["train"], step, m, inner.update) for m in micros]
+                held = {"experience": [e for e, _ in got]}
+                progress = {"step": step, "j": 1, "rollout": mean_of([metrics for _, metrics in got]), "updates": []}
+            progress = inner_updates(run, model, base, optimizer, held, progress)
+            line = {k: run.average(v) for k, v in (progress["rollout"] | mean_of(progress["updates"])).items()}
+            completions = (step + 1) * cfg.batch_size * cfg.accumulation * run.world
+            line = {"step": step + 1, "completions": completions} | line
+            if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps):
+                line["validation_accuracy"] = validate(run, model, base, data["validation"])
+                pace = (time.perf_counter() - began) / (step + 1 - start)
+                run.say(progress_line(line, cfg.max_steps, pace))
+            if run.main:
+                with log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            run.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step + 1)
+            bar.update()
+            bar.set_postfix(reward=f"{line['reward']:.2f}", kl=f"{line['kl']:.4f}")
+            held, progress = {}, {"step": step + 1, "j": 1}
+            save = functools.partial(save_checkpoint, run, run.path, progress)
+            run.leave_if_stopped(save)
+            if step + 1 == cfg.max_steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                save()
+
+
+def open_log(run: Run, steps: int) -> Path:
+    """metrics.jsonl, cut back to its first `steps` lines: what is behind the checkpoint will be made again."""
+    log = run.path / "metrics.jsonl"
     if run.main:
-        write_atomically(log, "".join(lines))  # steps behind the checkpoint will be made again
-    outer = run.bar(cfg.max_steps, "RL steps", initial=start)
-    for step in range(start, cfg.max_steps):
-        if not held:
-            with run.bar(cfg.accumulation * forwards_of(cfg), "  rollouts, forwards", leave=False) as bar:
-                micros = range(cfg.accumulation)
-                got = [collect(run, model, base, reference, data["train"], step, m, bar.update) for m in micros]
-            held = {"experience": [e for e, _ in got]}
-            progress = {"step": step, "j": 1, "rollout": mean_of([metrics for _, metrics in got]), "updates": []}
-        with run.clock("update"), run.bar(cfg.mu, "  updates", leave=False, initial=progress["j"] - 1) as bar:
-            for j in range(progress["j"], cfg.mu + 1):
-                run.leave_if_stopped(lambda: save_checkpoint(run, run.path, progress, pack(held)))  # noqa: B023
-                metrics = update(run, model, base, optimizer, held["experience"], step, j)
-                if metrics is None:
-                    save_checkpoint(run, run.path, progress, pack(held))
-                    raise UsageError(
-                        f"step {step + 1}, inner update {j}: the loss or its gradient is not finite; "
-                        f"the state before it is in {run.path}; lower --lr ({cfg.lr:g})"
-                    )
-                progress = progress | {"j": j + 1, "updates": progress["updates"] + [metrics]}
-                bar.update()
-        line = progress["rollout"] | mean_of(progress["updates"])
-        completions = (step + 1) * cfg.batch_size * cfg.accumulation * run.world
-        line = {"step": step + 1, "completions": completions} | {k: run.average(v) for k, v in line.items()}
-        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps):
-            line["validation_accuracy"] = validate(run, model, base, data["validation"])
-            pace = (time.perf_counter() - began) / (step + 1 - start)
-            run.say(
-                f"  step {step + 1:>5}/{cfg.max_steps}  reward {line['reward']:.3f}  kl {line['kl']:.4f}"
-                f"  validation {line['validation_accuracy']:.3f}"
-                f"  {pace:.2f} s/step, {pace * (cfg.max_steps - step - 1) / 60:.1f} min left"
-            )
-        if run.main:
-            with log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        run.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step + 1)
-        outer.update()
-        outer.set_postfix(reward=f"{line['reward']:.2f}", kl=f"{line['kl']:.4f}")
-        held, progress = {}, {"step": step + 1, "j": 1}
-        save = lambda: save_checkpoint(run, run.path, progress)  # noqa: B023, E731
-        run.leave_if_stopped(save)
-        if step + 1 == cfg.max_steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-            save()
-    outer.close()
+        lines = log.read_text().splitlines(keepends=True)[:steps] if log.is_file() else []
+        write_atomically(log, "".join(lines))
+    return log
+
+
+def progress_line(line: dict, steps: int, pace: float) -> str:
+    """What a person wants to know in between; pace in seconds per step, measured over this session."""
+    return (
+        f"  step {line['step']:>5}/{steps}  reward {line['reward']:.3f}  kl {line['kl']:.4f}  "
+        f"validation {line['validation_accuracy']:.3f}  {pace:.2f} s/step, "
+        f"{pace * (steps - line['step']) / 60:.1f} min left"
+    )
 
 
 def mean_of(rows: list[dict]) -> dict:

@@ -234,9 +234,7 @@ class Task(NamedTuple):
     correct: Callable[[str, Problem], bool]  # (completion, problem) -> solved
 
 
-TASKS = {
-    "gsm8k": Task(generate_gsm8k, load_gsm8k, gsm8k_messages, gsm8k_target, gsm8k_reward, gsm8k_correct),
-}
+TASKS = {"gsm8k": Task(generate_gsm8k, load_gsm8k, gsm8k_messages, gsm8k_target, gsm8k_reward, gsm8k_correct)}
 
 
 def generated_splits(task: Task, n: int, seed: int) -> dict[str, list[Problem]]:

@@ -18,7 +18,9 @@ torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 import rewards  # noqa: E402
 
 
-def llada_checkpoint(path: Path, tokenizer, *, drop: str = "", extra: str = "", mask_token_id: int | None = None) -> Path:
+def llada_checkpoint(
+    path: Path, tokenizer, *, drop: str = "", extra: str = "", mask_token_id: int | None = None
+) -> Path:
     """A random checkpoint with LLaDA's config.json and weight names: hidden 32, 2 layers, 4 heads."""
     torch.manual_seed(0)
     d, f, v, layers = 32, 48, len(tokenizer), 2
@@ -33,10 +35,20 @@ def llada_checkpoint(path: Path, tokenizer, *, drop: str = "", extra: str = "", 
         del config["mask_token_id"]
     shapes = {"wte.weight": (v, d), "ln_f.weight": (d,), "ff_out.weight": (v, d)}
     for n in range(layers):
-        block = {"attn_norm": (d,), "ff_norm": (d,), "q_proj": (d, d), "k_proj": (d, d), "v_proj": (d, d), "attn_out": (d, d)}
+        block = {
+            "attn_norm": (d,),
+            "ff_norm": (d,),
+            "q_proj": (d, d),
+            "k_proj": (d, d),
+            "v_proj": (d, d),
+            "attn_out": (d, d),
+        }
         block |= {"ff_proj": (f, d), "up_proj": (f, d), "ff_out": (d, f)}
         shapes |= {f"blocks.{n}.{name}.weight": shape for name, shape in block.items()}
-    weights = {f"model.transformer.{k}": torch.randn(s) * (0.3 if len(s) > 1 else 0.1) + (len(s) == 1) for k, s in shapes.items()}
+    weights = {
+        f"model.transformer.{k}": torch.randn(s) * (0.3 if len(s) > 1 else 0.1) + (len(s) == 1)
+        for k, s in shapes.items()
+    }
     weights = {k: w for k, w in weights.items() if not (drop and drop in k)}
     return write_checkpoint(path, config, weights | ({extra: torch.zeros(2)} if extra else {}), tokenizer)
 
@@ -56,8 +68,17 @@ def dream_checkpoint(path: Path, tokenizer) -> Path:
     shapes = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,), "lm_head.weight": (v, d)}
     for n in range(layers):
         layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,)}
-        layer |= {f"self_attn.{p}_proj.{w}": (rows, d)[: 2 if w == "weight" else 1] for p, rows in (("q", d), ("k", 16), ("v", 16)) for w in ("weight", "bias")}
-        layer |= {"self_attn.o_proj.weight": (d, d), "mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
+        layer |= {
+            f"self_attn.{p}_proj.{w}": (rows, d)[: 2 if w == "weight" else 1]
+            for p, rows in (("q", d), ("k", 16), ("v", 16))
+            for w in ("weight", "bias")
+        }
+        layer |= {
+            "self_attn.o_proj.weight": (d, d),
+            "mlp.gate_proj.weight": (f, d),
+            "mlp.up_proj.weight": (f, d),
+            "mlp.down_proj.weight": (d, f),
+        }
         shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
     weights = {k: torch.randn(s) * (0.3 if len(s) > 1 else 0.1) + ("norm" in k) for k, s in shapes.items()}
     return write_checkpoint(path, config, weights, tokenizer, tokenizer_class="DreamTokenizer")
@@ -70,7 +91,10 @@ def write_checkpoint(path: Path, config: dict, weights: dict, tokenizer, tokeniz
         tokenizer.backend_tokenizer.model.save(str(path))
         (path / "tokenizer.json").unlink()
         file = path / "tokenizer_config.json"
-        settings = json.loads(file.read_text()) | {"tokenizer_class": tokenizer_class, "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
+        settings = json.loads(file.read_text()) | {
+            "tokenizer_class": tokenizer_class,
+            "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        }
         file.write_text(json.dumps(settings))
     (path / "config.json").write_text(json.dumps(config))
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
@@ -82,7 +106,9 @@ def gsm8k_file(path: Path, n: int = 60) -> Path:
     lines = []
     for p in rewards.generate_gsm8k("train", n, 7):
         first, second, last = p["answer"].splitlines()
-        marked = [f"So it is {s.rpartition(' ')[0]} <<{s.replace(' ', '')}>>{s.rpartition(' ')[2]}." for s in (first, second)]
+        marked = [
+            f"So it is {s.rpartition(' ')[0]} <<{s.replace(' ', '')}>>{s.rpartition(' ')[2]}." for s in (first, second)
+        ]
         lines.append(json.dumps({"question": p["question"], "answer": "\n".join(marked + [last])}))
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -102,9 +128,13 @@ def bpe(data_file):
     special = ["<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>", "<|start_header_id|>", "<|end_header_id|>"]
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     raw.train([str(data_file)], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=special[0], pad_token=special[0], additional_special_tokens=special[1:])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token=special[0], pad_token=special[0], additional_special_tokens=special[1:]
+    )
     tokenizer.chat_template = (
         "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
@@ -131,7 +161,9 @@ def start():
         prefix = [sys.executable] if launch is None else [sys.executable, "-m", "accelerate.commands.launch", *launch]
         env = os.environ | {"OMP_NUM_THREADS": "1"} | env
         command = [*prefix, str(ROOT / "maskgrpo.py"), *map(str, argv)]
-        running.append(subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        running.append(
+            subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
         return running[-1]
 
     yield call

@@ -39,7 +39,9 @@ def slow_rollout(denoise, x, start, block, k):
                 positions = torch.zeros(1, len(x), dtype=torch.bool)
                 positions[0, open_places] = True
                 p = denoise(torch.tensor([x]), positions).softmax(-1)
-                best = sorted(((p[r].max().item(), i, p[r].argmax().item()) for r, i in enumerate(open_places)), reverse=True)
+                best = sorted(
+                    ((p[r].max().item(), i, p[r].argmax().item()) for r, i in enumerate(open_places)), reverse=True
+                )
                 for _, i, token in best[:k]:
                     x[i], steps[i] = token, n
             n += 1
@@ -56,7 +58,17 @@ def test_greedy_rollout_equals_the_slow_loop(seed, block, k):
     completion = torch.zeros(3, 10, dtype=torch.bool)
     completion[:, 2:] = True
     g = torch.Generator().manual_seed(0)
-    out = es.semi_autoregressive(denoise, x, completion, block_length=block, tokens_per_step=k, temperature=0, generator=g, eos_ids=[EOS], pad_id=PAD)
+    out = es.semi_autoregressive(
+        denoise,
+        x,
+        completion,
+        block_length=block,
+        tokens_per_step=k,
+        temperature=0,
+        generator=g,
+        eos_ids=[EOS],
+        pad_id=PAD,
+    )
     for row in range(3):
         tokens, steps = slow_rollout(denoise, x[row].tolist(), 2, block, k)
         assert out.x[row].tolist() == tokens
@@ -67,7 +79,17 @@ def test_only_masked_positions_of_the_block_are_read_and_steps_are_recorded():
     denoise, x = network(), torch.full((2, 10), MASK)
     completion = torch.zeros(2, 10, dtype=torch.bool)
     completion[0, 1:9], completion[1, 2:10] = True, True  # completions may start anywhere
-    out = es.semi_autoregressive(denoise, x, completion, block_length=4, tokens_per_step=2, temperature=0, generator=torch.Generator(), eos_ids=[], pad_id=PAD)
+    out = es.semi_autoregressive(
+        denoise,
+        x,
+        completion,
+        block_length=4,
+        tokens_per_step=2,
+        temperature=0,
+        generator=torch.Generator(),
+        eos_ids=[],
+        pad_id=PAD,
+    )
     assert out.forwards == len(denoise.calls) == 4
     assert [int(read.sum()) for _, read in denoise.calls] == [8, 4, 8, 4]
     assert all(((x == MASK) & read).sum() == read.sum() for x, read in denoise.calls)
@@ -91,7 +113,9 @@ def constant(token_of_position):
 
 def test_a_block_after_the_end_is_not_computed_and_the_tail_is_padded():
     denoise, x = constant([0, 1, EOS, 2, 3, 4, 0, 1]), torch.full((2, 8), MASK)
-    settings = dict(block_length=4, tokens_per_step=1, temperature=0, generator=torch.Generator(), eos_ids=[EOS], pad_id=PAD)
+    settings = dict(
+        block_length=4, tokens_per_step=1, temperature=0, generator=torch.Generator(), eos_ids=[EOS], pad_id=PAD
+    )
     out = es.semi_autoregressive(denoise, x, torch.ones_like(x, dtype=torch.bool), **settings)
     assert out.x.tolist() == [[0, 1, EOS, PAD, PAD, PAD, PAD, PAD]] * 2
     assert out.forwards == denoise.calls == 4  # the second block is skipped
@@ -106,7 +130,9 @@ def test_another_process_that_has_not_ended_keeps_this_one_computing():
         asked.append(finished)
         return False
 
-    settings = dict(block_length=4, tokens_per_step=2, temperature=0, generator=torch.Generator(), eos_ids=[EOS], pad_id=PAD)
+    settings = dict(
+        block_length=4, tokens_per_step=2, temperature=0, generator=torch.Generator(), eos_ids=[EOS], pad_id=PAD
+    )
     out = es.semi_autoregressive(denoise, x, torch.ones_like(x, dtype=torch.bool), everyone=everyone, **settings)
     assert asked == [False, True] and out.forwards == 4  # as many forwards as a row that never ends
     assert out.x.tolist() == [[EOS] + [PAD] * 7]
@@ -114,7 +140,9 @@ def test_another_process_that_has_not_ended_keeps_this_one_computing():
 
 def test_eos_last_waits_for_the_rest_of_its_block():
     denoise, x = constant([0, 1, EOS, 3]), torch.full((1, 4), MASK)  # confidence falls from left to right
-    settings = dict(block_length=4, tokens_per_step=1, temperature=0, generator=torch.Generator(), eos_ids=[EOS], pad_id=PAD)
+    settings = dict(
+        block_length=4, tokens_per_step=1, temperature=0, generator=torch.Generator(), eos_ids=[EOS], pad_id=PAD
+    )
     whole = torch.ones_like(x, dtype=torch.bool)
     assert es.semi_autoregressive(denoise, x, whole, **settings).unmask_step.tolist() == [[0, 1, 2, -1]]
     assert es.semi_autoregressive(denoise, x, whole, eos_last=True, **settings).unmask_step.tolist() == [[0, 1, 3, -1]]
@@ -171,7 +199,11 @@ def test_conditionals_of_the_demonstration_are_exact():
     p = p / p.sum()
     joint, row = es.Joint(p.log()), (2, 1, 2)  # the middle token is visible
     for n in (0, 2):
-        by_hand = [sum(p[w].item() for w in itertools.product(range(2), repeat=3) if w[1] == 1 and w[n] == v) / p[:, 1].sum().item() for v in range(2)]
+        by_hand = [
+            sum(p[w].item() for w in itertools.product(range(2), repeat=3) if w[1] == 1 and w[n] == v)
+            / p[:, 1].sum().item()
+            for v in range(2)
+        ]
         torch.testing.assert_close(joint.conditionals(row)[n].exp(), torch.tensor(by_hand, dtype=torch.float64))
 
 
@@ -196,5 +228,15 @@ def test_through_eos():
 def test_the_global_generator_is_untouched():
     before = torch.get_rng_state()
     x = torch.full((2, 6), MASK)
-    es.semi_autoregressive(network(length=6), x, x == MASK, block_length=3, tokens_per_step=1, temperature=1.0, generator=torch.Generator(), eos_ids=[EOS], pad_id=PAD)
+    es.semi_autoregressive(
+        network(length=6),
+        x,
+        x == MASK,
+        block_length=3,
+        tokens_per_step=1,
+        temperature=1.0,
+        generator=torch.Generator(),
+        eos_ids=[EOS],
+        pad_id=PAD,
+    )
     assert torch.equal(before, torch.get_rng_state())

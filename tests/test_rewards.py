@@ -112,7 +112,14 @@ def test_rewards_are_total_on_hostile_text():
     p = {"question": "?", "answer": "#### 15"}
     rng = random.Random(0)
     noise = "".join(chr(rng.randrange(1, 0xD7FF)) for _ in range(5000))
-    for text in (noise, "#### " * 100_000, "9" * 1_000_000, "#### " + "9" * 100_000, "\\boxed{" * 50_000, "\x00\n" * 1000):
+    for text in (
+        noise,
+        "#### " * 100_000,
+        "9" * 1_000_000,
+        "#### " + "9" * 100_000,
+        "\\boxed{" * 50_000,
+        "\x00\n" * 1000,
+    ):
         terms = rewards.gsm8k_reward(text, p)
         assert terms["correctness"] == 0 and all(math.isfinite(v) for v in terms.values())
 
@@ -161,7 +168,11 @@ def test_missing_and_binary_files(tmp_path):
 
 
 def test_figures():
-    assert rewards.accuracy([True, True, True, False]) == {"accuracy": 0.75, "stderr": round(math.sqrt(0.75 * 0.25 / 4), 6), "n": 4}
+    assert rewards.accuracy([True, True, True, False]) == {
+        "accuracy": 0.75,
+        "stderr": round(math.sqrt(0.75 * 0.25 / 4), 6),
+        "n": 4,
+    }
     rows = [[True, False, False, False], [True, True, False, False]]
     # by enumeration: the share of pairs of samples with a right one
     by_hand = sum(any(row[i] or row[j] for _ in (0,)) for row in rows for i in range(4) for j in range(i)) / 12
