@@ -114,7 +114,7 @@ class Config:
     eval_data: str = option("held-out problems, FILE.jsonl; default: published, or every tenth of --data")
     seed: int = option("seed of everything random", 0, within="[0, 4294967295]")
     output_dir: str = option("run directory; default runs/maskgrpo-TASK-METHOD-MODEL-sSEED")
-    max_steps: int = option("RL steps (rollouts); the paper's run has 6000", paper=6000, tiny=150)
+    max_steps: int = option("RL steps (rollouts); the paper's run has 6000", paper=6000, tiny=250)
     resume: bool = option("go on from the last checkpoint in --output_dir", False)
     eval_only: bool = option("evaluate --model and leave", False)
     log_with: str = option("a tracker of Accelerate's: tensorboard, wandb, ...")
@@ -135,7 +135,7 @@ class Config:
         "tokens revealed per step; the paper has 256 tokens in 128 steps", paper=2, tiny=4, within="[1, inf)"
     )
     temperature: float = option(
-        "rollout temperature, also of the log-probabilities", paper=0.9, tiny=1.0, within="(0, 10]"
+        "rollout temperature, also of the log-probabilities", paper=0.9, tiny=0.7, within="(0, 10]"
     )
     guidance: float = option("classifier-free guidance, 0: none", 0.0)
     eos_last: bool = option("EOS waits until the rest of its block is filled", False)
@@ -153,7 +153,7 @@ class Config:
     advantage: str = option("divide by the group's std (paper) or only subtract its mean (d1)", choices=("std", "mean"))
     beta: float = option("weight of the KL to the reference", 0.01)
     clip: float = option("PPO clip of the ratio", 0.2, within="(0, 1)")
-    lr: float = option("AdamW learning rate, constant after warm-up", paper=3e-6, tiny=3e-4, within="(0, inf)")
+    lr: float = option("AdamW learning rate, constant after warm-up", paper=3e-6, tiny=1.5e-4, within="(0, inf)")
     warmup: int = option("updates of linear warm-up", paper=100, tiny=20)
     weight_decay: float = option("AdamW weight decay", 0.0)
     max_grad_norm: float = option("gradient norm is clipped to this", paper=0.2, tiny=1.0, within="(0, inf)")
@@ -961,13 +961,13 @@ def mask_noise(cfg: Config, e: Experience, step: int, j: int) -> tuple[Tensor, T
     they are compared on the same hidden positions; else each has its own.
     """
     u, u_ratio = torch.zeros(e.batch.x.shape), torch.zeros(len(e.batch.x))
-    width = u.shape[1] - cfg.gen_length
+    width, drawn = u.shape[1] - cfg.gen_length, {}
     for row, (group, prompt) in enumerate(zip(e.groups.tolist(), e.batch.attention[:, :width].sum(1).tolist())):
-        own = 0 if cfg.managed_randomness else 1 + row % cfg.group_size
-        noise = seeded(cfg.seed, MASKS, step, j, group, own)
-        u[row, width:] = torch.rand(cfg.gen_length, generator=noise)
-        u_ratio[row] = torch.rand((), generator=noise)
-        u[row, width - prompt : width] = torch.rand(prompt, generator=noise)
+        key = (cfg.seed, MASKS, step, j, group, 0 if cfg.managed_randomness else 1 + row % cfg.group_size)
+        if key not in drawn:
+            noise = seeded(*key)
+            drawn[key] = [torch.rand(n, generator=noise) for n in (cfg.gen_length, 1, prompt)]
+        u[row, width:], u_ratio[row : row + 1], u[row, width - prompt : width] = drawn[key]
     return u, u_ratio
 
 
@@ -1015,10 +1015,11 @@ def collect(run: Run, model, base, reference: Reference, train, step: int, micro
     first = (micro * run.world + run.rank) * per_batch
     groups = range(first, first + per_batch)
     counter = step * per_batch * run.world * cfg.accumulation + first
-    problems = [train[i] for i in shuffled(len(train), per_batch, counter, cfg.seed, DATA, 1) for _ in range(g)]
+    chosen = [train[i] for i in shuffled(len(train), per_batch, counter, cfg.seed, DATA, 1)]
+    problems = [problem for problem in chosen for _ in range(g)]
     model.eval()
     with run.clock("rollout"):
-        prompts = [prompt_ids(base.tokenizer, run.task.messages(p)) for p in problems]
+        prompts = [ids for p in chosen for ids in [prompt_ids(base.tokenizer, run.task.messages(p))] * g]
         keys = [(cfg.seed, ROLLOUT, step, group, k) for group in groups for k in range(g)]
         batch, unmask_step, forwards = roll_out(run, model, base, prompts, keys, cfg.temperature, tick)
         completion = through_eos(batch.x, batch.completion, base.eos_ids)

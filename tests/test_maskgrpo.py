@@ -663,6 +663,11 @@ def test_published_format_on_published_data(llada, data_file, tmp_path, script, 
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["completions"] for line in lines] == [4 * processes, 8 * processes]  # batch 2, accumulation 2
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file() == bool(lora)
+    if lora:  # a checkpoint holds what trains, not the base
+        from safetensors import safe_open
+
+        with safe_open(m.newest_slot(tmp_path / "run") / "model.safetensors", "pt") as saved:
+            assert all("lora_" in name for name in saved.keys())
     # the adapter or model evaluates to the same figures from its directory
     again = [
         "--eval_only",
