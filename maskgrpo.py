@@ -51,6 +51,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -1313,6 +1314,8 @@ def report(run: Run, results: dict) -> None:
     phases = [phase for phase in ("before", "after", "eval_only") if phase in results]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     results = {"task": cfg.task, "method": cfg.method, "seed": cfg.seed} | results | {"decoding": decoding(cfg)}
+    if run.device.type == "cuda":
+        results["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     results |= {"seconds": seconds, "config": dataclasses.asdict(cfg), "versions": versions}
     if run.main:
         write_atomically(run.path / "results.json", json.dumps(results, indent=1))
@@ -1388,6 +1391,8 @@ def main(argv: list[str] | None = None) -> None:
 def cli(argv: list[str] | None = None) -> int:
     """main, with an exit code: 0 done, 2 something to change (one line says what); 128 + n leaves by signal n."""
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # load_hf checks by itself what the library warns of
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         main(argv)
     except (UsageError, DataError) as error:
