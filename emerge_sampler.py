@@ -49,12 +49,13 @@ class Rollout(NamedTuple):
 
 
 def exponential_noise(positions: Tensor, vocabulary: int, generator: Noise) -> Tensor:
-    """(N, V) float64 draws of Exp(1) for the N True positions (B, L): one generator for all rows, or one per row."""
+    """(N, V) float64 draws of Exp(1) for the N True positions (B, L); one generator for all rows, or one per row."""
     if isinstance(generator, torch.Generator):
         generator, counts = [generator], [int(positions.sum())]
     else:
         counts = positions.sum(1).tolist()
-    noise = positions.new_empty(sum(counts), vocabulary, dtype=torch.float64)
+    precision = torch.float32 if positions.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    noise = positions.new_empty(sum(counts), vocabulary, dtype=precision)
     for rows, g in zip(noise.split(counts), generator, strict=True):
         rows.exponential_(generator=g)
     return noise
@@ -67,7 +68,7 @@ def draw(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
     """
     if temperature == 0:
         return logits.argmax(-1)
-    log_p = (logits.double() / temperature).log_softmax(-1)  # float64: see departure 1
+    log_p = (logits.to(noise.dtype) / temperature).log_softmax(-1)  # float64: see departure 1
     return (log_p - noise.log()).argmax(-1)
 
 

@@ -27,7 +27,7 @@ Departures from the authors' code
  7. Masks come from a generator keyed by (seed, step, j, group): the same for old, new and reference
     policy and for any number of processes. The global generator is never reseeded.
  8. Log-probabilities are taken at the rollout's temperature. The rollout also *selects* positions by
-    confidence; like every method compared here, ell leaves that choice out.
+    confidence, and may be guided (--guidance); as in every method compared here, ell knows neither.
  9. The reward asks for GSM8K's own `#### 42` (rewards.py), the masks' ramp is per row (remask.py).
 
     python maskgrpo.py --task gsm8k                        # the tiny default, minutes on a laptop
@@ -56,11 +56,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -69,7 +70,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import remask
 import rewards
 from emerge_sampler import guided, semi_autoregressive, through_eos
-from remask import Remask, inner_time, seeded
+from remask import Remask, seeded
 from rewards import TASKS, DataError, Problem
 
 
@@ -100,7 +101,6 @@ METHODS = {
     "tracerl": dict(remask="trace", gamma=0.0, managed_randomness=False, ratio="token", advantage="std"),
 }
 BETAS = (0.9, 0.99)  # AdamW: a shorter memory than 0.999 for the spikes of the 1/t weight
-REMASKS = ("fading_out", "uniform", "full", "whole_range", "trace")
 
 
 @dataclasses.dataclass
@@ -148,7 +148,7 @@ class Config:
     accumulation: int = option("micro-batches per update", paper=2, tiny=1, within="[1, inf)")
     mu: int = option("inner updates per rollout", paper=12, tiny=4, within="[1, inf)")
     gamma: float = option("truncation: the lowest mask ratio", within="[0, 1)")
-    remask: str = option("re-masking scheme of remask.py", choices=REMASKS)
+    remask: str = option("re-masking scheme of remask.py", choices=remask.SCHEMES)
     managed_randomness: bool = option("one mask noise for a whole group instead of one per completion")
     ratio: str = option("ratio and KL per token, or per sequence on ell (Eq. 9, 10)", choices=("token", "sequence"))
     advantage: str = option("divide by the group's std (paper) or only subtract its mean (d1)", choices=("std", "mean"))
@@ -175,7 +175,11 @@ def check(cfg: Config) -> None:
             raise UsageError(f"--{field.name} {value} is outside {within}")
     trackers = [str(tracker) for tracker in get_available_trackers()]
     whole_groups = cfg.batch_size % cfg.group_size == 0
+    generated = cfg.data == "generated" or (cfg.data is None and is_tiny(cfg.model))
+    adapter = cfg.model is not None and resolve(cfg.model)[1]
     rules = {
+        f"--lora {cfg.lora}: {adapter} is an adapter already, and trains as it is": not (cfg.lora and adapter),
+        "--eval_data needs published problems; generated ones have their own": not (cfg.eval_data and generated),
         f"--batch_size {cfg.batch_size} is not a multiple of --group_size {cfg.group_size}": whole_groups,
         f"--log_with {cfg.log_with}: not installed; installed are {trackers}": cfg.log_with in (None, *trackers),
         "--eval_only needs --model: a hub id, or a model, adapter or run directory": cfg.model or not cfg.eval_only,
@@ -185,8 +189,6 @@ def check(cfg: Config) -> None:
     for message, holds in rules.items():
         if not holds:
             raise UsageError(message)
-    if cfg.model is not None:
-        resolve(cfg.model)
 
 
 def inside(value: float, interval: str) -> bool:
@@ -218,6 +220,17 @@ LLADA_KEYS = {
 }
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # what a chat model ends its turn with, where its vocabulary has it
 BIDIRECTIONAL = dict(is_causal=False, use_cache=False)
+TINY = dict(
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+    initializer_range=0.1,  # learns the first words faster than Llama's 0.02
+    bos_token_id=None,
+    pad_token_id=None,
+    embedded_default=True,
+)
 
 
 def llada_config(raw: dict) -> LlamaConfig:
@@ -254,7 +267,7 @@ def dream_config(raw: dict) -> Qwen2Config:
 
 
 class MaskedDiffusionModel(nn.Module):
-    """log-probability factory: (x_t, attention, positions) -> logits at those positions, for every kind of base.
+    """(x_t, attention, positions) -> logits at those positions, for every kind of base.
 
     hf: the transformers model (or its PEFT wrapper); mask_id, pad_id, end_id: int; eos_ids: every id that
     ends a completion. The vocabulary head runs at the positions asked for and nowhere else.
@@ -271,18 +284,21 @@ class MaskedDiffusionModel(nn.Module):
                 f"{config.name_or_path}: no mask token; config.json needs mask_token_id, or the tokenizer a mask_token"
             )
         vocabulary = tokenizer.get_vocab()
-        self.end_id = next((vocabulary[word] for word in END_OF_TURN if word in vocabulary), tokenizer.eos_token_id)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        ends = [vocabulary[word] for word in END_OF_TURN if word in vocabulary]
+        ends += [tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
+        self.end_id = next((i for i in ends if i is not None), None)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
         from_config = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         eos_ids = {self.end_id, self.pad_id, tokenizer.eos_token_id, *from_config} - {None, self.mask_id}
         if not eos_ids:
             raise UsageError(f"{config.name_or_path}: the tokenizer has no EOS token")
         self.eos_ids = sorted(eos_ids)
-        self.pad_id = self.pad_id if self.pad_id is not None else self.eos_ids[0]
         self.shifted = getattr(config, "shifted_logits", False)
-        self.takes_positions = (
-            "position_ids" in inspect.signature(getattr(hf, "get_base_model", lambda: hf)().forward).parameters
-        )
+        forward = getattr(hf, "get_base_model", lambda: hf)().forward
+        self.takes_positions = "position_ids" in inspect.signature(forward).parameters
+        tables = [t for name, t in hf.named_modules() if name.endswith("position_embeddings")]
+        starts = [t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None]
+        self.first_position = max(starts, default=0)  # RoBERTa counts from its padding_idx + 1
         for module in hf.modules():  # the old, the new and the reference policy must be the same function
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -295,51 +311,49 @@ class MaskedDiffusionModel(nn.Module):
         Returns (N, V) float32, row-major; the mask token's logit is -inf: x0 never holds a mask."""
         # Dream reads the prediction of position i at i - 1; position 0 is a prompt's, so nothing wraps round
         self.read = positions.roll(-1, dims=1) if self.shifted else positions
-        places = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)} if self.takes_positions else {}
+        places = (
+            {"position_ids": (attention.cumsum(1) - 1).clamp(min=0) + self.first_position}
+            if self.takes_positions
+            else {}
+        )
         logits = self.hf(input_ids=x, attention_mask=attention.long(), **places).logits.float()
         logits[:, self.mask_id] = -torch.inf  # in place: (N, V) is the largest tensor of a step
         return logits
 
 
-def load_hf(path: str, dtype: torch.dtype) -> nn.Module:
-    """A published or saved checkpoint in transformers' own classes, bidirectional; no remote code.
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-    Raises UsageError where weights are missing, unexpected or unreadable.
-    """
+
+def native_class(path: str) -> tuple[type, dict]:
+    """(transformers' own class for a checkpoint, keyword arguments of its from_pretrained); no remote code."""
+    raw, _ = PreTrainedConfig.get_config_dict(path)
+    kind = str(raw.get("model_type", "")).lower()
+    if {"d_model", "mlp_hidden_size", "n_layers"} <= raw.keys():  # LLaDA, MMaDA
+        return LlamaForCausalLM, {"config": llada_config(raw), "key_mapping": LLADA_KEYS}
+    if kind == "dream":
+        return Qwen2ForCausalLM, {"config": dream_config(raw)}
+    if kind in ("llama", "qwen2"):  # saved by this project: is_causal=False and Dream's shift are in its config
+        if raw.get("is_causal", True):
+            raise UsageError(f"--model {path}: a causal {kind}; a masked diffusion model's config has is_causal: false")
+        return (LlamaForCausalLM if kind == "llama" else Qwen2ForCausalLM), {}
+    return transformers.AutoModelForMaskedLM, {"trust_remote_code": False}
+
+
+def load_hf(path: str, dtype: torch.dtype) -> nn.Module:
+    """A published or saved checkpoint, bidirectional; UsageError where weights are missing or do not fit."""
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(path)
-        kind = str(raw.get("model_type", "")).lower()
-        options = dict(dtype=dtype, output_loading_info=True)
-        if {"d_model", "mlp_hidden_size", "n_layers"} <= raw.keys():  # LLaDA, MMaDA
-            model, info = LlamaForCausalLM.from_pretrained(
-                path, config=llada_config(raw), key_mapping=LLADA_KEYS, **options
-            )
-        elif kind == "dream":
-            model, info = Qwen2ForCausalLM.from_pretrained(path, config=dream_config(raw), **options)
-        elif kind in ("llama", "qwen2"):  # saved by this project: is_causal=False and the shift are in its config
-            family = LlamaForCausalLM if kind == "llama" else Qwen2ForCausalLM
-            if raw.get("is_causal", True):
-                raise UsageError(
-                    f"{path}: a causal {kind} model; a masked diffusion model has is_causal: false in config.json"
-                )
-            model, info = family.from_pretrained(path, **options)
-        else:
-            model, info = transformers.AutoModelForMaskedLM.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        reason = f"config.json lacks {error}" if isinstance(error, KeyError) else str(error).strip().splitlines()[0]
+        family, options = native_class(path)
+        model, info = family.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    except UsageError:
+        raise
+    except Exception as error:  # what a broken checkpoint raises has no common class
+        reason = f"config.json lacks {error}" if isinstance(error, KeyError) else first_line(error)
         raise UsageError(f"--model {path}: cannot be loaded: {reason}") from None
-    wrong = {
-        name: sorted(info[name])[:3]
-        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info.get(name)
-    }
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = [f"{kind.replace('_', ' ')} {sorted(info[kind])[:3]} ..." for kind in kinds if info.get(kind)]
     if wrong:
-        raise UsageError(
-            f"--model {path}: its weights do not fit its config.json: "
-            + "; ".join(f"{k.replace('_', ' ')} {v} ..." for k, v in wrong.items())
-        )
+        raise UsageError(f"--model {path}: its weights do not fit its config.json: {'; '.join(wrong)}")
     return model
 
 
@@ -349,10 +363,19 @@ def load_tokenizer(path: str):
         raw, _ = PreTrainedConfig.get_config_dict(path)
         family = transformers.Qwen2Tokenizer if str(raw.get("model_type", "")).lower() == "dream" else AutoTokenizer
         return family.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(
-            f"--model {path}: its tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from None
+    except Exception as error:
+        raise UsageError(f"--model {path}: its tokenizer cannot be loaded: {first_line(error)}") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; UsageError where it is none."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def resolve(path: str) -> tuple[str, str | None]:
@@ -362,9 +385,12 @@ def resolve(path: str) -> tuple[str, str | None]:
     if not Path(path).is_dir() and (Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise UsageError(f"--model {path}: not a directory, and not a hub id either (those read OWNER/NAME)")
     adapter = Path(path) / "adapter_config.json"
-    if adapter.is_file():
-        return json.loads(adapter.read_text())["base_model_name_or_path"], path
-    return path, None
+    if not adapter.is_file():
+        return path, None
+    base = read_json(adapter).get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{adapter}: names no base_model_name_or_path")
+    return base, path
 
 
 def is_tiny(path: str | None) -> bool:
@@ -372,7 +398,7 @@ def is_tiny(path: str | None) -> bool:
     if path is None or not Path(path).is_dir():
         return path is None
     config = Path(resolve(path)[0]) / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("embedded_default", False)
+    return config.is_file() and read_json(config).get("embedded_default", False)
 
 
 def require_peft():
@@ -391,11 +417,16 @@ def load_model(path: str, cfg: Config, trainable: bool) -> MaskedDiffusionModel:
     hf = load_hf(base, torch.bfloat16 if cfg.bf16 and frozen else torch.float32)
     if adapter is not None:
         peft = require_peft()
-        hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*missing adapter keys")
+                hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
+        except Exception as error:  # an adapter of the remote-code LLaDA class has other module names
+            raise UsageError(f"--model {adapter}: the adapter does not fit {base}: {first_line(error)[:200]}") from None
     elif cfg.lora and trainable:
         peft = require_peft()
-        with torch.random.fork_rng():
-            torch.manual_seed(cfg.seed)  # LoRA's initialisation; outside this block nothing changes
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(cfg.seed)  # LoRA's initialisation; afterwards all is as before
             hf = peft.get_peft_model(
                 hf, peft.LoraConfig(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules="all-linear")
             )
@@ -436,23 +467,10 @@ def tiny_tokenizer(texts: list[str]):
 
 def tiny_model(tokenizer, seed: int) -> MaskedDiffusionModel:
     """The embedded default: the class that LLaDA is loaded into, 159k parameters, random weights from the seed."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        initializer_range=0.1,  # learns the first words faster than Llama's 0.02
-        bos_token_id=None,
-        pad_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id,
-        embedded_default=True,
-        **BIDIRECTIONAL,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    names = {"eos_token_id": tokenizer.eos_token_id, "mask_token_id": tokenizer.mask_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), **TINY, **names, **BIDIRECTIONAL)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         return MaskedDiffusionModel(LlamaForCausalLM(config), tokenizer)
 
 
@@ -472,9 +490,13 @@ class Batch(NamedTuple):
 
 def prompt_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """The chat template's tokens up to where the model answers; plain lines for a tokenizer without a template."""
-    if tokenizer.chat_template:
+    if not tokenizer.chat_template:
+        return tokenizer("".join(message["content"] + "\n" for message in messages))["input_ids"]
+    try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return tokenizer("".join(message["content"] + "\n" for message in messages))["input_ids"]
+    except jinja2.TemplateError:  # some templates have no system role
+        merged = [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
+        return tokenizer.apply_chat_template(merged, add_generation_prompt=True, return_dict=False)
 
 
 def make_batch(model: MaskedDiffusionModel, prompts: list[list[int]], completions: list[list[int]], device) -> Batch:
@@ -602,21 +624,23 @@ def policy_loss(log_p, old, ref, masks: Remask, advantages, lengths, *, ratio: s
     if shapes != (masks.scored.shape,) * 4 + (masks.t.shape,) * 2:
         raise ValueError(f"shapes disagree: log_p, old, ref, scored, A, |o| are {[tuple(shape) for shape in shapes]}")
     if ratio == "sequence":
-        # Eq. 9: log rho = ell_theta - ell_old;  Eq. 10: d = ell_ref - ell_theta; one of each per completion.
-        log_rho, d, a = sequence_ell(log_p - old, masks.t), sequence_ell(ref - log_p, masks.t), advantages
-        # 1/|o_i|: ell sums over the completion's tokens, this makes it a mean, so long answers weigh no more
-        mean = lambda v: v / lengths  # noqa: E731
-        row = lambda v: v  # noqa: E731
+        # Eq. 9: log rho = ell_theta - ell_old;  Eq. 10: d = ell_ref - ell_theta; one of each per completion, (B, 1).
+        difference = lambda a, b: sequence_ell(a - b, masks.t)[:, None]
+        counted = torch.ones_like(lengths)[:, None]
+        weight = 1 / lengths[:, None]  # 1/|o_i|: ell sums over tokens, this makes it a mean; length gains nothing
     else:
-        # The authors' code: a ratio and a D per token, and the mean over the row's scored tokens, some t |o_i| of
-        # them: the same as (1/t) sum / |o_i| on average, without the noise of how many tokens were masked.
-        log_rho, d, a = log_p - old, ref - log_p, advantages[:, None]
-        mean = row = lambda v: (v * masks.scored).sum(1) / masks.scored.sum(1).clamp(min=1)  # noqa: E731
+        # The authors' code: a ratio and a D per token, (B, L), and their mean over the row's scored tokens. These are
+        # t |o_i| on average: the same as (1/t) sum / |o_i|, without the noise of how many tokens were masked.
+        difference, counted = torch.sub, masks.scored.float()
+        weight = counted / counted.sum(1, keepdim=True).clamp(min=1)
+    log_rho, d = difference(log_p, old), difference(ref, log_p)
     kl = kl_estimate(d)
-    loss = -mean(surrogate(log_rho, a, clip) - beta * kl).mean()  # over B = groups x G rows: 1/G and the groups' mean
+    objective = ((surrogate(log_rho, advantages[:, None], clip) - beta * kl) * weight).sum(1)  # (B,)
+    loss = -objective.mean()  # B = groups x G rows: 1/G and the mean over groups at once
     with torch.no_grad():
+        row_mean = lambda v: (v * counted / counted.sum(1, keepdim=True).clamp(min=1)).sum(1).mean()
         outside = ((tame_exp(log_rho) - 1).abs() > clip).float()
-        return Loss(loss, row(kl).mean(), row(outside).mean(), row(log_rho.abs()).mean())
+        return Loss(loss, row_mean(kl), row_mean(outside), row_mean(log_rho.abs()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -638,6 +662,7 @@ class Run:
         self.seconds = dict.fromkeys(("base", "rollout", "update", "eval", "total"), 0.0)
         self.lap = time.perf_counter()
         self.signal = 0  # the SIGINT or SIGTERM that this process has received
+        self.save: Callable[[], None] = lambda: None  # what has to be saved if the run is stopped now
 
     def say(self, text: str) -> None:
         """A line from the main process, above any progress bar."""
@@ -663,20 +688,26 @@ class Run:
         self.lap = now
         return dict(self.seconds)
 
-    def average(self, value: float) -> float:
-        """The mean over all processes, which all have to ask."""
+    def average(self, values: dict[str, float]) -> dict[str, float]:
+        """Each value's mean over all processes, which all have to ask."""
         if self.world == 1:
-            return value
-        return float(self.accelerator.reduce(torch.tensor(value, device=self.device), "mean"))
+            return values
+        stacked = torch.tensor(list(values.values()), device=self.device)
+        return dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist()))
 
     def everyone(self, flag: bool) -> bool:
         """Whether the flag holds on all processes, which all have to ask."""
-        return self.average(float(flag)) == 1.0
+        return self.average({"flag": float(flag)})["flag"] == 1.0
 
-    def leave_if_stopped(self, save: Callable[[], None] = lambda: None) -> None:
+    def on_signal(self, received: int, frame) -> None:
+        """Note the signal; a second one ends the process at once."""
+        self.signal = received
+        signal.signal(received, signal.SIG_DFL)
+
+    def leave_if_stopped(self) -> None:
         """Where a process has received SIGINT or SIGTERM: save, and exit all with the shell's code for a signal."""
         if not self.everyone(self.signal == 0):
-            save()
+            self.save()
             received = signal.Signals(self.signal or signal.SIGTERM)
             self.say(f"stopped by {received.name}; to go on: --resume --output_dir {self.path}")
             self.accelerator.end_training()
@@ -735,12 +766,12 @@ def load_checkpoint(run: Run, root: Path) -> tuple[dict, dict] | None:
     slot = newest_slot(root)
     if slot is None:
         return None
-    progress = json.loads((slot / "progress.json").read_text())
+    progress = read_json(slot / "progress.json")
     if progress["processes"] != run.world:
         raise UsageError(f"--resume: {slot} was written by {progress['processes']} processes, this run has {run.world}")
     run.accelerator.load_state(str(slot), strict=False)
     run.seconds = progress.pop("seconds")
-    return progress, torch.load(slot / f"held{run.rank}.pt", map_location=run.device)
+    return progress, torch.load(slot / f"held{run.rank}.pt", map_location="cpu")
 
 
 def keep_trainable_only(models: list, weights: list, output_dir: str) -> None:
@@ -770,6 +801,10 @@ def roll_out(
         tick()
         return model(x, batch.attention, positions)
 
+    def everyone(finished: bool) -> bool:
+        run.leave_if_stopped()  # a rollout of an 8B model takes longer than a scheduler's grace
+        return run.everyone(finished)
+
     x, unmask_step, forwards = semi_autoregressive(
         guided(predict, lambda x: x.masked_fill(batch.attention & ~batch.completion, base.mask_id), cfg.guidance),
         batch.x,
@@ -781,18 +816,16 @@ def roll_out(
         eos_ids=base.eos_ids,
         pad_id=base.pad_id,
         eos_last=cfg.eos_last,
-        everyone=run.everyone,
+        everyone=everyone,
     )
     return batch._replace(x=x), unmask_step, forwards
 
 
-def evaluate(
-    run: Run, model, base, problems: list[Problem], samples: int = 0, label="evaluation", stop=False
-) -> list[dict]:
+def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, label="evaluation") -> list[dict]:
     """Completions of every problem, greedy, or `samples` of each at --temperature; the same on all processes.
 
     One dict per completion, in order: sample (None if greedy), correct, prompt, completion, answer. A row's
-    noise is keyed by its problem, so the result depends on no batch size. stop: a signal may end it.
+    noise is keyed by its problem, so the result depends on no batch size.
     """
     todo = [(i, s) for i in range(len(problems)) for s in range(max(samples, 1))]
     size, mine, done = run.cfg.eval_batch_size, todo[run.rank :: run.world], []
@@ -800,8 +833,6 @@ def evaluate(
     model.eval()
     with run.clock("eval"), run.bar(batches, label, leave=False) as bar:
         for b in range(batches):
-            if stop:
-                run.leave_if_stopped()
             part = mine[b * size : (b + 1) * size]
             rows = part or todo[:1]  # a process without a share still makes its forwards
             prompts = [prompt_ids(base.tokenizer, run.task.messages(problems[i])) for i, _ in rows]
@@ -848,25 +879,27 @@ def train_elbo(run: Run, base, train, validation, steps: int, target: float, roo
     model, optimizer = run.accelerator.prepare(base, torch.optim.AdamW(trained, lr=cfg.sft_lr, betas=BETAS))
     start = (load_checkpoint(run, root) or ({"step": 0}, {}))[0]["step"]
     with run.bar(steps, "ELBO training, at most", initial=start) as bar:
-        for step in range(start, steps):
-            loss = elbo_step(run, model, base, optimizer, prompts, completions, step)
-            bar.update()
-            if (step + 1) % 50 == 0 or step + 1 == steps:
+        for step in range(start, steps + 1):
+            run.save = functools.partial(save_checkpoint, run, root, {"step": step})
+            run.leave_if_stopped()
+            if step and (step % 50 == 0 or step == steps):
                 accuracy = validate(run, model, base, validation)
-                bar.set_postfix(loss=f"{loss:.3f}", validation=f"{accuracy:.3f}")
-                if (step + 1) % 200 == 0 or step + 1 == steps or accuracy >= target:
-                    run.say(f"  step {step + 1:>5}  ELBO loss {loss:.3f}  validation accuracy {accuracy:.3f}")
+                bar.set_postfix(validation=f"{accuracy:.3f}")
+                if step % 200 == 0 or step == steps or accuracy >= target:
+                    run.say(f"  step {step:>5}  greedy validation accuracy {accuracy:.3f}")
                 if accuracy >= target:
                     break
-            save = functools.partial(save_checkpoint, run, root, {"step": step + 1})
-            run.leave_if_stopped(save)
-            if cfg.save_every and (step + 1) % (10 * cfg.save_every) == 0:
-                save()
+            if step < steps:
+                elbo_step(run, model, base, optimizer, prompts, completions, step)
+                bar.update()
+                if cfg.save_every and (step + 1) % (10 * cfg.save_every) == 0:
+                    save_checkpoint(run, root, {"step": step + 1})
+    run.save = lambda: None
     run.accelerator.free_memory()
 
 
-def elbo_step(run: Run, model, base, optimizer, prompts: list, completions: list, step: int) -> float:
-    """One step of ELBO training on this process's share of the batch; returns its loss."""
+def elbo_step(run: Run, model, base, optimizer, prompts: list, completions: list, step: int) -> None:
+    """One step of ELBO training on this process's share of the batch."""
     cfg = run.cfg
     size = cfg.sft_batch_size
     chosen = shuffled(len(prompts), size, (step * run.world + run.rank) * size, cfg.seed, DATA, 0)
@@ -878,14 +911,17 @@ def elbo_step(run: Run, model, base, optimizer, prompts: list, completions: list
     model.train()
     loss = elbo_loss(model, batch, r.to(run.device), u.to(run.device), base.mask_id)
     if not run.everyone(bool(loss.isfinite())):
-        raise UsageError(f"ELBO training, step {step + 1}: the loss is not finite; lower --sft_lr ({cfg.sft_lr:g})")
+        run.save()
+        raise UsageError(
+            f"ELBO training, step {step + 1}: the loss is not finite; the state before it is in {run.path}; "
+            f"lower --sft_lr ({cfg.sft_lr:g})"
+        )
     run.accelerator.backward(loss)
     run.accelerator.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = cfg.sft_lr * min(1.0, (step + 1) / 100)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
 
 
 def base_path(run: Run, train: list[Problem], validation: list[Problem]) -> tuple[str, bool]:
@@ -893,34 +929,25 @@ def base_path(run: Run, train: list[Problem], validation: list[Problem]) -> tupl
     cfg = run.cfg
     if cfg.model is not None and not cfg.sft_steps:
         return cfg.model, True
-    root = run.path / "sft"
+    root = cache = run.path / "sft"
     if cfg.model is None:
-        names = (
-            "gen_length",
-            "block_length",
-            "tokens_per_step",
-            "base_accuracy",
-            "base_steps",
-            "sft_lr",
-            "sft_batch_size",
-        )
-        settings = [run.world, train, cfg.seed] + [getattr(cfg, name) for name in names]
+        names = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed".split()
+        settings = [run.world, train, TINY, [getattr(cfg, name) for name in names]]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-        root = Path("runs") / f"base-{cfg.task}-s{cfg.seed}-{key}"
-    if (root / "seconds").is_file():
-        run.seconds["base"] = float((root / "seconds").read_text())
-        run.say(f"base      {root}, trained earlier")
-        return str(root), True
-    run.say(f"base      training it, at most {cfg.sft_steps or cfg.base_steps} steps; it will be kept in {root}")
+        root, cache = run.path / "base", Path("runs") / f"base-{cfg.task}-s{cfg.seed}-{key}"
+    if (cache / "seconds").is_file():
+        run.seconds["base"] = float((cache / "seconds").read_text())
+        run.say(f"base      {cache}, trained earlier")
+        return str(cache), True
+    run.say(f"base      training it, at most {cfg.sft_steps or cfg.base_steps} steps; it will be kept in {cache}")
     if cfg.model is None:
         texts = [run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) for p in train]
         base = tiny_model(tiny_tokenizer(texts), cfg.seed).to(run.device)
     else:
         base = load_model(cfg.model, cfg, trainable=True).to(run.device)
-    start = time.perf_counter()
-    train_elbo(
-        run, base, train, validation, cfg.sft_steps or cfg.base_steps, 2.0 if cfg.model else cfg.base_accuracy, root
-    )
+    run.say("memory    " + memory_expected(cfg, base))
+    start, target = time.perf_counter(), 2.0 if cfg.model else cfg.base_accuracy
+    train_elbo(run, base, train, validation, cfg.sft_steps or cfg.base_steps, target, root)
     run.seconds |= {"base": run.seconds["base"] + time.perf_counter() - start, "eval": 0.0}
     if run.main:
         if cfg.lora:
@@ -928,8 +955,11 @@ def base_path(run: Run, train: list[Problem], validation: list[Problem]) -> tupl
         save_model(base, root / "model")
         shutil.rmtree(root / "checkpoint", ignore_errors=True)
         write_atomically(root / "seconds", f"{run.seconds['base']:.1f}")
+        if root != cache and not cache.exists():
+            cache.parent.mkdir(exist_ok=True)
+            shutil.move(root, cache)  # only now: runs that start together do not meet in there
     run.accelerator.wait_for_everyone()
-    return str(root), False
+    return str(cache), False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -975,14 +1005,8 @@ def mask_noise(cfg: Config, e: Experience, step: int, j: int) -> tuple[Tensor, T
 def remask_experience(cfg: Config, e: Experience, step: int, j: int) -> tuple[Remask, Tensor]:
     """(masks of inner update j, what x_t hides (B, L) bool): the tail behind EOS stays hidden, as in the rollout."""
     u, u_ratio = (noise.to(e.completion.device) for noise in mask_noise(cfg, e, step, j))
-    r = inner_time(j, cfg.mu, cfg.gamma)
-    masks = {
-        "fading_out": lambda: remask.fading_out(e.completion, r, u),
-        "uniform": lambda: remask.uniform(e.completion, r, u),
-        "full": lambda: remask.full(e.completion, e.batch.attention & ~e.batch.completion, u),
-        "whole_range": lambda: remask.whole_range(e.completion, u, u_ratio),
-        "trace": lambda: remask.trace(e.completion, e.unmask_step, j, cfg.mu),
-    }[cfg.remask]()
+    prompt = e.batch.attention & ~e.batch.completion
+    masks = remask.by_name(cfg.remask, e.completion, prompt, e.unmask_step, u, u_ratio, j, cfg.mu, cfg.gamma)
     return masks, masks.masked | (e.batch.completion & ~e.completion)
 
 
@@ -1029,7 +1053,7 @@ def collect(run: Run, model, base, reference: Reference, train, step: int, micro
     advantages = group_advantages(reward, g, cfg.advantage).to(run.device)
     e = Experience(batch, completion, unmask_step, torch.tensor(groups).repeat_interleave(g), advantages)
     with run.clock("update"):
-        at = lambda policy, j: remasked_log_probs(cfg, policy, base, e, step, j)[0]  # noqa: E731
+        at = lambda policy, j: remasked_log_probs(cfg, policy, base, e, step, j)[0]
         with torch.no_grad():  # update 1 starts from the old policy itself: only j = 2 ... mu are needed
             old = [torch.zeros_like(completion, dtype=torch.float32)] + [at(model, j) for j in range(2, cfg.mu + 1)]
         e = e._replace(old=torch.stack(old))
@@ -1040,7 +1064,7 @@ def collect(run: Run, model, base, reference: Reference, train, step: int, micro
     metrics |= {f"reward/{name}": sum(term[name] for term in terms) / len(terms) for name in terms[0]}
     metrics["zero_variance_groups"] = (reward.view(-1, g).std(1) < 1e-6).float().mean().item()
     metrics |= {"completion_tokens": completion.sum(1).float().mean().item(), "forwards": float(forwards)}
-    return e, metrics
+    return e, run.average(metrics)
 
 
 def update(run: Run, model, base, optimizer, experience: list[Experience], step: int, j: int) -> dict | None:
@@ -1061,7 +1085,8 @@ def update(run: Run, model, base, optimizer, experience: list[Experience], step:
                 metrics[name] = metrics.get(name, 0.0) + value.item() / len(experience)
             if run.accelerator.sync_gradients:
                 metrics["grad_norm"] = float(run.accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm))
-                if not run.everyone(math.isfinite(metrics["loss"] + metrics["grad_norm"])):
+                metrics = run.average(metrics)
+                if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                     optimizer.zero_grad()
                     return None
                 for group in optimizer.param_groups:
@@ -1074,16 +1099,18 @@ def update(run: Run, model, base, optimizer, experience: list[Experience], step:
 def inner_updates(run: Run, model, base, optimizer, held: dict, progress: dict) -> dict:
     """Updates j = progress["j"] ... mu on the held experience; returns the progress, with their metrics added."""
     cfg = run.cfg
-    save = lambda: save_checkpoint(run, run.path, progress, pack(held))  # noqa: E731
     with run.clock("update"), run.bar(cfg.mu, "  updates", leave=False, initial=progress["j"] - 1) as bar:
-        for j in range(progress["j"], cfg.mu + 1):
-            run.leave_if_stopped(save)
+        for j in range(progress["j"], cfg.mu + 2):
+            run.save = functools.partial(save_checkpoint, run, run.path, progress, pack(held))
+            run.leave_if_stopped()
+            if j > cfg.mu:
+                break
             metrics = update(run, model, base, optimizer, held["experience"], progress["step"], j)
             if metrics is None:
-                save()
+                run.save()
                 raise UsageError(
                     f"step {progress['step'] + 1}, inner update {j}: the loss or its gradient is not finite; "
-                    f"the state before it is in {run.path}; lower --lr ({cfg.lr:g})"
+                    f"the state before it is in {run.path}; go on with --resume and a lower --lr ({cfg.lr:g})"
                 )
             progress = progress | {"j": j + 1, "updates": progress["updates"] + [metrics]}
             bar.update()
@@ -1094,6 +1121,8 @@ def train_policy(run: Run, model, base, optimizer, reference, data: dict, progre
     """The RL loop. progress: steps done, the j to do next, metrics of the step so far; held: its experience."""
     cfg, start, began = run.cfg, progress["step"], time.perf_counter()
     log = open_log(run, start)
+    if not held:
+        run.save = functools.partial(save_checkpoint, run, run.path, {"step": start, "j": 1})
     with run.bar(cfg.max_steps, "RL steps", initial=start) as bar:
         for step in range(start, cfg.max_steps):
             if not held:
@@ -1103,7 +1132,7 @@ def train_policy(run: Run, model, base, optimizer, reference, data: dict, progre
                 held = {"experience": [e for e, _ in got]}
                 progress = {"step": step, "j": 1, "rollout": mean_of([metrics for _, metrics in got]), "updates": []}
             progress = inner_updates(run, model, base, optimizer, held, progress)
-            line = {k: run.average(v) for k, v in (progress["rollout"] | mean_of(progress["updates"])).items()}
+            line = progress["rollout"] | mean_of(progress["updates"])
             completions = (step + 1) * cfg.batch_size * cfg.accumulation * run.world
             line = {"step": step + 1, "completions": completions} | line
             if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps):
@@ -1117,10 +1146,10 @@ def train_policy(run: Run, model, base, optimizer, reference, data: dict, progre
             bar.update()
             bar.set_postfix(reward=f"{line['reward']:.2f}", kl=f"{line['kl']:.4f}")
             held, progress = {}, {"step": step + 1, "j": 1}
-            save = functools.partial(save_checkpoint, run, run.path, progress)
-            run.leave_if_stopped(save)
+            run.save = functools.partial(save_checkpoint, run, run.path, progress)
             if step + 1 == cfg.max_steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-                save()
+                run.save()
+    run.save = lambda: None
 
 
 def open_log(run: Run, steps: int) -> Path:
@@ -1151,9 +1180,10 @@ def pack(held: dict) -> dict:
     return {"experience": [e._replace(batch=e.batch._asdict())._asdict() for e in held["experience"]]}
 
 
-def unpack(held: dict) -> dict:
-    """The inverse of `pack`; {} stays {}."""
-    rows = [Experience(**row | {"batch": Batch(**row["batch"])}) for row in held.get("experience", [])]
+def unpack(held: dict, device: torch.device) -> dict:
+    """The inverse of `pack`, onto a device; {} stays {}."""
+    place = lambda row: {name: v.to(device) if isinstance(v, Tensor) else v for name, v in row.items()}
+    rows = [Experience(**place(row) | {"batch": Batch(**place(row["batch"]))}) for row in held.get("experience", [])]
     return {"experience": rows} if rows else {}
 
 
@@ -1168,7 +1198,16 @@ class Parser(argparse.ArgumentParser):
 
 
 # What may change when a run goes on; anything else would make it another run.
-FREE_ON_RESUME = ("resume", "output_dir", "max_steps", "save_every", "log_with", "eval_n", "eval_batch_size", "pass_k")
+FREE_ON_RESUME = (
+    "resume",
+    "output_dir",
+    "max_steps",
+    "save_every",
+    "log_with",
+    "eval_batch_size",
+    "lr",
+    "max_grad_norm",
+)
 
 
 def parse(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]:
@@ -1201,7 +1240,9 @@ def parse(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]:
         file = Path(cfg.output_dir) / "config.json"
         if not file.is_file():
             raise UsageError(f"--resume: {cfg.output_dir} holds no run (no config.json); name one with --output_dir")
-        saved = json.loads(file.read_text())
+        saved = read_json(file)
+        if saved.keys() != {field.name for field in dataclasses.fields(Config)}:
+            raise UsageError(f"--resume: {file} was written by another version of this script")
         for name, value in given.items():
             if name not in FREE_ON_RESUME and saved.get(name) != value:
                 raise UsageError(f"--resume: --{name} {value} contradicts {file}, which has {saved.get(name)}")
@@ -1284,7 +1325,7 @@ def measure(run: Run, model, base, data: dict, phase: str) -> list[dict]:
         return [json.loads(line) for line in file.read_text().splitlines()]
     rows = []
     for split, samples in (("test", 0), ("unseen", 0), ("test", run.cfg.pass_k))[: 3 if run.cfg.pass_k else 2]:
-        done = evaluate(run, model, base, data[split], samples, f"evaluation {phase}, {split}", stop=True)
+        done = evaluate(run, model, base, data[split], samples, f"evaluation {phase}, {split}")
         rows += [{"split": split} | row for row in done]
     if run.main:
         write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
@@ -1337,6 +1378,7 @@ def report(run: Run, results: dict) -> None:
 def train_and_report(run: Run, path: str, cached: bool, data: dict) -> None:
     """Accuracy before, RL, accuracy after, on held-out problems; the trained model; results.json."""
     cfg = run.cfg
+    run.accelerator.free_memory()  # of the base's own training
     base = load_model(path, cfg, trainable=True).to(run.device)
     run.say("memory    " + memory_expected(cfg, base))
     trained = [p for p in base.parameters() if p.requires_grad]
@@ -1348,8 +1390,9 @@ def train_and_report(run: Run, path: str, cached: bool, data: dict) -> None:
     if progress["step"] or held:
         run.say(f"resumed   after {progress['step']} steps and {progress['j'] - 1} inner updates")
     before = measure(run, model, base, data, "before")
-    run.say(f"before    accuracy {rewards.accuracy(verdicts(before, 'test'))['accuracy']:.3f} on test")
-    train_policy(run, model, base, optimizer, reference, data, progress, unpack(held))
+    figures = rewards.accuracy(verdicts(before, "test"))
+    run.say(f"before    greedy accuracy {figures['accuracy']:.3f} on {figures['n']} test problems; {decoding(cfg)}")
+    train_policy(run, model, base, optimizer, reference, data, progress, unpack(held, run.device))
     after = measure(run, model, base, data, "after")
     if run.main:
         save_model(base, run.path / "model")
@@ -1368,18 +1411,23 @@ def main(argv: list[str] | None = None) -> None:
         project_dir=cfg.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # rotary tables, equal anyway
     )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UsageError(
+            f"accelerate: {accelerator.distributed_type.value} is not supported; use MULTI_GPU (DDP) and --lora"
+        )
     data = load_splits(cfg)
     if accelerator.is_main_process:
         open_run(cfg)
     accelerator.wait_for_everyone()
     run = Run(cfg, accelerator)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, frame: setattr(run, "signal", received))
+        signal.signal(number, run.on_signal)
     accelerator.register_save_state_pre_hook(keep_trainable_only)
     accelerator.init_trackers("maskgrpo", config={k: str(v) for k, v in dataclasses.asdict(cfg).items()})
     describe(run, source, data)
     if cfg.eval_only:
         base = load_model(cfg.model, cfg, trainable=False)
+        run.say("memory    " + memory_expected(cfg, base))
         model = accelerator.prepare_model(base, evaluation_mode=True)
         report(run, summary(measure(run, model, base, data, "eval_only"), "eval_only", cfg.pass_k))
     else:

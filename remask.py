@@ -150,6 +150,21 @@ def trace(completion: Tensor, unmask_step: Tensor, j: int, mu: int) -> Remask:
     return Remask(masked, scored, torch.full((len(completion),), 1 / mu, device=completion.device))
 
 
+SCHEMES = ("fading_out", "uniform", "full", "whole_range", "trace")
+
+
+def by_name(scheme: str, completion, prompt, unmask_step, u, u_ratio, j: int, mu: int, gamma: float) -> Remask:
+    """The masks of inner update j by the name of their scheme; arguments as above, each scheme uses its own."""
+    r = inner_time(j, mu, gamma)
+    return {
+        "fading_out": lambda: fading_out(completion, r, u),
+        "uniform": lambda: uniform(completion, r, u),
+        "full": lambda: full(completion, prompt, u),
+        "whole_range": lambda: whole_range(completion, u, u_ratio),
+        "trace": lambda: trace(completion, unmask_step, j, mu),
+    }[scheme]()
+
+
 # ---------------------------------------------------------------------------------------------
 # python remask.py
 # ---------------------------------------------------------------------------------------------
@@ -161,21 +176,15 @@ def mask_probability(scheme: str, length: int = 24, gamma: float = 0.6, mu: int 
     order = torch.arange(length).expand(draws, length) // 2  # left to right, two tokens a step
     masked, scored = torch.zeros(length), torch.zeros(length)
     for j in range(1, mu + 1):
-        noise, r = seeded(0, j), inner_time(j, mu, gamma)
+        noise = seeded(0, j)
         u, u_ratio = torch.rand(draws, length, generator=noise), torch.rand(draws, generator=noise)
-        masks = {
-            "fading_out": lambda: fading_out(completion, r, u),
-            "uniform": lambda: uniform(completion, r, u),
-            "full": lambda: full(completion, ~completion, u),
-            "whole_range": lambda: whole_range(completion, u, u_ratio),
-            "trace": lambda: trace(completion, order, j, mu),
-        }[scheme]()
+        masks = by_name(scheme, completion, ~completion, order, u, u_ratio, j, mu, gamma)
         masked, scored = masked + masks.masked.float().mean(0) / mu, scored + masks.scored.float().mean(0) / mu
     return Remask(masked, scored, torch.ones(1))
 
 
 def main() -> None:
-    probabilities = {name: mask_probability(name) for name in ("fading_out", "uniform", "full", "whole_range", "trace")}
+    probabilities = {name: mask_probability(name) for name in SCHEMES}
     curves = {name: p.masked for name, p in probabilities.items()} | {"trace, scored": probabilities["trace"].scored}
     print("Probability that a completion token is masked, by position: 24 tokens, gamma = 0.6, mu = 4, mean over")
     print("j = 1 ... mu and 20,000 draws. What is masked is scored, but for trace, which scores a slice of it.\n")

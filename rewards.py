@@ -105,7 +105,7 @@ def generate_gsm8k(split: str, n: int, seed: int) -> list[Problem]:
 def read_jsonl(path: str) -> Iterator[tuple[int, dict]]:
     """(line number, object) for each line of a JSONL file; DataError names the line that is malformed."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a text file ({error})") from None
     for number, line in enumerate(lines, 1):
@@ -196,7 +196,7 @@ def extract_answer(completion: str) -> Decimal | None:
 
 def gold_answer(problem: Problem) -> Decimal | None:
     """The number after the last `####` of a published answer."""
-    head, mark, tail = problem["answer"].rpartition("####")
+    _, mark, tail = problem["answer"].rpartition("####")
     return parse_number(tail) if mark else None
 
 

@@ -156,6 +156,12 @@ def test_bad_files_name_file_and_line(tmp_path, text, message):
         rewards.load_gsm8k(str(file))
 
 
+def test_a_line_separator_inside_a_string_is_no_line_break(tmp_path):
+    file = tmp_path / "u.jsonl"
+    file.write_text('{"question": "a\u2028b", "answer": "#### 1"}\r\n{"question": "c", "answer": "#### 2"}\n')
+    assert [p["question"] for p in rewards.load_gsm8k(str(file))] == ["a\u2028b", "c"]
+
+
 def test_missing_and_binary_files(tmp_path):
     with pytest.raises(DataError, match="none.jsonl: cannot be read"):
         rewards.load_gsm8k(str(tmp_path / "none.jsonl"))
