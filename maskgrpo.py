@@ -1305,9 +1305,10 @@ def memory_expected(cfg: Config, base: MaskedDiffusionModel) -> str:
     trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
     copy = everything if cfg.beta and not cfg.lora else 0
     logits = 3 * 4 * cfg.batch_size * cfg.gen_length * base.hf.config.vocab_size  # float32, with their gradients
-    total = (everything + 12 * trained + copy + logits) / 2**30
+    total = (everything + 12 * trained + copy + logits) / 2**20
+    size = f"{total / 1024:.1f} GiB" if total > 1024 else f"{total:.0f} MiB"
     share = f"{trained / 1e6:.2f}M of {sum(p.numel() for p in base.parameters()) / 1e6:.2f}M parameters train"
-    return f"{share}; expect {total:.2f} GiB and the activations of {cfg.batch_size} sequences"
+    return f"{share}; expect {size} and the activations of {cfg.batch_size} sequences"
 
 
 # ---------------------------------------------------------------------------------------------
