@@ -18,17 +18,19 @@ Departures from the paper
  1. As printed the objective is A (rho - beta D): a negative advantage would reward divergence. Here
     it is A rho - beta D, and rho A is clipped as in PPO.
  2. `--ratio token`, the default, is what the authors' code computes; `--ratio sequence` is Eq. 9 and
-    10 as printed. Their gradients agree where the policies are equal; README.md says how they compare.
+    10 as printed. Where the policies are equal their gradients differ only in the denominator, the number
+    of masked tokens instead of its expectation t |o|. README.md says how they compare.
  3. Exponentials of log ratios beyond 1 go on as tangents (`tame_exp`), which the sequence form needs.
  4. Tokens behind the first EOS do not count, and stay hidden in x_t, as they were in the rollout.
+ 5. "Controlled random seeds" is read as: one mask noise for the completions of a group.
 Departures from the authors' code
- 5. Only masked completion tokens enter the loss; there the loss mask is not indexed by j.
- 6. j is a loop index, so each rollout sees all mu masks whatever the gradient accumulation.
- 7. Masks come from a generator keyed by (seed, step, j, group): the same for old, new and reference
+ 6. Only masked completion tokens enter the loss; there the loss mask is not indexed by j.
+ 7. j is a loop index, so each rollout sees all mu masks whatever the gradient accumulation.
+ 8. Masks come from a generator keyed by (seed, step, j, group): the same for old, new and reference
     policy and for any number of processes. The global generator is never reseeded.
- 8. Log-probabilities are taken at the rollout's temperature. The rollout also *selects* positions by
+ 9. Log-probabilities are taken at the rollout's temperature. The rollout also *selects* positions by
     confidence, and may be guided (--guidance); as in every method compared here, ell knows neither.
- 9. The reward asks for GSM8K's own `#### 42` (rewards.py), the masks' ramp is per row (remask.py).
+10. The reward asks for GSM8K's own `#### 42` (rewards.py), the masks' ramp is per row (remask.py).
 
     python maskgrpo.py --task gsm8k                        # the tiny default, minutes on a laptop
     accelerate launch maskgrpo.py --task gsm8k             # the same through Accelerate's launcher
@@ -66,6 +68,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.peft_utils import find_adapter_config_file
 
 import remask
 import rewards
@@ -413,6 +416,9 @@ def load_model(path: str, cfg: Config, trainable: bool) -> MaskedDiffusionModel:
     """A base model ready to run. Trained weights are float32 even with --bf16: a bf16 weight of 0.02 cannot
     take a step of 3e-6. Frozen ones are bf16 then; the matrix products are bf16 either way (autocast)."""
     base, adapter = resolve(path)
+    if adapter is None and not Path(base).is_dir():  # a hub id may name an adapter too
+        file = find_adapter_config_file(base)
+        base, adapter = (read_json(Path(file))["base_model_name_or_path"], base) if file else (base, None)
     frozen = bool(cfg.lora) or adapter is not None or not trainable
     hf = load_hf(base, torch.bfloat16 if cfg.bf16 and frozen else torch.float32)
     if adapter is not None:
