@@ -557,7 +557,7 @@ def test_a_run_leaves_everything_it_is(base):
 
 def test_eval_only_repeats_the_figures_of_the_run_and_ignores_the_batch_size(base, tmp_path):
     after = json.loads((base / "results.json").read_text())
-    flags = ["--eval_only", "--model", str(base), "--eval_n", "8", "--pass_k", "2"]
+    flags = ["--eval_only", "--model", str(base), "--eval_n", "8", "--pass_k", "2", "--temperature", "1"]
     assert m.cli([*flags, "--output_dir", str(tmp_path / "a")]) == 0
     assert m.cli([*flags, "--output_dir", str(tmp_path / "b"), "--eval_batch_size", "3"]) == 0
     for name in "ab":
