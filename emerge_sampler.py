@@ -214,6 +214,7 @@ def compare(joint: Joint, rows: int, **settings) -> tuple[float, float, int]:
 
 
 def main() -> None:
+    """Parallel decoding against a joint distribution known in closed form."""
     joint, rows = Joint(markov_chain(4, 3)), 20_000
     p = joint.log_joint.flatten().exp()
     exact = torch.multinomial(p, rows, True, generator=torch.Generator().manual_seed(0)).bincount(minlength=len(p))

@@ -405,6 +405,7 @@ def is_tiny(path: str | None) -> bool:
 
 
 def require_peft():
+    """The module peft; UsageError with the pip command where it is not installed."""
     try:
         import peft
     except ImportError:
@@ -1299,6 +1300,10 @@ def describe(run: Run, source: dict[str, str], data: dict) -> None:
     run.say(f"data      {cfg.data or ('generated' if data['unseen'] else 'published')}: {sizes}")
     run.say(f"decoding  {decoding(cfg)}; greedy for accuracy, temperature {cfg.temperature:g} in rollouts")
     run.say(f"device    {run.device}, {run.world} process{'es' * (run.world > 1)}{threads}")
+    if run.world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        run.say(
+            "note      `accelerate launch --cpu` starts one process whatever --num_processes; README.md says how two"
+        )
     for origin in ("flag", "method", "paper", "tiny", "saved", "default"):
         pairs = [f"{name}={getattr(cfg, name)}" for name in source if source[name] == origin]
         for i in range(0, len(pairs), 5):

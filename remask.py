@@ -184,6 +184,7 @@ def mask_probability(scheme: str, length: int = 24, gamma: float = 0.6, mu: int 
 
 
 def main() -> None:
+    """Each scheme's mask probability by position, as text and as a picture."""
     probabilities = {name: mask_probability(name) for name in SCHEMES}
     curves = {name: p.masked for name, p in probabilities.items()} | {"trace, scored": probabilities["trace"].scored}
     print("Probability that a completion token is masked, by position: 24 tokens, gamma = 0.6, mu = 4, mean over")

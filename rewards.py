@@ -286,6 +286,7 @@ def paired_p(before: list[bool], after: list[bool]) -> float:
 
 
 def main() -> None:
+    """Problems of each split, and what completions earn."""
     for name, task in TASKS.items():
         print(f"{name}\n" + "-" * len(name))
         for split in SPLITS:
