@@ -237,11 +237,14 @@ class Task(NamedTuple):
 TASKS = {"gsm8k": Task(generate_gsm8k, load_gsm8k, gsm8k_messages, gsm8k_target, gsm8k_reward, gsm8k_correct)}
 
 
+# Held-out problems are the same for every run. validation is for choices; test and unseen are for figures only.
+HELD_OUT = {"validation": 0, "test": 1, "unseen": 1}
+
+
 def generated_splits(task: Task, n: int, seed: int) -> dict[str, list[Problem]]:
-    """Generated problems: train from the run's seed, n held-out ones per split from seed 0, the same for every run."""
-    train = task.generate("train", 20_000, seed)
-    held_out = {"validation": 256, "test": n, "unseen": n}
-    return {"train": train} | {split: task.generate(split, count, 0) for split, count in held_out.items()}
+    """Generated problems: train from the run's seed, 256 for validation, n for test and for unseen."""
+    held_out = {split: task.generate(split, 256 if split == "validation" else n, s) for split, s in HELD_OUT.items()}
+    return {"train": task.generate("train", 20_000, seed)} | held_out
 
 
 def published_splits(task: Task, data: str | None, eval_data: str | None, n: int) -> dict[str, list[Problem]]:

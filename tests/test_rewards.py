@@ -52,6 +52,16 @@ def test_splits_are_disjoint_and_unseen_pairs_never_train():
         assert questions["test"].isdisjoint(p["question"] for p in rewards.generate_gsm8k("train", 3000, seed))
 
 
+def test_held_out_problems_are_the_same_for_every_run_and_never_train():
+    task = rewards.TASKS["gsm8k"]
+    one, two = rewards.generated_splits(task, 300, 1), rewards.generated_splits(task, 300, 2)
+    assert one["train"] != two["train"] and len(one["train"]) == 20_000
+    for split, count in (("validation", 256), ("test", 300), ("unseen", 300)):
+        assert one[split] == two[split] and len(one[split]) == count
+        asked = {p["question"] for p in one[split]}
+        assert asked.isdisjoint(p["question"] for p in one["train"] + two["train"])
+
+
 def test_generation_repeats_from_its_seed():
     assert rewards.generate_gsm8k("train", 50, 1) == rewards.generate_gsm8k("train", 50, 1)
     assert rewards.generate_gsm8k("train", 50, 1) != rewards.generate_gsm8k("train", 50, 2)
