@@ -133,33 +133,33 @@ def semi_autoregressive(
 ) -> Rollout:
     """Fill the masked completion of x (B, L) long block by block; completion (B, L) bool.
 
-    Every call makes the same number of forwards for every process, ceil(block_length / k) per block,
-    so that sharded models cannot hang. A block is skipped when every row has ended;
-    `everyone(finished)` is asked first, and answers whether all processes have finished.
-    Completions may start anywhere in a row. eos_ids may be empty: then nothing ends early.
+    A row takes ceil(block_length / k) forwards per block, until it has ended. Every process makes the same
+    number, so that sharded models cannot hang: before each one `everyone(finished)` is asked, and answers
+    whether all processes have finished. A completion may start anywhere in a row, and have gaps. eos_ids
+    may be empty: then nothing ends early.
     """
     x, masked = x.clone(), completion.clone()
     unmask_step = torch.full_like(x, -1)
     block = torch.where(completion, (completion.cumsum(1) - 1) // block_length, -1)  # (B, L)
     forwards = 0
-    for b in range(int(block.max()) + 1):
+    while True:
         unfinished = masked & through_eos(x, completion, eos_ids)  # what still has to be decoded, (B, L)
         if everyone(not bool(unfinished.any())):
             break
-        for _ in range(-(-block_length // tokens_per_step)):
-            candidates = masked & (block == b) & through_eos(x, completion, eos_ids)
-            logits = denoise(x, candidates)  # (N, V)
-            noise = exponential_noise(candidates, logits.shape[-1], generator) if temperature > 0 else None
-            tokens = draw(logits, temperature, noise)
-            confidence = confidence_of(logits, tokens)
-            if eos_last:
-                is_eos = torch.isin(tokens, torch.tensor(list(eos_ids), device=x.device))
-                confidence = confidence - 1e4 * is_eos  # behind every other token of the block
-            reveal = most_confident(confidence, candidates, tokens_per_step)
-            x[reveal] = tokens[reveal[candidates]]
-            unmask_step[reveal] = forwards
-            masked &= ~reveal
-            forwards += 1
+        current = block.masked_fill(~unfinished, x.shape[1]).amin(1, keepdim=True)  # each row's block, (B, 1)
+        candidates = unfinished & (block == current)
+        logits = denoise(x, candidates)  # (N, V)
+        noise = exponential_noise(candidates, logits.shape[-1], generator) if temperature > 0 else None
+        tokens = draw(logits, temperature, noise)
+        confidence = confidence_of(logits, tokens)
+        if eos_last:
+            is_eos = torch.isin(tokens, torch.tensor(list(eos_ids), device=x.device))
+            confidence = confidence - 1e4 * is_eos  # behind every other token of the block
+        reveal = most_confident(confidence, candidates, tokens_per_step)
+        x[reveal] = tokens[reveal[candidates]]
+        unmask_step[reveal] = forwards
+        masked &= ~reveal
+        forwards += 1
     tail = completion & ~through_eos(x, completion, eos_ids)  # still masked, or revealed together with the EOS
     return Rollout(x.masked_fill(tail, pad_id), unmask_step.masked_fill(tail, -1), forwards)
 

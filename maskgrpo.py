@@ -103,6 +103,12 @@ METHODS = {
     # TraceRL: the recorded order of generation, in mu slices
     "tracerl": dict(remask="trace", gamma=0.0, managed_randomness=False, ratio="token", advantage="std"),
 }
+# What a task sets instead of the columns of Config: (with --model, for the tiny model).
+TASK_SETTINGS = {
+    "gsm8k": {},
+    # the grid, five clues at least: most confident cell first, one by one; "accuracy" is the share of right cells
+    "sudoku": dict(gen_length=(64, 20), block_length=(16, 16), tokens_per_step=(1, 1), base_accuracy=(None, 0.73)),
+}
 BETAS = (0.9, 0.99)  # AdamW: a shorter memory than 0.999 for the spikes of the 1/t weight
 
 
@@ -170,13 +176,26 @@ class Config:
     pass_k: int = option("samples per problem for pass@k at --temperature, 0: greedy only", paper=0, tiny=8)
 
 
-def check(cfg: Config) -> None:
-    """Raise UsageError for a value out of range or a combination that makes no sense, naming its flag."""
-    for field in dataclasses.fields(Config):
+def require(rules: dict[str, object]) -> None:
+    """Raise UsageError with the first message whose rule does not hold."""
+    for message, holds in rules.items():
+        if not holds:
+            raise UsageError(message)
+
+
+def check_ranges(cfg) -> None:
+    """Raise UsageError for a number outside its range, and for a tracker that is not installed."""
+    for field in dataclasses.fields(cfg):
         value, within = getattr(cfg, field.name), field.metadata["within"]
-        if field.type in (int, float) and not inside(value, within):
+        if field.type in (int, float) and value is not None and not inside(value, within):
             raise UsageError(f"--{field.name} {value} is outside {within}")
     trackers = [str(tracker) for tracker in get_available_trackers()]
+    require({f"--log_with {cfg.log_with}: not installed; installed are {trackers}": cfg.log_with in (None, *trackers)})
+
+
+def check(cfg: Config) -> None:
+    """Raise UsageError for a value out of range or a combination that makes no sense, naming its flag."""
+    check_ranges(cfg)
     whole_groups = cfg.batch_size % cfg.group_size == 0
     generated = cfg.data == "generated" or (cfg.data is None and is_tiny(cfg.model))
     adapter = cfg.model is not None and resolve(cfg.model)[1]
@@ -184,14 +203,11 @@ def check(cfg: Config) -> None:
         f"--lora {cfg.lora}: {adapter} is an adapter already, and trains as it is": not (cfg.lora and adapter),
         "--eval_data needs published problems; generated ones have their own": not (cfg.eval_data and generated),
         f"--batch_size {cfg.batch_size} is not a multiple of --group_size {cfg.group_size}": whole_groups,
-        f"--log_with {cfg.log_with}: not installed; installed are {trackers}": cfg.log_with in (None, *trackers),
         "--eval_only needs --model: a hub id, or a model, adapter or run directory": cfg.model or not cfg.eval_only,
         "--lora needs --model: the tiny default trains all its weights": cfg.model or not cfg.lora,
         "--sft_steps needs --model: the tiny default has its own ELBO training": cfg.model or not cfg.sft_steps,
     }
-    for message, holds in rules.items():
-        if not holds:
-            raise UsageError(message)
+    require(rules)
 
 
 def inside(value: float, interval: str) -> bool:
@@ -454,7 +470,7 @@ def tiny_tokenizer(texts: list[str]):
     """A tokenizer of words and whole numbers that spells `texts` without loss, with LLaDA's special tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    split = pre_tokenizers.Split(Regex(r"\d+| ?[^\s\d]+ ?|\s"), "isolated")
+    split = pre_tokenizers.Split(Regex(r" ?\d+| ?[^\s\d]+ ?|\s"), "isolated")
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
     special = ["<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>", "<|unknown|>"]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<|unknown|>"))
@@ -487,8 +503,8 @@ def tiny_model(tokenizer, seed: int) -> MaskedDiffusionModel:
 
 
 class Batch(NamedTuple):
-    """x: (B, L) long, prompts padded on the left, then gen_length completion tokens; attention: (B, L) bool,
-    False at padding; completion: (B, L) bool."""
+    """x: (B, L) long, prompts padded on the left, then gen_length columns; attention: (B, L) bool, False at
+    padding; completion: (B, L) bool, what the model writes: all of these columns, or the blanks among them."""
 
     x: Tensor
     attention: Tensor
@@ -506,31 +522,68 @@ def prompt_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
         return tokenizer.apply_chat_template(merged, add_generation_prompt=True, return_dict=False)
 
 
-def make_batch(model: MaskedDiffusionModel, prompts: list[list[int]], completions: list[list[int]], device) -> Batch:
-    """Prompts of any length beside completions of one length; masks for completions yield a rollout's start."""
+def make_batch(model: MaskedDiffusionModel, prompts: list, starts: list, device, targets: list | None = None) -> Batch:
+    """Prompts of any length beside starts of one length, which hold the mask token where the completion is open.
+
+    All are lists of ids. With targets the completion is not open but filled in from them.
+    """
     width = max(map(len, prompts))
-    x = torch.tensor(
-        [[model.pad_id] * (width - len(p)) + p + c for p, c in zip(prompts, completions, strict=True)], device=device
-    )
+    rows = [[model.pad_id] * (width - len(p)) + p + s for p, s in zip(prompts, starts, strict=True)]
+    x = torch.tensor(rows, device=device)
     lengths = torch.tensor([[len(p)] for p in prompts], device=device)
     place = torch.arange(x.shape[1], device=device)
-    return Batch(x, place >= width - lengths, (place >= width).expand(x.shape))
+    completion = (x == model.mask_id) & (place >= width)
+    if targets is not None:
+        x[:, width:] = torch.tensor(targets, device=device)
+    return Batch(x, place >= width - lengths, completion)
 
 
-def texts_of(tokenizer, x: Tensor, completion: Tensor) -> list[str]:
-    """The completions of x (B, L) as text, without special tokens."""
-    return tokenizer.batch_decode([row[keep].tolist() for row, keep in zip(x, completion)], skip_special_tokens=True)
+def texts_of(tokenizer, batch: Batch, completion: Tensor, gen_length: int) -> list[str]:
+    """What stands in the last gen_length columns of batch.x, without special tokens and what lies behind the first
+    EOS; completion (B, L) bool ends there. Where blanks were filled in, the text around them belongs to it."""
+    kept = ~(batch.completion & ~completion)[:, -gen_length:]
+    rows = [row[keep].tolist() for row, keep in zip(batch.x[:, -gen_length:], kept)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def encode_targets(model: MaskedDiffusionModel, task, problems: list[Problem], gen_length: int) -> tuple[list, list]:
-    """Prompts and completions (ended, padded with EOS to gen_length as in LLaDA's SFT) of the problems that fit."""
-    prompts, completions = [], []
+def start_of(model: MaskedDiffusionModel, task, problem: Problem, gen_length: int) -> list[int]:
+    """The gen_length ids that a completion starts from: all masks, or the given text with masks in its blanks."""
+    if task.blanks is None:
+        return [model.mask_id] * gen_length
+    given, target = (
+        model.tokenizer(text(problem), add_special_tokens=False)["input_ids"] for text in (task.blanks, task.target)
+    )
+    if len(given) != len(target):
+        raise UsageError("this tokenizer does not spell blanks and what belongs there in the same number of tokens")
+    ids = [model.mask_id if g != t else g for g, t in zip(given, target)] + [model.end_id]
+    if len(ids) > gen_length:
+        raise UsageError(f"--gen_length {gen_length}: this task's completions have {len(ids)} tokens")
+    return ids + [model.pad_id] * (gen_length - len(ids))
+
+
+def ends_of(model: MaskedDiffusionModel, task) -> list[int]:
+    """The ids that end a completion. Where blanks are filled in nothing does: every blank is wanted."""
+    return model.eos_ids if task.blanks is None else []
+
+
+class Lesson(NamedTuple):
+    """What ELBO training learns from: ids of prompts, of where completions start, and of the finished ones."""
+
+    prompts: list[list[int]]
+    starts: list[list[int]]
+    targets: list[list[int]]
+
+
+def encode_targets(model: MaskedDiffusionModel, task, problems: list[Problem], gen_length: int) -> Lesson:
+    """The problems whose solutions, ended and padded with EOS as in LLaDA's SFT, fit into gen_length."""
+    lesson = Lesson([], [], [])
     for problem in problems:
         target = model.tokenizer(task.target(problem), add_special_tokens=False)["input_ids"] + [model.end_id]
         if len(target) <= gen_length:
-            prompts.append(prompt_ids(model.tokenizer, task.messages(problem)))
-            completions.append(target + [model.pad_id] * (gen_length - len(target)))
-    return prompts, completions
+            lesson.prompts.append(prompt_ids(model.tokenizer, task.messages(problem)))
+            lesson.starts.append(start_of(model, task, problem, gen_length))
+            lesson.targets.append(target + [model.pad_id] * (gen_length - len(target)))
+    return lesson
 
 
 def shuffled(n: int, count: int, start: int, *key: int) -> list[int]:
@@ -793,16 +846,21 @@ def keep_trainable_only(models: list, weights: list, output_dir: str) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def roll_out(
-    run: Run, model: nn.Module, base: MaskedDiffusionModel, prompts, keys, temperature: float, tick=lambda: None
-):
-    """One completion per prompt: (Batch with the finished x, unmask_step (B, L) long, forwards).
+def open_batch(run: Run, base: MaskedDiffusionModel, problems: list[Problem]) -> Batch:
+    """Prompts and open completions of the problems, on the run's device."""
+    prompts = [prompt_ids(base.tokenizer, run.task.messages(p)) for p in problems]
+    return make_batch(base, prompts, [start_of(base, run.task, p, run.cfg.gen_length) for p in problems], run.device)
 
-    prompts: B lists of ids; keys: B keys of the rows' noise; tick is called once per forward. `model` is
-    the wrapped model: every process makes the same number of forwards, so nothing is unwrapped.
+
+def roll_out(
+    run: Run, model: nn.Module, base: MaskedDiffusionModel, problems, keys, temperature: float, tick=lambda: None
+):
+    """One completion per problem: (Batch with the finished x, unmask_step (B, L) long, forwards).
+
+    keys: B keys of the rows' noise; tick is called once per forward. `model` is the wrapped model: every
+    process makes the same number of forwards, so nothing is unwrapped.
     """
-    cfg = run.cfg
-    batch = make_batch(base, prompts, [[base.mask_id] * cfg.gen_length] * len(prompts), run.device)
+    cfg, batch = run.cfg, open_batch(run, base, problems)
 
     def predict(x: Tensor, positions: Tensor) -> Tensor:
         tick()
@@ -820,7 +878,7 @@ def roll_out(
         tokens_per_step=cfg.tokens_per_step,
         temperature=temperature,
         generator=[seeded(*key, device=run.device) for key in keys],
-        eos_ids=base.eos_ids,
+        eos_ids=ends_of(base, run.task),
         pad_id=base.pad_id,
         eos_last=cfg.eos_last,
         everyone=everyone,
@@ -831,7 +889,7 @@ def roll_out(
 def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, label="evaluation") -> list[dict]:
     """Completions of every problem, greedy, or `samples` of each at --temperature; the same on all processes.
 
-    One dict per completion, in order: sample (None if greedy), correct, prompt, completion, answer. A row's
+    One dict per completion, in order: sample (None if greedy), score, prompt, completion, answer. A row's
     noise is keyed by its problem, so the result depends on no batch size.
     """
     todo = [(i, s) for i in range(len(problems)) for s in range(max(samples, 1))]
@@ -842,16 +900,17 @@ def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, l
         for b in range(batches):
             part = mine[b * size : (b + 1) * size]
             rows = part or todo[:1]  # a process without a share still makes its forwards
-            prompts = [prompt_ids(base.tokenizer, run.task.messages(problems[i])) for i, _ in rows]
             keys = [(run.cfg.seed, EVALUATION, i, s) for i, s in rows]
-            batch, _, _ = roll_out(run, model, base, prompts, keys, run.cfg.temperature if samples else 0.0)
-            texts = texts_of(base.tokenizer, batch.x, through_eos(batch.x, batch.completion, base.eos_ids))
+            temperature = run.cfg.temperature if samples else 0.0
+            batch, _, _ = roll_out(run, model, base, [problems[i] for i, _ in rows], keys, temperature)
+            completion = through_eos(batch.x, batch.completion, ends_of(base, run.task))
+            texts = texts_of(base.tokenizer, batch, completion, run.cfg.gen_length)
             done += [(i, s, text) for (i, s), text in zip(part, texts)]
             bar.update()
     return [
         {
             "sample": s if samples else None,
-            "correct": run.task.correct(text, problems[i]),
+            "score": run.task.score(text, problems[i]),
             "prompt": problems[i]["question"],
             "completion": text,
             "answer": problems[i]["answer"],
@@ -862,7 +921,7 @@ def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, l
 
 def validate(run: Run, model, base, problems: list[Problem]) -> float:
     """Greedy accuracy on the validation problems."""
-    return rewards.accuracy([row["correct"] for row in evaluate(run, model, base, problems)])["accuracy"]
+    return rewards.accuracy([row["score"] for row in evaluate(run, model, base, problems)])["accuracy"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -877,9 +936,11 @@ def train_elbo(run: Run, base, train, validation, steps: int, target: float, roo
     training goes on from root/checkpoint.
     """
     cfg = run.cfg
-    prompts, completions = encode_targets(base, run.task, train, cfg.gen_length)
-    run.say(f"ELBO training, at most {steps} steps, on {len(prompts)} solutions of up to {cfg.gen_length} tokens")
-    if not prompts:
+    lesson = encode_targets(base, run.task, train, cfg.gen_length)
+    run.say(
+        f"ELBO training, at most {steps} steps, on {len(lesson.prompts)} solutions of up to {cfg.gen_length} tokens"
+    )
+    if not lesson.prompts:
         raise UsageError(f"--gen_length {cfg.gen_length}: none of the {len(train)} worked solutions fits")
     trained = [p for p in base.parameters() if p.requires_grad]
     run.accelerator.gradient_accumulation_steps = 1
@@ -897,7 +958,7 @@ def train_elbo(run: Run, base, train, validation, steps: int, target: float, roo
                 if accuracy >= target:
                     break
             if step < steps:
-                elbo_step(run, model, base, optimizer, prompts, completions, step)
+                elbo_step(run, model, base, optimizer, lesson, step)
                 bar.update()
                 if cfg.save_every and (step + 1) % (10 * cfg.save_every) == 0:
                     save_checkpoint(run, root, {"step": step + 1})
@@ -905,12 +966,13 @@ def train_elbo(run: Run, base, train, validation, steps: int, target: float, roo
     run.accelerator.free_memory()
 
 
-def elbo_step(run: Run, model, base, optimizer, prompts: list, completions: list, step: int) -> None:
+def elbo_step(run: Run, model, base, optimizer, lesson: Lesson, step: int) -> None:
     """One step of ELBO training on this process's share of the batch."""
     cfg = run.cfg
     size = cfg.sft_batch_size
-    chosen = shuffled(len(prompts), size, (step * run.world + run.rank) * size, cfg.seed, DATA, 0)
-    batch = make_batch(base, [prompts[i] for i in chosen], [completions[i] for i in chosen], run.device)
+    chosen = shuffled(len(lesson.prompts), size, (step * run.world + run.rank) * size, cfg.seed, DATA, 0)
+    prompts, starts, targets = ([rows[i] for i in chosen] for rows in lesson)
+    batch = make_batch(base, prompts, starts, run.device, targets)
     noise = seeded(cfg.seed, ELBO, step, run.rank)
     # t is stratified over the batch, r_b = 1 - (b + u) / B: the same expectation at less variance
     r = 1 - (torch.arange(size) + torch.rand(1, generator=noise)) / size
@@ -1051,11 +1113,11 @@ def collect(run: Run, model, base, reference: Reference, train, step: int, micro
     problems = [problem for problem in chosen for _ in range(g)]
     model.eval()
     with run.clock("rollout"):
-        prompts = [ids for p in chosen for ids in [prompt_ids(base.tokenizer, run.task.messages(p))] * g]
         keys = [(cfg.seed, ROLLOUT, step, group, k) for group in groups for k in range(g)]
-        batch, unmask_step, forwards = roll_out(run, model, base, prompts, keys, cfg.temperature, tick)
-        completion = through_eos(batch.x, batch.completion, base.eos_ids)
-        terms = [run.task.reward(t, p) for t, p in zip(texts_of(base.tokenizer, batch.x, completion), problems)]
+        batch, unmask_step, forwards = roll_out(run, model, base, problems, keys, cfg.temperature, tick)
+        completion = through_eos(batch.x, batch.completion, ends_of(base, run.task))
+        texts = texts_of(base.tokenizer, batch, completion, cfg.gen_length)
+        terms = [run.task.reward(text, problem) for text, problem in zip(texts, problems)]
     reward = torch.tensor([sum(term.values()) for term in terms])
     advantages = group_advantages(reward, g, cfg.advantage).to(run.device)
     e = Experience(batch, completion, unmask_step, torch.tensor(groups).repeat_interleave(g), advantages)
@@ -1217,47 +1279,54 @@ FREE_ON_RESUME = (
 )
 
 
-def parse(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]:
-    """(configuration, where each value comes from): default < the model's column < the method's row < flag.
+def parse(argv=None, kind: type = Config, about: str = __doc__, name: str = "maskgrpo", row="method", rows=METHODS):
+    """(configuration, where each value comes from): default < the model's column < task < `rows` < flag.
 
-    With --resume: the saved run's configuration, which flags may repeat but not contradict.
+    kind is the script's Config; its field `row` picks one of `rows`. With --resume: the saved run's
+    configuration, which flags may repeat but not contradict.
     """
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for field in dataclasses.fields(Config):
+    fields = dataclasses.fields(kind)
+    parser = Parser(description=about.splitlines()[0], allow_abbrev=False)
+    for field in fields:
         meta, columns = field.metadata, "" if field.default is None else f" [{field.default}]"
         if meta["paper"] is not None or meta["tiny"] is not None:
             columns = f" [{meta['paper']} with --model, {meta['tiny']} without]"
-        kind = dict(type=field.type, choices=meta["choices"])
-        options = dict(action=argparse.BooleanOptionalAction) if field.type is bool else kind
+        flag = dict(type=field.type, choices=meta["choices"])
+        options = dict(action=argparse.BooleanOptionalAction) if field.type is bool else flag
         parser.add_argument(f"--{field.name}", default=None, help=meta["help"] + columns, **options)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    tiny = is_tiny(given.get("model"))
     values, source = {}, {}
-    column = "tiny" if is_tiny(given.get("model")) else "paper"
-    method = METHODS[given.get("method", Config.method)]
-    for field in dataclasses.fields(Config):
-        layers = {"default": field.default, column: field.metadata[column], "method": method.get(field.name)}
-        layers = {name: value for name, value in layers.items() if value is not None}
-        layers |= {"flag": given[field.name]} if field.name in given else {}
+    settings = {name: pair[tiny] for name, pair in TASK_SETTINGS[given.get("task", kind.task)].items()}
+    between = {"task": settings, row: rows[given.get(row, getattr(kind, row))]}
+    for field in fields:
+        layers = {"default": field.default, "tiny" if tiny else "paper": field.metadata["tiny" if tiny else "paper"]}
+        layers |= {origin: table.get(field.name) for origin, table in between.items()} | {"flag": given.get(field.name)}
+        layers = {origin: value for origin, value in layers.items() if value is not None}
         source[field.name], values[field.name] = list(layers.items())[-1] if layers else ("default", None)
-    cfg = Config(**values)
+    cfg = kind(**values)
     model = "tiny" if cfg.model is None else Path(cfg.model.rstrip("/")).name
     mode = "-eval" if cfg.eval_only else ""
-    cfg.output_dir = cfg.output_dir or f"runs/maskgrpo-{cfg.task}-{cfg.method}-{model}-s{cfg.seed}{mode}"
+    cfg.output_dir = cfg.output_dir or f"runs/{name}-{cfg.task}-{getattr(cfg, row)}-{model}-s{cfg.seed}{mode}"
     if cfg.resume:
-        file = Path(cfg.output_dir) / "config.json"
-        if not file.is_file():
-            raise UsageError(f"--resume: {cfg.output_dir} holds no run (no config.json); name one with --output_dir")
-        saved = read_json(file)
-        if saved.keys() != {field.name for field in dataclasses.fields(Config)}:
-            raise UsageError(f"--resume: {file} was written by another version of this script")
-        for name, value in given.items():
-            if name not in FREE_ON_RESUME and saved.get(name) != value:
-                raise UsageError(f"--resume: --{name} {value} contradicts {file}, which has {saved.get(name)}")
-        free = {name: given[name] for name in FREE_ON_RESUME if name in given}
-        cfg = Config(**saved | free | {"output_dir": cfg.output_dir})
+        cfg = resumed(cfg, given)
         source = {name: "flag" if name in given else "saved" for name in source}
-    check(cfg)
     return cfg, source
+
+
+def resumed(cfg, given: dict):
+    """The configuration saved in cfg.output_dir, with what flags may change; UsageError where they contradict it."""
+    file = Path(cfg.output_dir) / "config.json"
+    if not file.is_file():
+        raise UsageError(f"--resume: {cfg.output_dir} holds no run (no config.json); name one with --output_dir")
+    saved = read_json(file)
+    if saved.keys() != {field.name for field in dataclasses.fields(cfg)}:
+        raise UsageError(f"--resume: {file} was written by another script, or another version of this one")
+    for name, value in given.items():
+        if name not in FREE_ON_RESUME and saved.get(name) != value:
+            raise UsageError(f"--resume: --{name} {value} contradicts {file}, which has {saved.get(name)}")
+    free = {name: given[name] for name in FREE_ON_RESUME if name in given}
+    return type(cfg)(**saved | free | {"output_dir": cfg.output_dir})
 
 
 def open_run(cfg: Config) -> None:
@@ -1304,7 +1373,13 @@ def describe(run: Run, source: dict[str, str], data: dict) -> None:
         run.say(
             "note      `accelerate launch --cpu` starts one process whatever --num_processes; README.md says how two"
         )
-    for origin in ("flag", "method", "paper", "tiny", "saved", "default"):
+    say_settings(run, source)
+
+
+def say_settings(run: Run, source: dict[str, str]) -> None:
+    """Every value of the configuration, by where it comes from."""
+    cfg = run.cfg
+    for origin in sorted(set(source.values()), key="flag method ref task paper tiny saved default".split().index):
         pairs = [f"{name}={getattr(cfg, name)}" for name in source if source[name] == origin]
         for i in range(0, len(pairs), 5):
             run.say(f"{origin if i == 0 else '':<9} " + " ".join(pairs[i : i + 5]))
@@ -1344,18 +1419,18 @@ def measure(run: Run, model, base, data: dict, phase: str) -> list[dict]:
     return rows
 
 
-def verdicts(rows: list[dict], split: str) -> list[bool]:
-    """The greedy verdicts of a split, one per problem."""
-    return [row["correct"] for row in rows if row["split"] == split and row["sample"] is None]
+def scores(rows: list[dict], split: str) -> list[float]:
+    """The greedy scores of a split, one per problem."""
+    return [row["score"] for row in rows if row["split"] == split and row["sample"] is None]
 
 
 def summary(rows: list[dict], phase: str, k: int) -> dict:
     """The figures of one phase under their names in results.json; None where there is nothing to report."""
-    sampled = [row["correct"] for row in rows if row["sample"] is not None]
+    sampled = [row["score"] for row in rows if row["sample"] is not None]
     groups = [sampled[i : i + k] for i in range(0, len(sampled), k)] if k else []
-    unseen = verdicts(rows, "unseen")
+    unseen = scores(rows, "unseen")
     return {
-        phase: rewards.accuracy(verdicts(rows, "test")),
+        phase: rewards.accuracy(scores(rows, "test")),
         f"{phase}_unseen": rewards.accuracy(unseen) if unseen else None,
         f"{phase}_pass_at": {n: round(rewards.pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k} or None,
     }
@@ -1402,14 +1477,14 @@ def train_and_report(run: Run, path: str, cached: bool, data: dict) -> None:
     if progress["step"] or held:
         run.say(f"resumed   after {progress['step']} steps and {progress['j'] - 1} inner updates")
     before = measure(run, model, base, data, "before")
-    figures = rewards.accuracy(verdicts(before, "test"))
+    figures = rewards.accuracy(scores(before, "test"))
     run.say(f"before    greedy accuracy {figures['accuracy']:.3f} on {figures['n']} test problems; {decoding(cfg)}")
     train_policy(run, model, base, optimizer, reference, data, progress, unpack(held, run.device))
     after = measure(run, model, base, data, "after")
     if run.main:
         save_model(base, run.path / "model")
     splits = [split for split in ("test", "unseen") if data[split]]
-    paired = {split: rewards.paired_p(verdicts(before, split), verdicts(after, split)) for split in splits}
+    paired = {split: rewards.paired_p(scores(before, split), scores(after, split)) for split in splits}
     figures = summary(before, "before", cfg.pass_k) | summary(after, "after", cfg.pass_k)
     report(run, figures | {"paired_p": paired, "base_cached": cached})
 
@@ -1417,6 +1492,7 @@ def train_and_report(run: Run, path: str, cached: bool, data: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse, set up Accelerate and the run directory, then train or evaluate."""
     cfg, source = parse(argv)
+    check(cfg)
     accelerator = Accelerator(
         mixed_precision="bf16" if cfg.bf16 else "no",
         log_with=cfg.log_with,
@@ -1448,7 +1524,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def cli(argv: list[str] | None = None) -> int:
+def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskgrpo.py") -> int:
     """main, with an exit code: 0 done, 2 something to change (one line says what); 128 + n leaves by signal n."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # load_hf checks by itself what the library warns of
@@ -1456,9 +1532,9 @@ def cli(argv: list[str] | None = None) -> int:
     try:
         main(argv)
     except (UsageError, DataError) as error:
-        print(f"maskgrpo.py: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"maskgrpo.py: error: cannot write or read: {error}; checkpoints are intact", file=sys.stderr)
+        print(f"{name}: error: cannot write or read: {error}; checkpoints are intact", file=sys.stderr)
     else:
         return 0
     return 2

@@ -22,6 +22,8 @@ Departures from the paper and from its official code
     python rewards.py           # problems of each split, and what a few completions earn
 """
 
+import csv
+import functools
 import json
 import math
 import operator
@@ -200,10 +202,10 @@ def gold_answer(problem: Problem) -> Decimal | None:
     return parse_number(tail) if mark else None
 
 
-def gsm8k_correct(completion: str, problem: Problem) -> bool:
-    """Whether the announced answer is the right number."""
+def gsm8k_correct(completion: str, problem: Problem) -> float:
+    """1 if the announced answer is the right number, else 0."""
     answer = extract_answer(completion)
-    return answer is not None and answer == gold_answer(problem)
+    return float(answer is not None and answer == gold_answer(problem))
 
 
 def gsm8k_reward(completion: str, problem: Problem) -> Reward:
@@ -219,6 +221,153 @@ def gsm8k_reward(completion: str, problem: Problem) -> Reward:
 
 
 # ---------------------------------------------------------------------------------------------
+# Sudoku, 4 x 4: 288 solved grids, so that uniqueness and marginals are counted and not searched
+# ---------------------------------------------------------------------------------------------
+
+SIDE, BOX, EMPTY = 4, 2, "0"
+CLUES = (5, 8)  # fewest and most clues of a generated puzzle; 4 is the least that a unique puzzle can have
+
+
+def peers(cell: int) -> set[int]:
+    """The cells that share a row, a column or a box with `cell`, 0 ... 15, itself not included."""
+    row, column = divmod(cell, SIDE)
+    box = lambda r, c: (r // BOX, c // BOX)
+    places = ((r, c) for r in range(SIDE) for c in range(SIDE))
+    return {r * SIDE + c for r, c in places if r == row or c == column or box(r, c) == box(row, column)} - {cell}
+
+
+@functools.cache
+def solved_grids() -> tuple[str, ...]:
+    """All 288 solved 4 x 4 grids, 16 digits each, row by row."""
+    before = [[p for p in peers(cell) if p < cell] for cell in range(SIDE * SIDE)]
+    grids = [""]
+    for cell in range(SIDE * SIDE):
+        grids = [g + d for g in grids for d in "1234" if all(g[p] != d for p in before[cell])]
+    return tuple(grids)
+
+
+@functools.cache
+def grid_bits() -> tuple[int, ...]:
+    """Each solved grid as a set of (cell, digit) pairs, one bit each: a puzzle is a subset of its solutions."""
+    return tuple(clue_bits(grid) for grid in solved_grids())
+
+
+def clue_bits(puzzle: str) -> int:
+    """The clues of a puzzle as a set of (cell, digit) pairs, one bit each."""
+    return sum(1 << (10 * cell + int(digit)) for cell, digit in enumerate(puzzle) if digit != EMPTY)
+
+
+def solutions(puzzle: str) -> list[str]:
+    """Every solved grid that agrees with a puzzle's clues."""
+    clues = clue_bits(puzzle)
+    return [grid for grid, bits in zip(solved_grids(), grid_bits()) if bits & clues == clues]
+
+
+def generate_sudoku(split: str, n: int, seed: int) -> list[Problem]:
+    """n different puzzles with one solution each, from a seed: 16 digits, row by row, 0 for empty.
+
+    A puzzle belongs to one split by its own digits; "unseen" puzzles have solutions (an eighth of the 288)
+    that no other split shows.
+    """
+    rng = random.Random(f"sudoku {split} {seed}")
+    problems: dict[str, Problem] = {}
+    for _ in range(1000 * n + 100_000):
+        if len(problems) == n:
+            return list(problems.values())
+        solution = rng.choice(solved_grids())
+        clues = set(rng.sample(range(SIDE * SIDE), rng.randint(*CLUES)))
+        puzzle = "".join(digit if cell in clues else EMPTY for cell, digit in enumerate(solution))
+        if sudoku_split(puzzle, solution) == split and len(solutions(puzzle)) == 1:
+            problems[puzzle] = {"question": puzzle, "answer": solution}
+    raise DataError(f"the generator has fewer than {n} different sudokus in its {split} split")
+
+
+def sudoku_split(puzzle: str, solution: str) -> str:
+    """The one split that may hold a puzzle."""
+    if zlib.crc32(solution.encode()) % 8 == 0:
+        return "unseen"
+    return {0: "test", 1: "validation"}.get(zlib.crc32(puzzle.encode()) % 16, "train")
+
+
+def load_sudoku(path: str | None = None, split: str = "train") -> list[Problem]:
+    """Sudokus from a CSV file with the header Puzzle,Solution: 16 digits each, 0 for empty."""
+    if path is None:
+        raise DataError("sudoku: give --data FILE.csv with the header Puzzle,Solution, or --data generated")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as a CSV file ({error})") from None
+    header = [name.strip().lower() for name in rows[0]] if rows else []
+    if not {"puzzle", "solution"} <= set(header):
+        raise DataError(
+            f"{path}, line 1: expected the header Puzzle,Solution, found {','.join(rows[0]) if rows else ''!r}"
+        )
+    problems = []
+    for number, row in enumerate(rows[1:], 2):
+        if any(field.strip() for field in row):
+            if len(row) != len(header):
+                raise DataError(f"{path}, line {number}: {len(row)} fields where the header has {len(header)}")
+            fields = dict(zip(header, row))
+            problems.append(check_sudoku(fields["puzzle"], fields["solution"], f"{path}, line {number}"))
+    if not problems:
+        raise DataError(f"{path}: no puzzles behind the header")
+    return problems
+
+
+def check_sudoku(puzzle: str, solution: str, where: str) -> Problem:
+    """A puzzle with its solution; DataError says what is wrong at `where`. Several solutions are allowed."""
+    puzzle, solution = puzzle.strip(), solution.strip()
+    # a spreadsheet drops the zeros that a puzzle begins with
+    puzzle = puzzle.zfill(SIDE * SIDE) if puzzle.isdigit() else puzzle
+    if not re.fullmatch(r"[0-4]{16}", puzzle):
+        raise DataError(f"{where}: puzzle {puzzle!r} is not 16 digits 0 to 4, row by row, 0 for empty")
+    if not re.fullmatch(r"[1-4]{16}", solution):
+        raise DataError(f"{where}: solution {solution!r} is not 16 digits 1 to 4, row by row")
+    if EMPTY not in puzzle:
+        raise DataError(f"{where}: puzzle {puzzle} has no empty cell (0)")
+    if not solutions(puzzle):
+        raise DataError(f"{where}: puzzle {puzzle} has no solution")
+    if solution not in solutions(puzzle):
+        raise DataError(f"{where}: solution {solution} does not solve puzzle {puzzle}")
+    return {"question": puzzle, "answer": solution}
+
+
+SUDOKU_INSTRUCTION = (
+    "Fill in the empty cells of a 4x4 sudoku. Every row, every column and every 2x2 box holds each of the "
+    "digits 1, 2, 3 and 4 once. Write the grid as four lines of four digits."
+)
+
+
+def sudoku_messages(problem: Problem) -> list[dict[str, str]]:
+    """The chat that asks for the grid; the clues stand in the completion itself."""
+    return [{"role": "system", "content": SUDOKU_INSTRUCTION}, {"role": "user", "content": "Sudoku:"}]
+
+
+def grid_text(digits: str) -> str:
+    """Four lines of four digits with spaces between: one token per cell in most vocabularies."""
+    return "\n".join(" ".join(digits[i : i + SIDE]) for i in range(0, len(digits), SIDE))
+
+
+def sudoku_score(completion: str, problem: Problem) -> float:
+    """The share of the empty cells that are right, 0 for anything but a grid with the puzzle's clues in place."""
+    grid, puzzle = "".join(completion.split()), problem["question"]
+    if len(grid) != len(puzzle) or any(c not in (EMPTY, g) for c, g in zip(puzzle, grid)):
+        return 0.0
+    empty = [cell for cell, clue in enumerate(puzzle) if clue == EMPTY]
+    return sum(grid[cell] == problem["answer"][cell] for cell in empty) / len(empty)
+
+
+def sudoku_ceiling(problem: Problem) -> float:
+    """The expected share of right cells where each empty one gets its most frequent digit among the puzzle's
+    solutions: Bayes given the clues; 1 for a puzzle with one solution."""
+    grids = solutions(problem["question"])
+    empty = [cell for cell, clue in enumerate(problem["question"]) if clue == EMPTY]
+    most = [max(sum(grid[cell] == digit for grid in grids) for digit in "1234") for cell in empty]
+    return sum(most) / len(grids) / len(empty)
+
+
+# ---------------------------------------------------------------------------------------------
 # The table of tasks, and their splits
 # ---------------------------------------------------------------------------------------------
 
@@ -231,10 +380,26 @@ class Task(NamedTuple):
     messages: Callable[[Problem], list[dict[str, str]]]  # what the model is asked, for a chat template
     target: Callable[[Problem], str]  # what SFT teaches it to write
     reward: Callable[[str, Problem], Reward]  # (completion, problem) -> named terms; the reward is their sum
-    correct: Callable[[str, Problem], bool]  # (completion, problem) -> solved
+    score: Callable[[str, Problem], float]  # (completion, problem) -> how much of it is solved, 0 to 1
+    # To be filled in: the target with other characters in the places that are open, each of them a token.
+    # None: the whole completion is the model's own.
+    blanks: Callable[[Problem], str] | None = None
+    ceiling: Callable[[Problem], float] | None = None  # the best expected score of one who knows all but the answer
 
 
-TASKS = {"gsm8k": Task(generate_gsm8k, load_gsm8k, gsm8k_messages, gsm8k_target, gsm8k_reward, gsm8k_correct)}
+TASKS = {
+    "gsm8k": Task(generate_gsm8k, load_gsm8k, gsm8k_messages, gsm8k_target, gsm8k_reward, gsm8k_correct),
+    "sudoku": Task(
+        generate_sudoku,
+        load_sudoku,
+        sudoku_messages,
+        lambda problem: grid_text(problem["answer"]),
+        lambda completion, problem: {"cells": sudoku_score(completion, problem)},
+        sudoku_score,
+        blanks=lambda problem: grid_text(problem["question"]),
+        ceiling=sudoku_ceiling,
+    ),
+}
 
 
 # Held-out problems are the same for every run. validation is for choices; test and unseen are for figures only.
@@ -269,21 +434,28 @@ def published_splits(task: Task, data: str | None, eval_data: str | None, n: int
 # ---------------------------------------------------------------------------------------------
 
 
-def accuracy(right: list[bool]) -> dict[str, float]:
-    """{"accuracy", "stderr", "n"} of one verdict per problem; stderr is the binomial one."""
-    n, p = len(right), sum(right) / len(right)
-    return {"accuracy": round(p, 6), "stderr": round(math.sqrt(p * (1 - p) / n), 6), "n": n}
+def accuracy(scores: list[float]) -> dict[str, float]:
+    """{"accuracy", "stderr", "n"} of one score per problem; of verdicts 0 and 1 the stderr is the binomial one."""
+    n, p = len(scores), sum(scores) / len(scores)
+    variance = max(sum(score * score for score in scores) / n - p * p, 0.0)
+    return {"accuracy": round(p, 6), "stderr": round(math.sqrt(variance / n), 6), "n": n}
 
 
-def pass_at(right: list[list[bool]], k: int) -> float:
-    """pass@k from n >= k samples per problem, c of them right: the mean of 1 - C(n - c, k) / C(n, k), unbiased."""
-    return sum(1 - math.comb(len(row) - sum(row), k) / math.comb(len(row), k) for row in right) / len(right)
+def pass_at(scores: list[list[float]], k: int) -> float:
+    """pass@k: the mean over problems of the best of k samples' expected score, from n >= k samples each, unbiased.
+
+    The i-th lowest of n scores is the best of C(i - 1, k - 1) of the C(n, k) subsets of size k. With c of n
+    verdicts 1 and the others 0 it is the usual 1 - C(n - c, k) / C(n, k).
+    """
+    best = lambda row: sum(math.comb(i, k - 1) * score for i, score in enumerate(sorted(row))) / math.comb(len(row), k)
+    return sum(map(best, scores)) / len(scores)
 
 
-def paired_p(before: list[bool], after: list[bool]) -> float:
-    """Two-sided exact McNemar test on the same problems: how likely so uneven a split of the changed verdicts is."""
-    won = sum(a and not b for b, a in zip(before, after, strict=True))
-    lost = sum(b and not a for b, a in zip(before, after, strict=True))
+def paired_p(before: list[float], after: list[float]) -> float:
+    """Two-sided exact sign test on the same problems (McNemar's, for verdicts): how likely so uneven a split of the
+    changed scores into better and worse is by chance."""
+    won = sum(a > b for b, a in zip(before, after, strict=True))
+    lost = sum(b > a for b, a in zip(before, after, strict=True))
     tail = sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1))
     return min(1.0, 2 * tail / 2 ** (won + lost))
 

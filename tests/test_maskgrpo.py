@@ -550,7 +550,7 @@ def test_a_run_leaves_everything_it_is(base):
     rows = [json.loads(line) for line in (base / "completions_after.jsonl").read_text().splitlines()]
     assert len(rows) == 8 + 8 + 2 * 8
     for row in rows:
-        assert row["correct"] == rewards.gsm8k_correct(
+        assert row["score"] == rewards.gsm8k_correct(
             row["completion"], {"question": row["prompt"], "answer": row["answer"]}
         )
 
