@@ -250,6 +250,8 @@ TINY = dict(
     pad_token_id=None,
     embedded_default=True,
 )
+# What a task changes in it: deeper and narrower is where upo.py's policy finds more in the hidden states.
+TINY_OF = {"sudoku": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=5)}
 
 
 def llada_config(raw: dict) -> LlamaConfig:
@@ -488,10 +490,10 @@ def tiny_tokenizer(texts: list[str]):
     return tokenizer
 
 
-def tiny_model(tokenizer, seed: int) -> MaskedDiffusionModel:
-    """The embedded default: the class that LLaDA is loaded into, 159k parameters, random weights from the seed."""
+def tiny_model(tokenizer, seed: int, task: str = "gsm8k") -> MaskedDiffusionModel:
+    """The embedded default: the class that LLaDA is loaded into, 150k parameters, random weights from the seed."""
     names = {"eos_token_id": tokenizer.eos_token_id, "mask_token_id": tokenizer.mask_token_id}
-    config = LlamaConfig(vocab_size=len(tokenizer), **TINY, **names, **BIDIRECTIONAL)
+    config = LlamaConfig(vocab_size=len(tokenizer), **TINY | TINY_OF.get(task, {}), **names, **BIDIRECTIONAL)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return MaskedDiffusionModel(LlamaForCausalLM(config), tokenizer)
@@ -1001,7 +1003,7 @@ def base_path(run: Run, train: list[Problem], validation: list[Problem]) -> tupl
     root = cache = run.path / "sft"
     if cfg.model is None:
         names = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed".split()
-        settings = [run.world, train, TINY, [getattr(cfg, name) for name in names]]
+        settings = [run.world, train, TINY | TINY_OF.get(cfg.task, {}), [getattr(cfg, name) for name in names]]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         root, cache = run.path / "base", Path("runs") / f"base-{cfg.task}-s{cfg.seed}-{key}"
     if (cache / "seconds").is_file():
@@ -1011,7 +1013,7 @@ def base_path(run: Run, train: list[Problem], validation: list[Problem]) -> tupl
     run.say(f"base      training it, at most {cfg.sft_steps or cfg.base_steps} steps; it will be kept in {cache}")
     if cfg.model is None:
         texts = [run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) for p in train]
-        base = tiny_model(tiny_tokenizer(texts), cfg.seed).to(run.device)
+        base = tiny_model(tiny_tokenizer(texts), cfg.seed, cfg.task).to(run.device)
     else:
         base = load_model(cfg.model, cfg, trainable=True).to(run.device)
     run.say("memory    " + memory_expected(cfg, base))

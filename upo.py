@@ -24,7 +24,8 @@ Departures from the paper
 Departures from the authors' code
  4. Left padding is attended to by no one, so an action does not depend on the batch it was taken in.
  5. Everything on trajectories stays in log space and float32; no product of probabilities is formed.
- 6. The head is the paper's 134M one; `--head block` copies the base's last block, as their code does.
+ 6. The head is the paper's 134M one; `--head block` copies the base's last block, as their code does. A base
+    with rotary positions has no absolute ones in its hidden states: the head's layer adds sines and cosines.
  7. Log-probabilities of positions are taken at the temperature that positions are sampled at.
  8. --steps_per_update draws its steps stratified over the trajectory, with known inclusion probability.
 
@@ -103,9 +104,9 @@ PASS_AT = (1, 2, 4, 8, 16)
 
 # A reference is a row of choices; a flag given by hand wins over its row.
 REFERENCES = {
-    "max_confidence": dict(init="pretrained", beta=1e-4),
-    "softmax_confidence": dict(init="pretrained", beta=1e-4),
-    "topk": dict(init="random", beta=1e-4),
+    "max_confidence": dict(init="pretrained", beta=3e-4),
+    "softmax_confidence": dict(init="pretrained", beta=3e-4),
+    "topk": dict(init="random", beta=3e-4),
     "none": dict(init="random", beta=0.0),  # stands for DColT
 }
 
@@ -143,7 +144,7 @@ class Config:
     topk: int = option("K of topk and topk_random", 5, within="[1, inf)")
     tau: float = option("temperature of softmax_confidence", 0.05, within="(0, inf)")
     init: str = option("random, or by cross-entropy to the reference first", choices=("random", "pretrained"))
-    init_steps: int = option("steps of that cross-entropy", paper=500, tiny=40)
+    init_steps: int = option("steps of that cross-entropy", paper=500, tiny=20)
     init_lr: float = option("AdamW learning rate of that cross-entropy", paper=1e-4, tiny=2e-3, within="(0, inf)")
     # GRPO
     group_size: int = option("G, trajectories per prompt", paper=6, tiny=8, within="[2, inf)")
@@ -151,14 +152,17 @@ class Config:
         "trajectories per process and rollout, a multiple of G", paper=6, tiny=256, within="[1, inf)"
     )
     minibatch_size: int = option("trajectories per process and update", paper=6, tiny=64, within="[1, inf)")
-    mu: int = option("passes over the minibatches of a rollout", paper=16, tiny=1, within="[1, inf)")
+    mu: int = option("passes over the minibatches of a rollout", paper=16, tiny=2, within="[1, inf)")
     steps_per_update: int = option("steps of each trajectory that an update sees, 0: all", paper=32, tiny=0)
     offload: bool = option("keep the rollout's features in CPU memory", False)
-    advantage: str = option("divide by the group's std or only subtract its mean", "std", choices=("std", "mean"))
+    advantage: str = option(
+        "divide by the group's std or only subtract its mean", paper="std", tiny="mean", choices=("std", "mean")
+    )
     beta: float = option("weight of the divergence from the reference")
     clip: float = option("PPO clip of the ratio", paper=0.5, tiny=0.2, within="(0, 1)")
-    lr: float = option("AdamW learning rate, constant after warm-up", paper=3e-6, tiny=2e-3, within="(0, inf)")
-    warmup: int = option("updates of linear warm-up", paper=100, tiny=10)
+    lr: float = option("AdamW learning rate after warm-up", paper=3e-6, tiny=3e-3, within="(0, inf)")
+    lr_decay: bool = option("linearly to zero at max_steps, instead of constant", paper=False, tiny=True)
+    warmup: int = option("steps of linear warm-up", paper=100, tiny=5)
     weight_decay: float = option("AdamW weight decay", paper=0.1, tiny=0.0)
     max_grad_norm: float = option("gradient norm is clipped to this", paper=0.2, tiny=1.0, within="(0, inf)")
     # evaluation
@@ -256,6 +260,13 @@ class State(NamedTuple):
     allowed: Tensor
 
 
+def sinusoids(place: Tensor, width: int) -> Tensor:
+    """Sines and cosines of place (S, W) long at `width` / 2 wavelengths from 2 pi to 20,000 pi, (S, W, width) float32."""
+    rate = torch.exp(torch.arange(0, width, 2, device=place.device) * (-math.log(10_000) / width))
+    angle = place[..., None] * rate
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
 class UnmaskingPolicy(nn.Module):
     """g: State -> log g(a | x_n). width: of the base's hidden states. For LLaDA-8B's 4096 it has 134.5M parameters."""
 
@@ -264,7 +275,7 @@ class UnmaskingPolicy(nn.Module):
         self.block = block  # of `last_block`, instead of the layer
         if block is None:
             self.layer = nn.TransformerEncoderLayer(
-                width, heads, feedforward or width // 2, dropout=0.0, activation="gelu", batch_first=True
+                width, heads, feedforward or width // 2, 0.0, "gelu", batch_first=True, norm_first=True
             )
         inputs = width + 2 + TOP
         hidden = [part for _ in range(3) for part in (nn.Linear(inputs, inputs), nn.GELU())]
@@ -274,11 +285,11 @@ class UnmaskingPolicy(nn.Module):
         """The fields of a State -> log g at the position temperature, (S, W) float32, -inf where not allowed."""
         # the residual stream of an 8B model has outliers of several hundred: bring it to unit scale, in float32
         h = F.layer_norm(hidden.float(), hidden.shape[-1:])
+        place = (attention.cumsum(1) - 1).clamp(min=0)  # counted from the first token behind the padding
         if self.block is None:
-            h = self.layer(h, src_key_padding_mask=~attention)
+            h = self.layer(h + sinusoids(place, h.shape[-1]), src_key_padding_mask=~attention)
         else:
-            places = (attention.cumsum(1) - 1).clamp(min=0)
-            h = self.block(inputs_embeds=hidden.float(), attention_mask=attention.long(), position_ids=places)[0]
+            h = self.block(inputs_embeds=hidden.float(), attention_mask=attention.long(), position_ids=place)[0]
             h = F.layer_norm(h.float(), h.shape[-1:])
         flags = torch.stack([candidates, masked], dim=-1).to(h.dtype)  # in the current block?, masked?
         scores = self.mlp(torch.cat([h, flags, top.to(h.dtype)], dim=-1)[allowed])[:, 0].float()
@@ -319,8 +330,11 @@ class FrozenBase:
     def read(self, x: Tensor, attention: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(hidden (B, W, D), logits (N, V) float32 at the N True positions); all of one forward."""
         logits = self.model(x, attention, positions)
-        # Dream predicts position i at i - 1: what it knows about i stands there
-        return self.hidden.roll(1, dims=1) if self.model.shifted else self.hidden, logits
+        if not self.model.shifted:
+            return self.hidden, logits
+        # Dream predicts position i at i - 1: what it knows about i stands there; nothing stands before the first
+        known = F.pad(attention, (1, 0))[:, :-1, None]
+        return F.pad(self.hidden, (0, 0, 1, 0))[:, :-1] * known, logits
 
 
 # ---------------------------------------------------------------------------------------------
@@ -329,12 +343,12 @@ class FrozenBase:
 
 
 class Trajectories(NamedTuple):
-    """B trajectories, and those of their steps that updates will see (`keep`): S of them.
+    """B trajectories, and those of their steps that updates will see (`keep`): S of them, in U different states.
 
     batch: with the finished x; unmask_step (B, W) long, -1 where nothing was revealed; length (B,) long, L;
     log_ratio (B,) float32: log g_old(trajectory) - log g_ref(trajectory), summed over all steps; entropy (B,): of g,
-    mean over steps, nats; state: S states, on the CPU if offloaded; row (S,) long, which trajectory; action (S,) long,
-    a_n; log_old (S,) float32; log_ref (S, W) float32.
+    mean over steps, nats. Of the S steps: row (S,) long, whose; at (S,) long, which state; action (S,) long, a_n;
+    log_old (S,) float32. Of the U states: state, on the CPU if offloaded; log_ref (U, W) float32.
     """
 
     batch: Batch
@@ -342,10 +356,11 @@ class Trajectories(NamedTuple):
     length: Tensor
     log_ratio: Tensor
     entropy: Tensor
-    state: State | None = None
     row: Tensor | None = None
+    at: Tensor | None = None
     action: Tensor | None = None
     log_old: Tensor | None = None
+    state: State | None = None
     log_ref: Tensor | None = None
 
 
@@ -362,9 +377,11 @@ def choose(scores: Tensor, candidates: Tensor, generators: list | None) -> Tenso
     return (scores - place(noise.log(), candidates).masked_fill(~candidates, 0.0)).argmax(1)
 
 
-# an order maps (state, token log-probabilities at its candidates) to scores; `sampled` says how to choose
 class Order(NamedTuple):
-    scores: Callable[[State, Tensor], Tensor]  # (B, W), -inf where not allowed
+    """How positions are chosen. scores: (state, token logits at its N candidates (N, V)) -> (U, W) float32, -inf
+    where not allowed; sampled: by a draw from their softmax, else the highest. g's are log-probabilities."""
+
+    scores: Callable[[State, Tensor], Tensor]
     sampled: bool
 
 
@@ -372,8 +389,8 @@ def rule(name: str, cfg: Config) -> Order:
     """One of ORDERS, over the candidates, or over the K most confident of them."""
     score, sampled = ORDERS[name]
 
-    def scores(state: State, log_p: Tensor) -> Tensor:
-        full = place(score(log_p, cfg.tau), state.candidates)
+    def scores(state: State, logits: Tensor) -> Tensor:
+        full = place(score(logits.log_softmax(-1), cfg.tau), state.candidates)
         if name == "topk_random":
             full = full.masked_fill(~most_confident_k(state.top[..., 0], state.candidates, cfg.topk), -torch.inf)
         return full
@@ -383,81 +400,91 @@ def rule(name: str, cfg: Config) -> Order:
 
 def learned(policy: nn.Module, cfg: Config, sampled: bool) -> Order:
     """The policy: sampled in rollouts, its most probable position in evaluation."""
-    return Order(lambda state, log_p: policy(*state, cfg.position_temperature), sampled)
+    return Order(lambda state, logits: policy(*state, cfg.position_temperature), sampled)
 
 
 def reference(cfg: Config) -> Order:
     """The reference as an order of its own, to pretrain on."""
-    return Order(lambda state, log_p: log_reference(cfg, state.top[..., 0], state.allowed), True)
+    return Order(lambda state, logits: log_reference(cfg, state.top[..., 0], state.allowed), True)
+
+
+def once(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(indices of rows of x (R, W) that are all different (U,), for each row which of them it equals (R,)), long."""
+    _, same = x.unique(dim=0, return_inverse=True)
+    first = torch.empty(int(same.max()) + 1, dtype=torch.long, device=x.device)
+    return first.scatter_(0, same, torch.arange(len(x), device=x.device)), same
+
+
+def see(base: FrozenBase, x: Tensor, attention: Tensor, masked: Tensor, candidates: Tensor, cfg: Config):
+    """(what g sees of x_n, a State; the base's token logits at the candidates (N, V) float32)."""
+    hidden, logits = base.read(x, attention, candidates)
+    best = logits.softmax(-1).topk(min(TOP, logits.shape[1]), dim=1).values
+    top = torch.zeros(*x.shape, TOP, device=x.device)
+    top[candidates] = F.pad(best, (0, TOP - best.shape[1]))
+    allowed = most_confident_k(top[..., 0], candidates, cfg.topk) if cfg.ref == "topk" else candidates
+    return State(hidden, top, attention, masked, candidates, allowed), logits
 
 
 @torch.no_grad()
-def unmask(base: FrozenBase, batch: Batch, order: Order, cfg: Config, keys, eos_ids, *, keep=None, check=lambda: None):
+def unmask(base: FrozenBase, batch: Batch, order: Order, cfg: Config, keys, eos_ids, *, keep=None):
     """Reveal one position per step and row until all are finished -> Trajectories. Source: the paper's MDP.
 
-    keys: B keys of the rows' noise, so that a row's actions depend on no batch. keep (B, steps) bool: the
-    states to keep for the updates, None: none. check is called before each forward. Rows that have finished are not
-    computed any more: a completion costs as many forwards as it has steps. The base is not wrapped by DDP, so
-    processes need not agree on how many.
+    keys: B keys of the rows' noise, so that a row's actions depend on no batch. keep (B, steps) bool: the steps to
+    keep for the updates, None: none. A row that has finished is not computed
+    any more, so a completion costs as many forwards as it has steps; rows that are in the same state, as those of
+    a group are at first, are computed once. The base is not wrapped by DDP: processes need not agree on how many.
     """
     x, masked = batch.x.clone(), batch.completion.clone()
-    mask_steps = torch.full_like(x, -1)
+    unmask_step = torch.full_like(x, -1)
     block = torch.where(masked, (masked.cumsum(1) - 1) // cfg.block_length, x.shape[1])  # (B, W)
     length = torch.zeros(len(x), dtype=torch.long, device=x.device)
     log_ratio, entropy = (torch.zeros(len(x), device=x.device) for _ in range(2))
-    positions_noise, token_noise = ([seeded(*key, use, device=x.device) for key in keys] for use in range(2))
-    steps = []
+    for_positions, for_tokens = ([seeded(*key, use, device=x.device) for key in keys] for use in range(2))
+    states, steps, seen = [], [], 0
     while True:
-        check()
         unfinished = masked & through_eos(x, batch.completion, eos_ids)
         rows = unfinished.any(1).nonzero()[:, 0]  # (R,)
         if not len(rows):
             break
-        at = block.masked_fill(~unfinished, x.shape[1])[rows]
-        candidates = unfinished[rows] & (at == at.amin(1, keepdim=True))
-        hidden, logits = base.read(x[rows], batch.attention[rows], candidates)
-        log_p = logits.log_softmax(-1)  # (N, V)
-        best = log_p.topk(min(TOP, log_p.shape[1]), dim=1).values.exp()
-        top = torch.zeros(*candidates.shape, TOP, device=x.device)
-        top[candidates] = F.pad(best, (0, TOP - best.shape[1]))
-        allowed = most_confident_k(top[..., 0], candidates, cfg.topk) if cfg.ref == "topk" else candidates
-        state = State(hidden, top, batch.attention[rows], masked[rows], candidates, allowed)
-        scores = order.scores(state, log_p)
-        a = choose(scores, candidates, [positions_noise[r] for r in rows.tolist()] if order.sampled else None)
+        first, same = once(torch.cat([x, batch.attention], dim=1)[rows])
+        u = rows[first]  # a row in each of the U different states
+        current = block.masked_fill(~unfinished, x.shape[1])[u]
+        candidates = unfinished[u] & (current == current.amin(1, keepdim=True))  # (U, W)
+        state, logits = see(base, x[u], batch.attention[u], masked[u], candidates, cfg)
+        scores = order.scores(state, logits)  # (U, W)
+        a = choose(scores[same], candidates[same], [for_positions[r] for r in rows.tolist()] if order.sampled else None)
         # pi(x_{n-1} | x_n, a_n): the token of the chosen position, by argmax or drawn
-        chosen = torch.zeros_like(candidates).scatter_(1, a[:, None], True)
+        nth = candidates.flatten().cumsum(0).view(candidates.shape)[same, a] - 1  # a_n among the N candidates, (R,)
         noise = None
         if cfg.temperature > 0:
-            noise = exponential_noise(chosen, log_p.shape[1], [token_noise[r] for r in rows.tolist()])
-        x[rows, a] = draw(logits[chosen[candidates]], cfg.temperature, noise)
+            chosen = torch.zeros_like(x[rows], dtype=torch.bool).scatter_(1, a[:, None], True)
+            noise = exponential_noise(chosen, logits.shape[1], [for_tokens[r] for r in rows.tolist()])
+        x[rows, a] = draw(logits[nth], cfg.temperature, noise)
         if keep is not None:
-            log_ref = log_reference(cfg, top[..., 0], allowed)
-            taken = lambda v: v.gather(1, a[:, None])[:, 0]  # at a_n, (R,)
-            log_old = taken(scores)
-            log_ratio[rows] += log_old - taken(log_ref) if cfg.beta and cfg.ref != "max_confidence" else 0.0
-            entropy[rows] += torch.special.entr(scores.exp()).sum(1)
-            some = keep[rows, length[rows]]  # (R,)
-            state = State(*(v[some] for v in state._replace(hidden=hidden.bfloat16() if cfg.bf16 else hidden)))
-            state = State(*(v.cpu() for v in state)) if cfg.offload else state
-            steps.append((state, rows[some], a[some], log_old[some], log_ref[some]))
-        mask_steps[rows, a] = length[rows]
+            log_ref, log_old = log_reference(cfg, state.top[..., 0], state.allowed), scores[same, a]
+            if cfg.ref in ("softmax_confidence", "topk"):
+                log_ratio[rows] += log_old - log_ref[same, a]
+            entropy[rows] += torch.special.entr(scores.exp()).sum(1)[same]
+            kept = keep[rows, length[rows]]  # (R,)
+            used, at = same[kept].unique(return_inverse=True)  # states that an update will see
+            state = State(
+                *(v[used] for v in state._replace(hidden=state.hidden.bfloat16() if cfg.bf16 else state.hidden))
+            )
+            states.append((*(v.cpu() if cfg.offload else v for v in state), log_ref[used]))
+            steps.append((rows[kept], at + seen, a[kept], log_old[kept]))
+            seen += len(used)
+        unmask_step[rows, a] = length[rows]
         length[rows] += 1
         masked[rows, a] = False
     tail = batch.completion & ~through_eos(x, batch.completion, eos_ids)
-    mask_steps[tail] = -1
-    done = Trajectories(
-        batch._replace(x=x.masked_fill(tail, base.model.pad_id)),
-        mask_steps,
-        length,
-        log_ratio,
-        entropy / length.clamp(min=1),
-    )
+    finished = batch._replace(x=x.masked_fill(tail, base.model.pad_id))
+    mean_entropy = entropy / length.clamp(min=1)
+    done = Trajectories(finished, unmask_step.masked_fill(tail, -1), length, log_ratio, mean_entropy)
     if keep is None:
         return done
-    states, *parts = zip(*steps)
-    state = State(*(torch.cat(pieces) for pieces in zip(*states)))
-    row, action, log_old, log_ref = (torch.cat(pieces) for pieces in parts)
-    return done._replace(state=state, row=row, action=action, log_old=log_old, log_ref=log_ref)
+    row, at, action, log_old = (torch.cat(pieces) for pieces in zip(*steps))
+    *state, log_ref = (torch.cat(pieces) for pieces in zip(*states))
+    return done._replace(row=row, at=at, action=action, log_old=log_old, state=State(*state), log_ref=log_ref)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -500,7 +527,7 @@ def kl_gradient(log_g: Tensor, log_old: Tensor, log_ratio: Tensor, weight: Tenso
 
 
 def cross_entropy(log_g: Tensor, log_ref: Tensor) -> Tensor:
-    """- sum_a g_ref(a) log g(a) of each step, (S,); log_g and log_ref (S, W), -inf outside the supports."""
+    """- sum_a g_ref(a) log g(a) of each state, (U,); log_g and log_ref (U, W), -inf outside the supports."""
     there = ~log_ref.isneginf()
     return -torch.where(there, log_ref.exp() * log_g.masked_fill(~there, 0.0), 0.0).sum(1)
 
@@ -508,15 +535,15 @@ def cross_entropy(log_g: Tensor, log_ref: Tensor) -> Tensor:
 def upo_loss(log_g, e: Trajectories, advantages: Tensor, weight: Tensor, *, ref: str, clip: float, beta: float) -> Loss:
     """- [ (1/B) sum_b (1/L_b) sum_n min(rho A_b, clip(rho) A_b) - beta D ] of one update.
 
-    log_g (S, W): the policy on the S states of e; advantages (B,); weight (S,): 1 / the chance that a step is in
+    log_g (U, W): the policy on the U states of e; advantages (B,); weight (S,): 1 / the chance that a step is in
     this update (1 where all are). D: the KL over trajectories of softmax_confidence and topk; of max_confidence the
     cross-entropy, mean over steps, as g_ref is 0 almost everywhere; none: nothing.
     """
-    at_action = log_g.gather(1, e.action[:, None])[:, 0]  # (S,)
+    at_action = log_g[e.at, e.action]  # (S,)
     gain = surrogate(at_action, e.log_old, advantages[e.row], clip)
     # 1/L: the mean over a trajectory's steps, L known beforehand, so that a subset of steps is unbiased
     mean_over_steps = lambda v: (per_row(weight * v, e.row, len(advantages)) / e.length).mean()
-    loss, divergence = -mean_over_steps(gain), cross_entropy(log_g, e.log_ref)
+    loss, divergence = -mean_over_steps(gain), cross_entropy(log_g, e.log_ref)[e.at]
     if beta and ref == "max_confidence":
         loss = loss + beta * mean_over_steps(divergence)
     elif beta:
@@ -586,21 +613,21 @@ def collect(t: Trainer, train: list[Problem], step: int, order: Order, use: int)
 
 
 def minibatch(e: Trajectories, rows: Tensor, device) -> tuple[Trajectories, Tensor]:
-    """(the trajectories `rows` (b,) long and their states, on the device; which of these are real (s,) float).
+    """(the trajectories `rows` (b,) long with their steps and states, on the device; which steps are real (s,) float).
 
-    Without any state the first one stands in with weight 0: every process has to call its policy equally often.
+    Without any step one stands in with weight 0: every process has to call its policy equally often.
     """
     index = torch.full((len(e.length),), -1, device=rows.device)
     index[rows] = torch.arange(len(rows), device=rows.device)
-    seen = index[e.row] >= 0
-    real = torch.ones(max(int(seen.sum()), 1), device=device)
-    if not seen.any():
-        seen[0], real = True, real * 0
-    state = State(*(v[seen.to(v.device)].to(device) for v in e.state))
-    picked = dict(
-        action=e.action[seen], log_old=e.log_old[seen], log_ref=e.log_ref[seen], row=index[e.row[seen]].clamp(min=0)
-    )
-    return e._replace(length=e.length[rows], log_ratio=e.log_ratio[rows], state=state, **picked), real
+    mine = index[e.row] >= 0
+    real = torch.ones(max(int(mine.sum()), 1), device=device)
+    if not mine.any():
+        mine[0], real = True, real * 0
+    used, at = e.at[mine].unique(return_inverse=True)
+    state = State(*(v[used.to(v.device)].to(device) for v in e.state))
+    steps = dict(row=index[e.row[mine]].clamp(min=0), at=at, action=e.action[mine], log_old=e.log_old[mine])
+    of_rows = dict(length=e.length[rows], log_ratio=e.log_ratio[rows])
+    return e._replace(**of_rows, **steps, state=state, log_ref=e.log_ref[used]), real
 
 
 def update(t: Trainer, e: Trajectories, advantages: Tensor, loss_of: Callable, lr: float) -> dict:
@@ -630,7 +657,7 @@ def update(t: Trainer, e: Trajectories, advantages: Tensor, loss_of: Callable, l
 
 def cloning_loss(log_g: Tensor, e: Trajectories, advantages: Tensor, weight: Tensor) -> Loss:
     """--init pretrained: the cross-entropy to the reference's choice, mean over steps."""
-    value = (per_row(weight * cross_entropy(log_g, e.log_ref), e.row, len(e.length)) / e.length).mean()
+    value = (per_row(weight * cross_entropy(log_g, e.log_ref)[e.at], e.row, len(e.length)) / e.length).mean()
     nothing = torch.zeros_like(value)
     return Loss(value, value.detach(), nothing, nothing)
 
@@ -652,6 +679,7 @@ def train_policy(t: Trainer, data: dict, start: int) -> None:
             else:
                 e, advantages, line = collect(t, data["train"], n, learned(t.policy, cfg, sampled=True), ROLLOUT)
             lr = cfg.init_lr if phase == "init" else cfg.lr * min(1.0, (n + 1) / max(cfg.warmup, 1))
+            lr *= 1 - n / cfg.max_steps if phase == "upo" and cfg.lr_decay else 1.0
             with run.clock("update"):
                 line |= update(t, e, advantages, cloning_loss if phase == "init" else improve, lr)
             line = {"step": step + 1, "phase": phase} | line
@@ -728,13 +756,13 @@ def measure(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Proble
     """({method: rows of evaluate}, {method: rows of PASS_AT[-1] samples}): every order on the same problems."""
     cfg = run.cfg
     methods = {name: rule(name, cfg) for name in ORDERS} | {"upo": learned(policy, cfg, sampled=False)}
-    rows = {name: evaluate(run, base, order, problems, f"evaluation, {name}") for name, order in methods.items()}
-    few = problems[: cfg.pass_n]
-    lucky = {
-        name: evaluate(run, base, methods[name], few, f"pass@N, {name}", PASS_AT[-1])
-        for name in ("random", "topk_random")
-        if few
-    }
+    rows, lucky, few = {}, {}, problems[: cfg.pass_n]
+    for name, order in methods.items():
+        run.leave_if_stopped()
+        rows[name] = evaluate(run, base, order, problems, f"evaluation, {name}")
+    for name in ("random", "topk_random") if few else ():
+        run.leave_if_stopped()
+        lucky[name] = evaluate(run, base, methods[name], few, f"pass@N, {name}", PASS_AT[-1])
     return rows, lucky
 
 

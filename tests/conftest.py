@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -154,13 +155,13 @@ def dream(tmp_path_factory, bpe) -> Path:
 
 @pytest.fixture
 def start():
-    """start(*argv, launch=(), **env) -> a running `maskgrpo.py`, by python or by `accelerate launch LAUNCH`."""
+    """start(*argv, launch=(), **env) -> a running `maskgrpo.py` (or file=), by python or by `accelerate launch LAUNCH`."""
     running = []
 
-    def call(*argv, launch=None, cwd=ROOT, **env) -> subprocess.Popen:
+    def call(*argv, launch=None, cwd=ROOT, file="maskgrpo.py", **env) -> subprocess.Popen:
         prefix = [sys.executable] if launch is None else [sys.executable, "-m", "accelerate.commands.launch", *launch]
         env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-        command = [*prefix, str(ROOT / "maskgrpo.py"), *map(str, argv)]
+        command = [*prefix, str(ROOT / file), *map(str, argv)]
         running.append(
             subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
@@ -182,3 +183,12 @@ def script(start):
         return process.returncode, out, err
 
     return call
+
+
+def wait_for(path, process, lines, timeout=120):
+    """Until a file has that many lines, or the process has ended."""
+    began = time.time()
+    while process.poll() is None and time.time() - began < timeout:
+        if path.is_file() and len(path.read_text().splitlines()) >= lines:
+            return
+        time.sleep(0.02)

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, llada_checkpoint, write_checkpoint
+from conftest import ROOT, llada_checkpoint, wait_for, write_checkpoint
 from torch import nn
 
 import maskgrpo as m
@@ -728,15 +728,6 @@ def test_sft_comes_first_and_is_what_rl_is_held_to(llada, data_file, tmp_path, l
 
 
 # --- stopping and going on -----------------------------------------------------------------------
-
-
-def wait_for(path, process, lines, timeout=120):
-    """Until a file has that many lines, or the process has ended."""
-    began = time.time()
-    while process.poll() is None and time.time() - began < timeout:
-        if path.is_file() and len(path.read_text().splitlines()) >= lines:
-            return
-        time.sleep(0.02)
 
 
 def same_run(one, two):
