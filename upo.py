@@ -343,12 +343,12 @@ class FrozenBase:
 
 
 class Trajectories(NamedTuple):
-    """B trajectories, and those of their steps that updates will see (`keep`): S of them, in U different states.
+    """B trajectories, and those of their steps that updates see: S of them, in U different states.
 
     batch: with the finished x; unmask_step (B, W) long, -1 where nothing was revealed; length (B,) long, L;
     log_ratio (B,) float32: log g_old(trajectory) - log g_ref(trajectory), summed over all steps; entropy (B,): of g,
     mean over steps, nats. Of the S steps: row (S,) long, whose; at (S,) long, which state; action (S,) long, a_n;
-    log_old (S,) float32. Of the U states: state, on the CPU if offloaded; log_ref (U, W) float32.
+    log_old (S,) float32; weight (S,) float32, 1 / the chance that the step is among the S. Of the U states: state, on the CPU if offloaded; log_ref (U, W) float32.
     """
 
     batch: Batch
@@ -360,6 +360,7 @@ class Trajectories(NamedTuple):
     at: Tensor | None = None
     action: Tensor | None = None
     log_old: Tensor | None = None
+    weight: Tensor | None = None
     state: State | None = None
     log_ref: Tensor | None = None
 
@@ -426,11 +427,11 @@ def see(base: FrozenBase, x: Tensor, attention: Tensor, masked: Tensor, candidat
 
 
 @torch.no_grad()
-def unmask(base: FrozenBase, batch: Batch, order: Order, cfg: Config, keys, eos_ids, *, keep=None):
+def unmask(base: FrozenBase, batch: Batch, order: Order, cfg: Config, keys, eos_ids, *, weights=None):
     """Reveal one position per step and row until all are finished -> Trajectories. Source: the paper's MDP.
 
-    keys: B keys of the rows' noise, so that a row's actions depend on no batch. keep (B, steps) bool: the steps to
-    keep for the updates, None: none. A row that has finished is not computed
+    keys: B keys of the rows' noise, so that a row's actions depend on no batch. weights (B, steps) float32: steps
+    with a weight above 0 are kept for the updates; None: none is. A row that has finished is not computed
     any more, so a completion costs as many forwards as it has steps; rows that are in the same state, as those of
     a group are at first, are computed once. The base is not wrapped by DDP: processes need not agree on how many.
     """
@@ -460,18 +461,19 @@ def unmask(base: FrozenBase, batch: Batch, order: Order, cfg: Config, keys, eos_
             chosen = torch.zeros_like(x[rows], dtype=torch.bool).scatter_(1, a[:, None], True)
             noise = exponential_noise(chosen, logits.shape[1], [for_tokens[r] for r in rows.tolist()])
         x[rows, a] = draw(logits[nth], cfg.temperature, noise)
-        if keep is not None:
+        if weights is not None:
             log_ref, log_old = log_reference(cfg, state.top[..., 0], state.allowed), scores[same, a]
             if cfg.ref in ("softmax_confidence", "topk"):
                 log_ratio[rows] += log_old - log_ref[same, a]
             entropy[rows] += torch.special.entr(scores.exp()).sum(1)[same]
-            kept = keep[rows, length[rows]]  # (R,)
+            weight = weights[rows, length[rows]]  # (R,)
+            kept = weight > 0
             used, at = same[kept].unique(return_inverse=True)  # states that an update will see
             state = State(
                 *(v[used] for v in state._replace(hidden=state.hidden.bfloat16() if cfg.bf16 else state.hidden))
             )
             states.append((*(v.cpu() if cfg.offload else v for v in state), log_ref[used]))
-            steps.append((rows[kept], at + seen, a[kept], log_old[kept]))
+            steps.append((rows[kept], at + seen, a[kept], log_old[kept], weight[kept]))
             seen += len(used)
         unmask_step[rows, a] = length[rows]
         length[rows] += 1
@@ -480,11 +482,13 @@ def unmask(base: FrozenBase, batch: Batch, order: Order, cfg: Config, keys, eos_
     finished = batch._replace(x=x.masked_fill(tail, base.model.pad_id))
     mean_entropy = entropy / length.clamp(min=1)
     done = Trajectories(finished, unmask_step.masked_fill(tail, -1), length, log_ratio, mean_entropy)
-    if keep is None:
+    if weights is None:
         return done
-    row, at, action, log_old = (torch.cat(pieces) for pieces in zip(*steps))
+    row, at, action, log_old, weight = (torch.cat(pieces) for pieces in zip(*steps))
     *state, log_ref = (torch.cat(pieces) for pieces in zip(*states))
-    return done._replace(row=row, at=at, action=action, log_old=log_old, state=State(*state), log_ref=log_ref)
+    return done._replace(
+        row=row, at=at, action=action, log_old=log_old, weight=weight, state=State(*state), log_ref=log_ref
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -532,22 +536,21 @@ def cross_entropy(log_g: Tensor, log_ref: Tensor) -> Tensor:
     return -torch.where(there, log_ref.exp() * log_g.masked_fill(~there, 0.0), 0.0).sum(1)
 
 
-def upo_loss(log_g, e: Trajectories, advantages: Tensor, weight: Tensor, *, ref: str, clip: float, beta: float) -> Loss:
+def upo_loss(log_g, e: Trajectories, advantages: Tensor, *, ref: str, clip: float, beta: float) -> Loss:
     """- [ (1/B) sum_b (1/L_b) sum_n min(rho A_b, clip(rho) A_b) - beta D ] of one update.
 
-    log_g (U, W): the policy on the U states of e; advantages (B,); weight (S,): 1 / the chance that a step is in
-    this update (1 where all are). D: the KL over trajectories of softmax_confidence and topk; of max_confidence the
+    log_g (U, W): the policy on the U states of e; advantages (B,). D: the KL over trajectories of softmax_confidence and topk; of max_confidence the
     cross-entropy, mean over steps, as g_ref is 0 almost everywhere; none: nothing.
     """
     at_action = log_g[e.at, e.action]  # (S,)
     gain = surrogate(at_action, e.log_old, advantages[e.row], clip)
     # 1/L: the mean over a trajectory's steps, L known beforehand, so that a subset of steps is unbiased
-    mean_over_steps = lambda v: (per_row(weight * v, e.row, len(advantages)) / e.length).mean()
+    mean_over_steps = lambda v: (per_row(e.weight * v, e.row, len(advantages)) / e.length).mean()
     loss, divergence = -mean_over_steps(gain), cross_entropy(log_g, e.log_ref)[e.at]
     if beta and ref == "max_confidence":
         loss = loss + beta * mean_over_steps(divergence)
     elif beta:
-        loss = loss + beta * kl_gradient(at_action, e.log_old, e.log_ratio, weight, e.row)
+        loss = loss + beta * kl_gradient(at_action, e.log_old, e.log_ratio, e.weight, e.row)
     with torch.no_grad():
         rho = (at_action - e.log_old).exp()
         outside = mean_over_steps(((rho - 1).abs() > clip).float())
@@ -559,7 +562,7 @@ def upo_loss(log_g, e: Trajectories, advantages: Tensor, weight: Tensor, *, ref:
 # ---------------------------------------------------------------------------------------------
 
 # First key of every seeded generator, so that no two uses share their noise.
-DATA, ROLLOUT, SUBSET, PRETRAIN, EVALUATION, HEAD = range(100, 106)
+DATA, ROLLOUT, SUBSET, PRETRAIN, EVALUATION = range(100, 105)
 
 
 class Trainer(NamedTuple):
@@ -572,21 +575,23 @@ class Trainer(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-def stride_of(cfg: Config) -> int:
-    """An update sees one step in `stride`: --steps_per_update of gen_length, 1: all."""
-    return -(-cfg.gen_length // cfg.steps_per_update) if cfg.steps_per_update else 1
+def step_weights(cfg: Config, keys: list[tuple]) -> Tensor:
+    """(B, gen_length) float32: 1 / the chance that a step is in an update, 0 where it is not; one key per row.
 
-
-def kept_steps(cfg: Config, keys: list[tuple]) -> Tensor:
-    """(B, gen_length) bool: the steps that a rollout's updates see: of every `stride` successive ones, one at random.
-
-    Stratified like this the chance of a step is 1 / stride exactly, however long the trajectory turns out to be.
-    All passes share the draw, so that the features of no other step need be kept.
+    All steps, or with --steps_per_update the first one and, of every `stride` that follow, one at random:
+    stratified like this the chance is 1 / stride exactly, however long the trajectory turns out to be. All
+    passes over a rollout share the draw, so that the features of no other step need be kept.
     """
     stride = stride_of(cfg)
-    windows = -(-cfg.gen_length // stride)
+    windows = -(-(cfg.gen_length - 1) // stride)
     offsets = torch.stack([torch.randint(stride, (windows,), generator=seeded(*key)) for key in keys])
-    return (offsets[..., None] == torch.arange(stride)).flatten(1)[:, : cfg.gen_length]
+    drawn = (offsets[..., None] == torch.arange(stride)).flatten(1)[:, : cfg.gen_length - 1]
+    return F.pad(drawn.float() * stride, (1, 0), value=1.0)
+
+
+def stride_of(cfg: Config) -> int:
+    """One step in `stride` is in an update."""
+    return -(-cfg.gen_length // cfg.steps_per_update) if cfg.steps_per_update else 1
 
 
 def collect(t: Trainer, train: list[Problem], step: int, order: Order, use: int) -> tuple[Trajectories, Tensor, dict]:
@@ -599,9 +604,9 @@ def collect(t: Trainer, train: list[Problem], step: int, order: Order, use: int)
     with run.clock("rollout"):
         batch = open_batch(run, t.base.model, problems)
         row_keys = [(cfg.seed, use, step, first + i, k) for i in range(groups) for k in range(g)]
-        keep = kept_steps(cfg, [(*key, SUBSET) for key in row_keys]).to(run.device)
+        weights = step_weights(cfg, [(*key, SUBSET) for key in row_keys]).to(run.device)
         ends = ends_of(t.base.model, run.task)
-        e = unmask(t.base, batch, order, cfg, row_keys, ends, keep=keep)
+        e = unmask(t.base, batch, order, cfg, row_keys, ends, weights=weights)
         texts = texts_of(
             t.base.model.tokenizer, e.batch, through_eos(e.batch.x, batch.completion, ends), cfg.gen_length
         )
@@ -612,22 +617,16 @@ def collect(t: Trainer, train: list[Problem], step: int, order: Order, use: int)
     return e, group_advantages(reward, g, cfg.advantage).to(run.device), run.average(metrics)
 
 
-def minibatch(e: Trajectories, rows: Tensor, device) -> tuple[Trajectories, Tensor]:
-    """(the trajectories `rows` (b,) long with their steps and states, on the device; which steps are real (s,) float).
-
-    Without any step one stands in with weight 0: every process has to call its policy equally often.
-    """
+def minibatch(e: Trajectories, rows: Tensor, device) -> Trajectories:
+    """The trajectories `rows` (b,) long with their steps and the states of these, on the device."""
     index = torch.full((len(e.length),), -1, device=rows.device)
     index[rows] = torch.arange(len(rows), device=rows.device)
     mine = index[e.row] >= 0
-    real = torch.ones(max(int(mine.sum()), 1), device=device)
-    if not mine.any():
-        mine[0], real = True, real * 0
     used, at = e.at[mine].unique(return_inverse=True)
     state = State(*(v[used.to(v.device)].to(device) for v in e.state))
-    steps = dict(row=index[e.row[mine]].clamp(min=0), at=at, action=e.action[mine], log_old=e.log_old[mine])
+    steps = dict(action=e.action[mine], log_old=e.log_old[mine], weight=e.weight[mine])
     of_rows = dict(length=e.length[rows], log_ratio=e.log_ratio[rows])
-    return e._replace(**of_rows, **steps, state=state, log_ref=e.log_ref[used]), real
+    return e._replace(row=index[e.row[mine]], at=at, **steps, **of_rows, state=state, log_ref=e.log_ref[used])
 
 
 def update(t: Trainer, e: Trajectories, advantages: Tensor, loss_of: Callable, lr: float) -> dict:
@@ -638,10 +637,10 @@ def update(t: Trainer, e: Trajectories, advantages: Tensor, loss_of: Callable, l
         for m in range(parts):
             # every parts-th row: the same trajectories share an update whatever the number of processes
             rows = torch.arange(m, cfg.batch_size, parts, device=run.device)
-            part, real = minibatch(e, rows, run.device)
+            part = minibatch(e, rows, run.device)
             with run.accelerator.autocast():
                 log_g = t.wrapped(*part.state, cfg.position_temperature)
-            loss = loss_of(log_g, part, advantages[rows], real * stride_of(cfg))
+            loss = loss_of(log_g, part, advantages[rows])
             run.accelerator.backward(loss.loss)
             norm = float(run.accelerator.clip_grad_norm_(t.policy.parameters(), cfg.max_grad_norm))
             metrics = run.average({name: value.item() for name, value in loss._asdict().items()} | {"grad_norm": norm})
@@ -655,9 +654,9 @@ def update(t: Trainer, e: Trajectories, advantages: Tensor, loss_of: Callable, l
     return mean_of(history)
 
 
-def cloning_loss(log_g: Tensor, e: Trajectories, advantages: Tensor, weight: Tensor) -> Loss:
+def cloning_loss(log_g: Tensor, e: Trajectories, advantages: Tensor) -> Loss:
     """--init pretrained: the cross-entropy to the reference's choice, mean over steps."""
-    value = (per_row(weight * cross_entropy(log_g, e.log_ref)[e.at], e.row, len(e.length)) / e.length).mean()
+    value = (per_row(e.weight * cross_entropy(log_g, e.log_ref)[e.at], e.row, len(e.length)) / e.length).mean()
     nothing = torch.zeros_like(value)
     return Loss(value, value.detach(), nothing, nothing)
 

@@ -105,7 +105,7 @@ def as_trajectories(base: Tabular, log_old: torch.Tensor, log_ref: torch.Tensor)
     p = sums(old).exp() * torch.tensor([t[3] for t in every])
     e = upo.Trajectories(
         batch=None, unmask_step=None, length=torch.full((len(every),), N), log_ratio=sums(old - ref),
-        entropy=None, state=states, row=row, at=at, action=action, log_old=old, log_ref=log_ref[states].detach(),
+        entropy=None, state=states, row=row, at=at, action=action, log_old=old, weight=torch.ones(len(action)), log_ref=log_ref[states].detach(),
     )  # fmt: skip
     return e, p, [t[2] for t in every]
 
@@ -117,9 +117,9 @@ def expected_loss(theta, base, log_old, log_ref, value: dict, *, ref: str, clip:
     total = 0.0
     for b in range(len(p)):
         steps = slice(b * N, (b + 1) * N)
-        one = e._replace(length=e.length[b : b + 1], log_ratio=e.log_ratio[b : b + 1], row=torch.zeros(N, dtype=torch.long), at=torch.arange(N), action=e.action[steps], log_old=e.log_old[steps], log_ref=e.log_ref[steps])  # fmt: skip
+        one = e._replace(length=e.length[b : b + 1], log_ratio=e.log_ratio[b : b + 1], row=torch.zeros(N, dtype=torch.long), at=torch.arange(N), action=e.action[steps], log_old=e.log_old[steps], weight=torch.ones(N), log_ref=e.log_ref[steps])  # fmt: skip
         advantage = torch.tensor([value[x0[b]]])
-        total = total + p[b] * upo.upo_loss(log_g[e.state[steps]], one, advantage, torch.ones(N), ref=ref, clip=clip, beta=beta).loss  # fmt: skip
+        total = total + p[b] * upo.upo_loss(log_g[e.state[steps]], one, advantage, ref=ref, clip=clip, beta=beta).loss  # fmt: skip
     return total
 
 
@@ -167,8 +167,8 @@ def test_the_rollout_draws_from_p_g():
     """A chi-square test of 20,000 rollouts against the enumeration; false alarm once in 1,000 (7 degrees: 24.3)."""
     base, log_g, rows = Tabular(5), log_policy(random_theta(5)), 20_000
     keys = [(11, r) for r in range(rows)]
-    keep = torch.ones(rows, N, dtype=torch.bool)
-    e = upo.unmask(base, open_rows(rows), table_order(log_g), tabular_config(), keys, [], keep=keep)
+    weights = torch.ones(rows, N)
+    e = upo.unmask(base, open_rows(rows), table_order(log_g), tabular_config(), keys, [], weights=weights)
     exact = outputs(base, log_g)
     counts = {x0: 0 for x0 in exact}
     for row in e.batch.x.tolist():
@@ -264,29 +264,28 @@ def test_clipping_by_hand():
 
 
 def test_steps_left_out_change_no_expectation():
-    """Every draw of kept_steps is enumerated: stride 2 of 3 steps, inverse chances; at g = g_old."""
+    """Every draw of step_weights is enumerated: the first step, and one of the two others; at g = g_old."""
     base, theta, value = Tabular(2), random_theta(2).requires_grad_(), random_values(2)
     old, ref = log_policy(theta.detach()), log_policy(random_theta(52))
     e, p, x0 = as_trajectories(base, old, ref)
     advantages = torch.tensor([value[x] for x in x0]) * p * len(p)  # linear in A: the mean becomes the expectation
-    everything = upo.upo_loss(log_policy(theta)[e.state], e, advantages, torch.ones(len(e.row)), ref="none", clip=0.2, beta=0.0)  # fmt: skip
-    kl = gradient(upo.kl_gradient(log_policy(theta)[e.state, e.action], e.log_old, e.log_ratio, torch.ones(len(e.row)), e.row), theta)  # fmt: skip
+    weigh = lambda e: upo.upo_loss(log_policy(theta)[e.state], e, advantages, ref="none", clip=0.2, beta=0.0).loss
+    kl = lambda e: upo.kl_gradient(log_policy(theta)[e.state][e.at, e.action], e.log_old, e.log_ratio, e.weight, e.row)
     cfg = tabular_config(steps_per_update=2)
-    assert upo.stride_of(cfg) == 2
-    draws = {tuple(upo.kept_steps(cfg, [(0, k)])[0].tolist()) for k in range(60)}
-    patterns = [(a == 0, a == 1, b == 0) for a in range(2) for b in range(2)]  # windows of steps {0, 1} and {2}
-    assert draws == set(patterns)
-    mean_loss, mean_kl = 0.0, 0.0
-    for pattern in patterns:
-        keep = torch.tensor(pattern).repeat(len(p))
-        part = e._replace(row=e.row[keep], at=torch.arange(int(keep.sum())), action=e.action[keep], log_old=e.log_old[keep], log_ref=e.log_ref[keep])
-        weight, log_g = torch.full((int(keep.sum()),), 2.0), log_policy(theta)[e.state[keep]]
-        loss = upo.upo_loss(log_g, part, advantages, weight, ref="none", clip=0.2, beta=0.0).loss
-        taken = log_g.gather(1, part.action[:, None])[:, 0]
-        mean_loss = mean_loss + gradient(loss, theta) / len(patterns)
-        mean_kl = mean_kl + gradient(upo.kl_gradient(taken, part.log_old, e.log_ratio, weight, part.row), theta) / len(patterns)  # fmt: skip
-    assert torch.allclose(mean_loss, gradient(everything.loss, theta), atol=1e-6)
-    assert torch.allclose(mean_kl, kl, atol=1e-6)
+    draws = {tuple(upo.step_weights(cfg, [(0, k)])[0].tolist()) for k in range(40)}
+    assert draws == {(1, 2, 0), (1, 0, 2)}
+    parts = []
+    for draw in draws:
+        weight = torch.tensor(draw).repeat(len(p))
+        keep = weight > 0
+        steps = {name: getattr(e, name)[keep] for name in ("row", "action", "log_old", "state", "log_ref")}
+        parts.append(e._replace(**steps, at=torch.arange(int(keep.sum())), weight=weight[keep]))
+    for quantity in (weigh, kl):
+        mean = sum(gradient(quantity(part), theta) for part in parts) / len(parts)
+        assert torch.allclose(mean, gradient(quantity(e), theta), atol=1e-6)
+        assert not torch.allclose(gradient(quantity(parts[0]), theta), mean, atol=1e-4)
+    shares = upo.step_weights(tabular_config(steps_per_update=2), [(0, k) for k in range(4000)]).mean(0)
+    assert (shares - 1).abs().max() < 0.08  # the mean weight is 1: five standard errors of 4,000 draws
 
 
 # ---------------------------------------------------------------------------------------------
@@ -556,12 +555,12 @@ def test_the_loss_does_not_depend_on_how_steps_share_states(llada):
     base, cfg = frozen(llada), config_for("x", ref="softmax_confidence")
     policy = upo.new_policy(cfg, base, "cpu")
     problems = [{"question": "Tom?", "answer": "#### 3"}] * 6
-    keep = torch.ones(6, 8, dtype=torch.bool)
+    weights = torch.ones(6, 8)
     batch = m.open_batch(run_for(cfg), base.model, problems)
-    e = upo.unmask(base, batch, upo.learned(policy, cfg, True), cfg, [(1, i) for i in range(6)], [], keep=keep)
+    e = upo.unmask(base, batch, upo.learned(policy, cfg, True), cfg, [(1, i) for i in range(6)], [], weights=weights)
     assert len(e.log_ref) < len(e.row) == 48
     advantages = torch.tensor([1.0, -1, 2, 0, 0.5, -0.5])
-    weigh = lambda e: upo.upo_loss(policy(*e.state, cfg.position_temperature), e, advantages, torch.ones(len(e.row)), ref=cfg.ref, clip=0.2, beta=0.1).loss  # fmt: skip
+    weigh = lambda e: upo.upo_loss(policy(*e.state, cfg.position_temperature), e, advantages, ref=cfg.ref, clip=0.2, beta=0.1).loss  # fmt: skip
     apart = e._replace(state=upo.State(*(v[e.at] for v in e.state)), log_ref=e.log_ref[e.at], at=torch.arange(48))
     grads = [torch.autograd.grad(weigh(v), list(policy.parameters())) for v in (e, apart)]
     assert weigh(e).item() == pytest.approx(weigh(apart).item(), abs=1e-6)
@@ -571,8 +570,8 @@ def test_the_loss_does_not_depend_on_how_steps_share_states(llada):
     total = 0
     for start in range(3):
         rows = torch.arange(start, 6, 3)
-        part, real = upo.minibatch(e, rows, "cpu")
-        loss = upo.upo_loss(policy(*part.state, cfg.position_temperature), part, advantages[rows], real, ref=cfg.ref, clip=0.2, beta=0.1).loss  # fmt: skip
+        part = upo.minibatch(e, rows, "cpu")
+        loss = upo.upo_loss(policy(*part.state, cfg.position_temperature), part, advantages[rows], ref=cfg.ref, clip=0.2, beta=0.1).loss  # fmt: skip
         total += loss.item() / 3
     assert total == pytest.approx(weigh(e).item(), abs=1e-6)
 
