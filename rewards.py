@@ -1,9 +1,10 @@
 """Completions -> numbers: the tasks, their data, and their verifiable rewards. Text in, numbers out.
 
 A task is one row of `TASKS`: where its problems come from, what the model is asked, what it is rewarded
-for, and what counts as solved. A problem is a dict in the published data set's own format; GSM8K's is
+for, and how much of it is solved. A problem is a dict of its question and its answer, as they are published:
 
-    {"question": "Tom has 12 apples ...", "answer": "12 + 7 = 19\\n#### 19"}
+    gsm8k    {"question": "Tom has 12 apples ...", "answer": "12 + 7 = 19\\n#### 19"}
+    sudoku   {"question": "1000034000200003", "answer": "1234..."}, 4 x 4, row by row, 0 for empty
 
 Problems come from a generator (offline, from a seed), from a file in the published format, or from the
 published data set by `datasets`. The generator's splits:
@@ -11,13 +12,16 @@ published data set by `datasets`. The generator's splits:
     train        what the model learns from
     validation   decides when base training stops
     test         fresh problems: new questions, made of number pairs that training has shown
-    unseen       problems whose first operation joins a pair of numbers that training never shows
+    unseen       problems whose first operation joins a pair of numbers that training never shows;
+                 sudokus whose solution is one of an eighth of the 288 that training never shows
 
 Departures from the paper and from its official code
  1. The prompt asks for GSM8K's own last line, `#### 42`, instead of <reasoning>/<answer> tags. Reward:
     2 for a correct answer, 0.5 for an integer, 0.5 for the format, the official weights.
  2. The integer bonus needs an answer that can be told apart. The official code pays for any digits.
  3. GSM8K's calculator marks (<<48/2=24>>) are removed from the solutions that SFT trains on.
+ 4. A sudoku's clues stand in the completion and its empty cells are filled in, instead of 16 digits being
+    written behind a prompt that holds the puzzle. Reward, as in the paper: the share of right empty cells.
 
     python rewards.py           # problems of each split, and what a few completions earn
 """
@@ -421,6 +425,8 @@ def published_splits(task: Task, data: str | None, eval_data: str | None, n: int
     train = task.load(data, "train")
     if eval_data or data is None:
         test = task.load(eval_data, "test")
+        held_out = {p["question"] for p in test}
+        train = [p for p in train if p["question"] not in held_out]
     else:
         train, test = [p for i, p in enumerate(train) if i % 10 != 9], train[9::10]
     held = min(256, len(train) // 10)
@@ -470,12 +476,23 @@ def main() -> None:
             print("".join(f"{'':<11} | {line}\n" for line in task.target(problem).splitlines()))
     problem = generate_gsm8k("train", 1, 0)[0]
     right, steps = gold_answer(problem), problem["answer"]
-    print(f"What completions of a gsm8k problem earn where the answer is {right}:")
-    print(f"{'completion':<44} correctness  format")
     tries = (steps, f"#### {right}", f"The answer is \\boxed{{${right}.00}}.", f"{right}", f"#### 99\n#### {right}", "")
-    for completion in tries:
-        reward = task.reward(completion, problem)
-        print(f"{completion!r:<44} {reward['correctness']:>11.1f} {reward['format']:>7.1f}")
+    show_rewards("gsm8k", problem, f"the answer is {right}", tries)
+    problem = generate_sudoku("train", 1, 0)[0]
+    grid = grid_text(problem["answer"])
+    ones = grid_text(problem["question"].replace(EMPTY, "1"))
+    tries = (grid, ones, grid_text(solved_grids()[0]), grid[:-2])
+    show_rewards("sudoku", problem, f"the puzzle is {problem['question']}", tries)
+
+
+def show_rewards(name: str, problem: Problem, where: str, completions: tuple[str, ...]) -> None:
+    """A table of completions and the terms of their rewards."""
+    rows = [TASKS[name].reward(completion, problem) for completion in completions]
+    print(f"What completions of a {name} problem earn where {where}:")
+    print(f"{'completion':<44}" + "".join(f"{term:>13}" for term in rows[0]))
+    for completion, row in zip(completions, rows):
+        print(f"{completion!r:<44}" + "".join(f"{value:>13.2f}" for value in row.values()))
+    print()
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ Without --model the tiny base of maskgrpo.py is trained first; published checkpo
     symbol        shape            meaning
     x_n, x_0      (B, W) long      the sequence with n tokens of its completion masked; the finished one
     a_n           (S,) long        the position that is revealed in x_n
-    g, g_old      (S, W) float32   the policy, log g(a | x_n); as it was in the rollout
-    g_ref         (S, W) float32   the reference: max_confidence, softmax_confidence, topk
-    L             (B,) long        steps of a trajectory, one position each; S = sum of L, over a batch
+    g, g_old      (U, W) float32   the policy, log g(a | x_n); as it was in the rollout
+    g_ref         (U, W) float32   the reference: max_confidence, softmax_confidence, topk
+    L             (B,) long        steps of a trajectory, one position each
+    S, U, W       int              steps of a batch's trajectories; different states x_n among them; columns of x
     rho, A, G     (S,), (B,), int  g / g_old at a_n; advantage; group size
     K, tau        int, float       of topk and softmax_confidence
 
@@ -104,9 +105,9 @@ PASS_AT = (1, 2, 4, 8, 16)
 
 # A reference is a row of choices; a flag given by hand wins over its row.
 REFERENCES = {
-    "max_confidence": dict(init="pretrained", beta=3e-4),
-    "softmax_confidence": dict(init="pretrained", beta=3e-4),
-    "topk": dict(init="random", beta=3e-4),
+    "max_confidence": dict(init="pretrained", beta=1e-4),
+    "softmax_confidence": dict(init="pretrained", beta=1e-4),
+    "topk": dict(init="random", beta=1e-4),
     "none": dict(init="random", beta=0.0),  # stands for DColT
 }
 
@@ -123,7 +124,7 @@ class Config:
     eval_data: str = option("held-out problems, a FILE; default: published, or every tenth of --data")
     seed: int = option("seed of everything random", 0, within="[0, 4294967295]")
     output_dir: str = option("run directory; default runs/upo-TASK-REF-MODEL-sSEED")
-    max_steps: int = option("RL steps (rollouts); the paper's sudoku run has 3500", paper=3500, tiny=200)
+    max_steps: int = option("RL steps (rollouts); the paper's sudoku run has 3500", paper=3500, tiny=350)
     resume: bool = option("go on from the last checkpoint in --output_dir", False)
     eval_only: bool = option("evaluate --policy, on all of --data where a FILE is given, and leave", False)
     policy: str = option("--eval_only: run directory of a trained policy; its base too, unless --model names another")
@@ -144,7 +145,7 @@ class Config:
     topk: int = option("K of topk and topk_random", 5, within="[1, inf)")
     tau: float = option("temperature of softmax_confidence", 0.05, within="(0, inf)")
     init: str = option("random, or by cross-entropy to the reference first", choices=("random", "pretrained"))
-    init_steps: int = option("steps of that cross-entropy", paper=500, tiny=20)
+    init_steps: int = option("steps of that cross-entropy", paper=500, tiny=10)
     init_lr: float = option("AdamW learning rate of that cross-entropy", paper=1e-4, tiny=2e-3, within="(0, inf)")
     # GRPO
     group_size: int = option("G, trajectories per prompt", paper=6, tiny=8, within="[2, inf)")
@@ -160,14 +161,14 @@ class Config:
     )
     beta: float = option("weight of the divergence from the reference")
     clip: float = option("PPO clip of the ratio", paper=0.5, tiny=0.2, within="(0, 1)")
-    lr: float = option("AdamW learning rate after warm-up", paper=3e-6, tiny=3e-3, within="(0, inf)")
+    lr: float = option("AdamW learning rate after warm-up", paper=3e-6, tiny=2e-3, within="(0, inf)")
     lr_decay: bool = option("linearly to zero at max_steps, instead of constant", paper=False, tiny=True)
     warmup: int = option("steps of linear warm-up", paper=100, tiny=5)
     weight_decay: float = option("AdamW weight decay", paper=0.1, tiny=0.0)
     max_grad_norm: float = option("gradient norm is clipped to this", paper=0.2, tiny=1.0, within="(0, inf)")
     # evaluation
     eval_n: int = option("held-out problems of the table, 0: all", paper=0, tiny=1000)
-    eval_every: int = option("steps between looks at 256 validation problems, 0: never", paper=250, tiny=25)
+    eval_every: int = option("steps between looks at 256 validation problems, 0: never", paper=250, tiny=50)
     eval_batch_size: int = option(
         "trajectories per process and batch of evaluation", paper=32, tiny=256, within="[1, inf)"
     )
@@ -248,8 +249,8 @@ ORDERS: dict[str, tuple[Callable[[Tensor, float], Tensor], bool]] = {
 
 
 class State(NamedTuple):
-    """What g sees of S partly masked sequences x_n. hidden (S, W, D): the hidden state that enters the base's last
-    block; top (S, W, 8) float32: the largest token probabilities at the candidates, 0 elsewhere; (S, W) bool:
+    """What g sees of U partly masked sequences x_n. hidden (U, W, D): the hidden state that enters the base's last
+    block; top (U, W, 8) float32: the largest token probabilities at the candidates, 0 elsewhere; (U, W) bool:
     attention (False at padding), masked, candidates (masked and in the current block), allowed (g's support)."""
 
     hidden: Tensor
@@ -261,7 +262,7 @@ class State(NamedTuple):
 
 
 def sinusoids(place: Tensor, width: int) -> Tensor:
-    """Sines and cosines of place (S, W) long at `width` / 2 wavelengths from 2 pi to 20,000 pi, (S, W, width) float32."""
+    """Sines and cosines of place (U, W) long, width / 2 wavelengths from 2 pi to 20,000 pi; (U, W, width) float32."""
     rate = torch.exp(torch.arange(0, width, 2, device=place.device) * (-math.log(10_000) / width))
     angle = place[..., None] * rate
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
@@ -282,7 +283,7 @@ class UnmaskingPolicy(nn.Module):
         self.mlp = nn.Sequential(*hidden, nn.Linear(inputs, 1))
 
     def forward(self, hidden, top, attention, masked, candidates, allowed, temperature: float = 1.0) -> Tensor:
-        """The fields of a State -> log g at the position temperature, (S, W) float32, -inf where not allowed."""
+        """The fields of a State -> log g at the position temperature, (U, W) float32, -inf where not allowed."""
         # the residual stream of an 8B model has outliers of several hundred: bring it to unit scale, in float32
         h = F.layer_norm(hidden.float(), hidden.shape[-1:])
         place = (attention.cumsum(1) - 1).clamp(min=0)  # counted from the first token behind the padding
@@ -300,7 +301,7 @@ class UnmaskingPolicy(nn.Module):
 
 
 def last_block(model: MaskedDiffusionModel) -> nn.Module:
-    """A trainable copy of the base's last block, inside transformers' own model, which makes its masks and rotations."""
+    """A trainable copy of the base's last block, in transformers' own model, which makes its masks and rotations."""
     body = model.hf.base_model
     if not isinstance(body, (transformers.LlamaModel, transformers.Qwen2Model)):
         raise UsageError(f"--head block: not for {type(model.hf).__name__}; Llama- and Qwen2-shaped bases have it")
@@ -348,7 +349,8 @@ class Trajectories(NamedTuple):
     batch: with the finished x; unmask_step (B, W) long, -1 where nothing was revealed; length (B,) long, L;
     log_ratio (B,) float32: log g_old(trajectory) - log g_ref(trajectory), summed over all steps; entropy (B,): of g,
     mean over steps, nats. Of the S steps: row (S,) long, whose; at (S,) long, which state; action (S,) long, a_n;
-    log_old (S,) float32; weight (S,) float32, 1 / the chance that the step is among the S. Of the U states: state, on the CPU if offloaded; log_ref (U, W) float32.
+    log_old (S,) float32; weight (S,) float32, 1 / the chance that the step is among the S. Of the U states: state,
+    on the CPU if offloaded; log_ref (U, W) float32.
     """
 
     batch: Batch
@@ -539,8 +541,9 @@ def cross_entropy(log_g: Tensor, log_ref: Tensor) -> Tensor:
 def upo_loss(log_g, e: Trajectories, advantages: Tensor, *, ref: str, clip: float, beta: float) -> Loss:
     """- [ (1/B) sum_b (1/L_b) sum_n min(rho A_b, clip(rho) A_b) - beta D ] of one update.
 
-    log_g (U, W): the policy on the U states of e; advantages (B,). D: the KL over trajectories of softmax_confidence and topk; of max_confidence the
-    cross-entropy, mean over steps, as g_ref is 0 almost everywhere; none: nothing.
+    log_g (U, W): the policy on the U states of e; advantages (B,). D is the KL over trajectories with
+    softmax_confidence and topk, the cross-entropy, mean over steps, with max_confidence, whose g_ref is 0 almost
+    everywhere, and nothing with none.
     """
     at_action = log_g[e.at, e.action]  # (S,)
     gain = surrogate(at_action, e.log_old, advantages[e.row], clip)
@@ -987,8 +990,9 @@ def memory_of(run: Run, base: FrozenBase, policy: nn.Module, problem: Problem) -
     size = steps * batch.x.shape[1] * (base.width * (2 if cfg.bf16 else 4) + 4 * TOP + 4 + 4)
     mine, all_of_base = (sum(p.numel() for p in module.parameters()) for module in (policy, base.model))
     return (
-        f"{mine / 1e6:.2f}M parameters train, the base has {all_of_base / 1e6:.2f}M; a trajectory's features: {steps} "
-        f"steps x {batch.x.shape[1]} positions, {size / 2**20:.2f} MiB; of a rollout {size * cfg.batch_size / 2**20:.0f} MiB"
+        f"{mine / 1e6:.2f}M parameters train, the base has {all_of_base / 1e6:.2f}M; features of a trajectory: {steps} "
+        f"steps x {batch.x.shape[1]} positions, {size / 2**20:.2f} MiB; of a rollout at most "
+        f"{size * cfg.batch_size / 2**20:.0f} MiB"
     )
 
 

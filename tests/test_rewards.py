@@ -1,5 +1,6 @@
 """rewards.py: the generator against a second evaluator, published formats, answers and figures by hand."""
 
+import itertools
 import json
 import math
 import random
@@ -198,3 +199,115 @@ def test_figures():
     before, after = [True] + [False] * 5 + [True], [False] + [True] * 5 + [True]
     assert rewards.paired_p(before, after) == pytest.approx(14 / 64)
     assert rewards.paired_p([True, False], [True, False]) == 1.0
+
+
+# ---------------------------------------------------------------------------------------------
+# Sudoku
+# ---------------------------------------------------------------------------------------------
+
+
+def solve_sudoku(puzzle: str) -> list[str]:
+    """All solutions by plain backtracking over sets of rows, columns and boxes: no table of grids."""
+    if "0" not in puzzle:
+        return [puzzle]
+    cell = puzzle.index("0")
+    r, c = divmod(cell, 4)
+    seen = set(puzzle[4 * r : 4 * r + 4]) | set(puzzle[c::4])
+    top, left = r // 2 * 2, c // 2 * 2
+    seen |= {puzzle[4 * (top + i) + left + j] for i in range(2) for j in range(2)}
+    return [s for d in "1234" if d not in seen for s in solve_sudoku(puzzle[:cell] + d + puzzle[cell + 1 :])]
+
+
+def test_there_are_288_grids():
+    assert sorted(rewards.solved_grids()) == sorted(solve_sudoku("0" * 16)) and len(rewards.solved_grids()) == 288
+
+
+@pytest.mark.parametrize("split", rewards.SPLITS)
+def test_generated_sudokus_have_one_solution(split):
+    problems = rewards.generate_sudoku(split, 150, 3)
+    assert len({p["question"] for p in problems}) == 150
+    for p in problems:
+        assert solve_sudoku(p["question"]) == [p["answer"]] == rewards.solutions(p["question"])
+        assert 5 <= 16 - p["question"].count("0") <= 8
+        assert rewards.sudoku_ceiling(p) == 1
+        assert rewards.check_sudoku(p["question"], p["answer"], "here") == p
+
+
+def test_sudoku_splits_are_disjoint():
+    splits = {s: rewards.generate_sudoku(s, 2000 if s == "train" else 500, 0) for s in rewards.SPLITS}
+    puzzles = {s: {p["question"] for p in rows} for s, rows in splits.items()}
+    assert all(puzzles[a].isdisjoint(puzzles[b]) for a in puzzles for b in puzzles if a != b)
+    grids = {s: {p["answer"] for p in rows} for s, rows in splits.items()}
+    assert (
+        all(grids["unseen"].isdisjoint(grids[s]) for s in rewards.SPLITS if s != "unseen") and len(grids["unseen"]) > 20
+    )
+    for seed in range(1, 4):
+        assert puzzles["test"].isdisjoint(p["question"] for p in rewards.generate_sudoku("train", 2000, seed))
+
+
+def test_sudoku_score_by_hand():
+    p = {"question": "1234341221430000", "answer": "1234341221434321"}
+    grid = lambda digits: rewards.grid_text(digits)
+    assert grid(p["answer"]) == "1 2 3 4\n3 4 1 2\n2 1 4 3\n4 3 2 1"
+    for digits, score in (("4321", 1.0), ("4322", 0.75), ("1234", 0.0), ("4312", 0.5), ("4300", 0.5)):
+        assert rewards.sudoku_score(grid("123434122143" + digits), p) == score
+    assert rewards.TASKS["sudoku"].reward(grid(p["answer"]), p) == {"cells": 1.0}
+    # a changed clue, a missing cell, one too many, and no grid at all earn nothing
+    for text in (
+        grid("2134341221434321"),
+        grid(p["answer"])[:-2],
+        grid(p["answer"]) + " 1",
+        "",
+        "\x00" * 16,
+        "solved!",
+    ):
+        assert rewards.sudoku_score(text, p) == 0
+
+
+def test_sudoku_ceiling_of_several_solutions():
+    puzzle = "1234341200000000"
+    grids = solve_sudoku(puzzle)
+    assert len(grids) > 1
+    best = sum(max(sum(g[c] == d for g in grids) for d in "1234") for c in range(8, 16)) / len(grids) / 8
+    assert rewards.sudoku_ceiling({"question": puzzle, "answer": grids[0]}) == pytest.approx(best) and best < 1
+
+
+def test_published_sudokus(tmp_path):
+    file = tmp_path / "puzzles.csv"
+    file.write_text(
+        "\ufeffPuzzle,Solution\r\n1234341221434300,1234341221434321\r\n\r\n234341221434321,1234341221434321\r\n"
+    )
+    problems = rewards.load_sudoku(str(file))  # the second lost its leading zero to a spreadsheet
+    assert [p["question"] for p in problems] == ["1234341221434300", "0234341221434321"]
+    for text in ("", "a,b\n1,2\n", "Puzzle,Solution\n"):
+        file.write_text(text)
+        with pytest.raises(
+            DataError, match=r"puzzles\.csv(, line 1: expected the header Puzzle,Solution|: no puzzles)"
+        ):
+            rewards.load_sudoku(str(file))
+    with pytest.raises(DataError, match="cannot be read"):
+        rewards.load_sudoku(str(tmp_path / "none.csv"))
+    with pytest.raises(DataError, match="--data FILE.csv"):
+        rewards.load_sudoku(None)
+
+
+def test_problems_that_are_held_out_do_not_train(tmp_path):
+    """Not even where --data and --eval_data share them."""
+    problems = rewards.generate_sudoku("train", 60, 1)
+    write = lambda name, rows: (tmp_path / name).write_text(
+        "Puzzle,Solution\n" + "".join(f"{p['question']},{p['answer']}\n" for p in rows)
+    )
+    write("train.csv", problems)
+    write("test.csv", problems[:20])
+    task = rewards.TASKS["sudoku"]
+    splits = rewards.published_splits(task, str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), 0)
+    assert splits["test"] == problems[:20] and splits["train"] + splits["validation"] == problems[20:]
+
+
+def test_pass_at_is_the_mean_best_of_k():
+    """Against all subsets, for scores between 0 and 1."""
+    rng = random.Random(0)
+    rows = [[rng.choice([0, 0.25, 0.5, 1]) for _ in range(6)] for _ in range(5)]
+    for k in range(1, 7):
+        subsets = [max(s) for row in rows for s in itertools.combinations(row, k)]
+        assert rewards.pass_at(rows, k) == pytest.approx(sum(subsets) / len(subsets))

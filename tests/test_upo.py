@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import wait_for
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,7 +20,6 @@ import emerge_sampler
 import maskgrpo as m
 import rewards
 import upo
-from conftest import wait_for
 from remask import seeded
 
 # ---------------------------------------------------------------------------------------------
@@ -369,7 +369,9 @@ def test_without_headroom_nothing_is_gained():
     rewards_, log_g = iterate(base, ref, right, beta=0.2)
     assert rewards_ == pytest.approx([rewards_[0]] * len(rewards_), abs=1e-6)
     assert torch.allclose(log_g[:-1].exp(), ref[:-1].exp().nan_to_num(), atol=1e-5)
-    assert all(p.item() == pytest.approx(outputs(base, ref)[x0].item(), abs=1e-6) for x0, p in outputs(base, log_g).items())
+    assert all(
+        p.item() == pytest.approx(outputs(base, ref)[x0].item(), abs=1e-6) for x0, p in outputs(base, log_g).items()
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -435,7 +437,19 @@ def test_the_head_has_the_papers_size():
 
 
 def config_for(path, **values) -> upo.Config:
-    flags = ["--model", str(path), "--no-bf16", "--heads", "4", "--gen_length", "8", "--block_length", "4", "--topk", "3"]
+    flags = [
+        "--model",
+        str(path),
+        "--no-bf16",
+        "--heads",
+        "4",
+        "--gen_length",
+        "8",
+        "--block_length",
+        "4",
+        "--topk",
+        "3",
+    ]
     return dataclasses.replace(m.parse(flags, upo.Config, upo.__doc__, "upo", "ref", upo.REFERENCES)[0], **values)
 
 
@@ -623,7 +637,11 @@ def whole(tiny_base, tmp_path_factory):
 
 def test_a_run_leaves_everything_it_is(whole):
     results = json.loads((whole / "results.json").read_text())
-    assert list(results["accuracy"]) == METHODS and (results["task"], results["ref"], results["seed"]) == ("sudoku", "topk", 0)
+    assert list(results["accuracy"]) == METHODS and (results["task"], results["ref"], results["seed"]) == (
+        "sudoku",
+        "topk",
+        0,
+    )
     rows = [json.loads(line) for line in (whole / "completions.jsonl").read_text().splitlines()]
     assert len(rows) == 7 * 6
     problems = rewards.generate_sudoku("test", 6, 1)
@@ -643,7 +661,9 @@ def test_a_run_leaves_everything_it_is(whole):
     assert values == sorted(values) and results["ceiling"]["bayes"] == 1
     assert results["seconds"].keys() >= {"base", "train", "eval"}
     mine, other = ([r["score"] for r in rows if r["method"] == name] for name in ("upo", "margin"))
-    assert results["paired"]["margin"]["difference"] == pytest.approx(sum(a - b for a, b in zip(mine, other)) / 6, abs=1e-6)
+    assert results["paired"]["margin"]["difference"] == pytest.approx(
+        sum(a - b for a, b in zip(mine, other)) / 6, abs=1e-6
+    )
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(line["group_reward_std"] >= 0 and 0 < line["entropy"] < math.log(5) + 1e-6 for line in lines)
@@ -652,7 +672,9 @@ def test_a_run_leaves_everything_it_is(whole):
 
 @pytest.mark.parametrize("ref, init", [("max_confidence", "pretrained"), ("softmax_confidence", "pretrained"), ("topk", "random"), ("none", "random"), ("max_confidence", "random")])  # fmt: skip
 def test_every_reference_trains(ref, init, tiny_base, tmp_path):
-    flags = flags_of(tmp_path / "run", model=tiny_base, ref=ref, init=init, max_steps=2, mu=2, advantage="mean", pass_n=0)
+    flags = flags_of(
+        tmp_path / "run", model=tiny_base, ref=ref, init=init, max_steps=2, mu=2, advantage="mean", pass_n=0
+    )
     assert upo_cli(flags) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["init"] * (2 if init == "pretrained" else 0) + ["upo"] * 2
@@ -705,7 +727,10 @@ def test_two_processes_equal_one(tiny_base, tmp_path, script):
     for a, b in zip(one, two):
         assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], abs=1e-4) for k in a)
     for name, v in policy_of(tmp_path / "one").items():
-        torch.testing.assert_close(v, policy_of(tmp_path / "two")[name], atol=1e-5, rtol=0)
+        w = policy_of(tmp_path / "two")[name]
+        if name.endswith("in_proj_bias"):  # no key bias changes a softmax: its gradient is 0, and AdamW scales noise up
+            v, w = (torch.cat([b[: len(b) // 3], b[-len(b) // 3 :]]) for b in (v, w))
+        torch.testing.assert_close(v, w, atol=1e-5, rtol=0)
     assert (tmp_path / "one" / "completions.jsonl").read_text() == (tmp_path / "two" / "completions.jsonl").read_text()
 
 
@@ -728,7 +753,9 @@ def csv_file(path, rows=12):
 
 def test_transfer(whole, tmp_path, tiny_base):
     """--eval_only repeats the run's figures, evaluates all of another file, and on another base of the same width."""
-    assert upo_cli(["--eval_only", "--policy", whole, "--output_dir", tmp_path / "a", "--eval_n", 6, "--pass_n", 2]) == 0
+    assert (
+        upo_cli(["--eval_only", "--policy", whole, "--output_dir", tmp_path / "a", "--eval_n", 6, "--pass_n", 2]) == 0
+    )
     again, before = (json.loads((path / "results.json").read_text()) for path in (tmp_path / "a", whole))
     assert again["accuracy"] == before["accuracy"] and again["pass_at_n"] == before["pass_at_n"]
     data = csv_file(tmp_path / "other.csv")
