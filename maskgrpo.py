@@ -103,9 +103,9 @@ METHODS = {
     # TraceRL: the recorded order of generation, in mu slices
     "tracerl": dict(remask="trace", gamma=0.0, managed_randomness=False, ratio="token", advantage="std"),
 }
-# What a task sets instead of the columns of Config: (with --model, for the tiny model).
+# What a task sets instead of the columns of Config, this one's or upo.py's: (with --model, for the tiny model).
 TASK_SETTINGS = {
-    "gsm8k": {},
+    "gsm8k": dict(topk=(None, 3)),  # its tiny blocks have 4 tokens
     # the grid, five clues at least: most confident cell first, one by one; "accuracy" is the share of right cells
     "sudoku": dict(gen_length=(64, 20), block_length=(16, 16), tokens_per_step=(1, 1), base_accuracy=(None, 0.73)),
 }
@@ -772,8 +772,15 @@ class Run:
             self.save()
             received = signal.Signals(self.signal or signal.SIGTERM)
             self.say(f"stopped by {received.name}; to go on: --resume --output_dir {self.path}")
-            self.accelerator.end_training()
+            self.finish()
             sys.exit(128 + received)
+
+    def finish(self) -> None:
+        """End trackers and process group, together: a process that leaves early can hang the others."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -1523,7 +1530,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         path, cached = base_path(run, data["train"], data["validation"])
         train_and_report(run, path, cached, data)
-    accelerator.end_training()
+    run.finish()
 
 
 def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskgrpo.py") -> int:

@@ -356,8 +356,8 @@ class Trajectories(NamedTuple):
     batch: Batch
     unmask_step: Tensor
     length: Tensor
-    log_ratio: Tensor
-    entropy: Tensor
+    log_ratio: Tensor | None = None
+    entropy: Tensor | None = None
     row: Tensor | None = None
     at: Tensor | None = None
     action: Tensor | None = None
@@ -428,22 +428,54 @@ def see(base: FrozenBase, x: Tensor, attention: Tensor, masked: Tensor, candidat
     return State(hidden, top, attention, masked, candidates, allowed), logits
 
 
+class Record:
+    """What a rollout's updates need of it, gathered step by step: the fields of Trajectories from log_ratio on."""
+
+    def __init__(self, cfg: Config, weights: Tensor):
+        """weights (B, steps) float32: 1 / the chance that a step is kept, 0 for steps that are not."""
+        self.cfg, self.weights, self.states, self.steps, self.seen = cfg, weights, [], [], 0
+        self.log_ratio, self.entropy = (torch.zeros(len(weights), device=weights.device) for _ in range(2))
+
+    def add(self, rows: Tensor, same: Tensor, n: Tensor, state: State, scores: Tensor, a: Tensor) -> None:
+        """One step: rows (R,), the state of each `same` (R,) among U, how many steps it has taken n (R,), the state,
+        log g_old (U, W) and the actions (R,)."""
+        log_ref, log_old = log_reference(self.cfg, state.top[..., 0], state.allowed), scores[same, a]
+        if self.cfg.ref in ("softmax_confidence", "topk"):  # the others have no KL
+            self.log_ratio[rows] += log_old - log_ref[same, a]
+        self.entropy[rows] += torch.special.entr(scores.exp()).sum(1)[same]
+        weight = self.weights[rows, n]  # (R,)
+        kept = weight > 0
+        used, at = same[kept].unique(return_inverse=True)
+        state = State(
+            *(v[used] for v in state._replace(hidden=state.hidden.bfloat16() if self.cfg.bf16 else state.hidden))
+        )
+        self.states.append((*(v.cpu() if self.cfg.offload else v for v in state), log_ref[used]))
+        self.steps.append((rows[kept], at + self.seen, a[kept], log_old[kept], weight[kept]))
+        self.seen += len(used)
+
+    def fields(self, length: Tensor) -> dict:
+        row, at, action, log_old, weight = (torch.cat(pieces) for pieces in zip(*self.steps))
+        *state, log_ref = (torch.cat(pieces) for pieces in zip(*self.states))
+        of_rows = dict(log_ratio=self.log_ratio, entropy=self.entropy / length)
+        of_steps = dict(row=row, at=at, action=action, log_old=log_old, weight=weight)
+        return of_rows | of_steps | dict(state=State(*state), log_ref=log_ref)
+
+
 @torch.no_grad()
-def unmask(base: FrozenBase, batch: Batch, order: Order, cfg: Config, keys, eos_ids, *, weights=None):
+def unmask(base: FrozenBase, batch: Batch, order: Order, cfg: Config, keys, eos_ids, weights: Tensor | None = None):
     """Reveal one position per step and row until all are finished -> Trajectories. Source: the paper's MDP.
 
-    keys: B keys of the rows' noise, so that a row's actions depend on no batch. weights (B, steps) float32: steps
-    with a weight above 0 are kept for the updates; None: none is. A row that has finished is not computed
-    any more, so a completion costs as many forwards as it has steps; rows that are in the same state, as those of
-    a group are at first, are computed once. The base is not wrapped by DDP: processes need not agree on how many.
+    keys: B keys of the rows' noise, so that a row's actions depend on no batch; weights: of a Record, None: nothing is
+    kept for updates. A row that has finished is not computed any more, so a completion costs as many forwards as it
+    has steps; rows that are in the same state, as those of a group are at first, are computed once. The base is not
+    wrapped by DDP: processes need not agree on how many.
     """
     x, masked = batch.x.clone(), batch.completion.clone()
     unmask_step = torch.full_like(x, -1)
     block = torch.where(masked, (masked.cumsum(1) - 1) // cfg.block_length, x.shape[1])  # (B, W)
     length = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    log_ratio, entropy = (torch.zeros(len(x), device=x.device) for _ in range(2))
     for_positions, for_tokens = ([seeded(*key, use, device=x.device) for key in keys] for use in range(2))
-    states, steps, seen = [], [], 0
+    record = Record(cfg, weights) if weights is not None else None
     while True:
         unfinished = masked & through_eos(x, batch.completion, eos_ids)
         rows = unfinished.any(1).nonzero()[:, 0]  # (R,)
@@ -454,6 +486,7 @@ def unmask(base: FrozenBase, batch: Batch, order: Order, cfg: Config, keys, eos_
         current = block.masked_fill(~unfinished, x.shape[1])[u]
         candidates = unfinished[u] & (current == current.amin(1, keepdim=True))  # (U, W)
         state, logits = see(base, x[u], batch.attention[u], masked[u], candidates, cfg)
+        # g(a_n | x_n)
         scores = order.scores(state, logits)  # (U, W)
         a = choose(scores[same], candidates[same], [for_positions[r] for r in rows.tolist()] if order.sampled else None)
         # pi(x_{n-1} | x_n, a_n): the token of the chosen position, by argmax or drawn
@@ -463,34 +496,15 @@ def unmask(base: FrozenBase, batch: Batch, order: Order, cfg: Config, keys, eos_
             chosen = torch.zeros_like(x[rows], dtype=torch.bool).scatter_(1, a[:, None], True)
             noise = exponential_noise(chosen, logits.shape[1], [for_tokens[r] for r in rows.tolist()])
         x[rows, a] = draw(logits[nth], cfg.temperature, noise)
-        if weights is not None:
-            log_ref, log_old = log_reference(cfg, state.top[..., 0], state.allowed), scores[same, a]
-            if cfg.ref in ("softmax_confidence", "topk"):
-                log_ratio[rows] += log_old - log_ref[same, a]
-            entropy[rows] += torch.special.entr(scores.exp()).sum(1)[same]
-            weight = weights[rows, length[rows]]  # (R,)
-            kept = weight > 0
-            used, at = same[kept].unique(return_inverse=True)  # states that an update will see
-            state = State(
-                *(v[used] for v in state._replace(hidden=state.hidden.bfloat16() if cfg.bf16 else state.hidden))
-            )
-            states.append((*(v.cpu() if cfg.offload else v for v in state), log_ref[used]))
-            steps.append((rows[kept], at + seen, a[kept], log_old[kept], weight[kept]))
-            seen += len(used)
+        if record is not None:
+            record.add(rows, same, length[rows], state, scores, a)
         unmask_step[rows, a] = length[rows]
         length[rows] += 1
         masked[rows, a] = False
     tail = batch.completion & ~through_eos(x, batch.completion, eos_ids)
     finished = batch._replace(x=x.masked_fill(tail, base.model.pad_id))
-    mean_entropy = entropy / length.clamp(min=1)
-    done = Trajectories(finished, unmask_step.masked_fill(tail, -1), length, log_ratio, mean_entropy)
-    if weights is None:
-        return done
-    row, at, action, log_old, weight = (torch.cat(pieces) for pieces in zip(*steps))
-    *state, log_ref = (torch.cat(pieces) for pieces in zip(*states))
-    return done._replace(
-        row=row, at=at, action=action, log_old=log_old, weight=weight, state=State(*state), log_ref=log_ref
-    )
+    done = Trajectories(finished, unmask_step.masked_fill(tail, -1), length)
+    return done if record is None else done._replace(**record.fields(length))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -641,8 +655,7 @@ def update(t: Trainer, e: Trajectories, advantages: Tensor, loss_of: Callable, l
             # every parts-th row: the same trajectories share an update whatever the number of processes
             rows = torch.arange(m, cfg.batch_size, parts, device=run.device)
             part = minibatch(e, rows, run.device)
-            with run.accelerator.autocast():
-                log_g = t.wrapped(*part.state, cfg.position_temperature)
+            log_g = t.wrapped(*part.state, cfg.position_temperature)
             loss = loss_of(log_g, part, advantages[rows])
             run.accelerator.backward(loss.loss)
             norm = float(run.accelerator.clip_grad_norm_(t.policy.parameters(), cfg.max_grad_norm))
@@ -1065,7 +1078,7 @@ def main(argv: list[str] | None = None) -> None:
     base, base_name, cached = frozen_base(run, data["train"], data["validation"])
     extra = {"base": base_name, "base_cached": cached}
     if cfg.eval_only:
-        policy = load_policy(run, base)
+        policy = accelerator.prepare_model(load_policy(run, base), evaluation_mode=True)
     else:
         policy = new_policy(cfg, base, run.device)
         run.say("memory    " + memory_of(run, base, policy, data["train"][0]))
@@ -1083,7 +1096,7 @@ def main(argv: list[str] | None = None) -> None:
         show_orders(run, base, rows, data["test"])
     report(run, rows, lucky, data["test"], extra)
     run.say(f"results   {run.path / 'results.json'}")
-    accelerator.end_training()
+    run.finish()
 
 
 if __name__ == "__main__":

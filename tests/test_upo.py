@@ -728,9 +728,11 @@ def test_two_processes_equal_one(tiny_base, tmp_path, script):
         assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], abs=1e-4) for k in a)
     for name, v in policy_of(tmp_path / "one").items():
         w = policy_of(tmp_path / "two")[name]
-        if name.endswith("in_proj_bias"):  # no key bias changes a softmax: its gradient is 0, and AdamW scales noise up
+        # what is added to all keys, or to all scores, changes no softmax: its gradient is 0, and AdamW scales noise up
+        if name.endswith("in_proj_bias"):
             v, w = (torch.cat([b[: len(b) // 3], b[-len(b) // 3 :]]) for b in (v, w))
-        torch.testing.assert_close(v, w, atol=1e-5, rtol=0)
+        if name != "mlp.6.bias":
+            torch.testing.assert_close(v, w, atol=1e-5, rtol=0)
     assert (tmp_path / "one" / "completions.jsonl").read_text() == (tmp_path / "two" / "completions.jsonl").read_text()
 
 
