@@ -425,10 +425,10 @@ def published_splits(task: Task, data: str | None, eval_data: str | None, n: int
     train = task.load(data, "train")
     if eval_data or data is None:
         test = task.load(eval_data, "test")
-        held_out = {p["question"] for p in test}
-        train = [p for p in train if p["question"] not in held_out]
     else:
-        train, test = [p for i, p in enumerate(train) if i % 10 != 9], train[9::10]
+        test = train[9::10]
+    held_out = {p["question"] for p in test}
+    train = list({p["question"]: p for p in train if p["question"] not in held_out}.values())  # each problem once
     held = min(256, len(train) // 10)
     if not test or not held:
         raise DataError(f"{data}: {len(train)} problems are too few to hold some out; give 20 or more, or --eval_data")

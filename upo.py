@@ -37,7 +37,6 @@ Departures from the authors' code
     python upo.py --eval_only --policy runs/NAME [--data FILE.csv] [--model OTHER]    # transfer
 """
 
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -68,6 +67,7 @@ from maskgrpo import (
     BETAS,
     Batch,
     MaskedDiffusionModel,
+    Parser,
     Run,
     UsageError,
     base_path,
@@ -76,6 +76,7 @@ from maskgrpo import (
     ends_of,
     first_line,
     group_advantages,
+    is_tiny,
     load_checkpoint,
     load_model,
     load_splits,
@@ -90,9 +91,10 @@ from maskgrpo import (
     save_checkpoint,
     say_settings,
     shuffled,
+    start_of,
     texts_of,
     write_atomically,
-)  # fmt: skip
+)
 from remask import seeded
 from rewards import TASKS, Problem
 
@@ -129,7 +131,7 @@ class Config:
     eval_only: bool = option("evaluate --policy, on all of --data where a FILE is given, and leave", False)
     policy: str = option("--eval_only: run directory of a trained policy; its base too, unless --model names another")
     log_with: str = option("a tracker of Accelerate's: tensorboard, wandb, ...")
-    save_every: int = option("steps between checkpoints, 0: only when stopped", paper=50, tiny=25)
+    save_every: int = option("steps between checkpoints, 0: only when stopped", paper=20, tiny=25)
     bf16: bool = option("base and features in bfloat16", paper=torch.cuda.is_available(), tiny=False)
     # rollout
     gen_length: int = option("completion length, tokens", paper=256, tiny=16, within="[1, inf)")
@@ -178,21 +180,26 @@ class Config:
 def check(cfg: Config) -> None:
     """Raise UsageError for a value out of range or a combination that makes no sense, naming its flag."""
     check_ranges(cfg)
-    require(
-        {
-            f"--batch_size {cfg.batch_size} is not a multiple of --group_size {cfg.group_size}": cfg.batch_size
-            % cfg.group_size
-            == 0,
-            f"--batch_size {cfg.batch_size} is not a multiple of --minibatch_size {cfg.minibatch_size}": cfg.batch_size
-            % cfg.minibatch_size
-            == 0,
-            f"--topk {cfg.topk}: at most {min(cfg.block_length, cfg.gen_length)} positions are masked at once "
-            "(--block_length)": cfg.topk <= min(cfg.block_length, cfg.gen_length) or cfg.ref != "topk",
-            "--eval_only needs --policy, the run directory of a trained policy": cfg.policy or not cfg.eval_only,
-            "--policy needs --eval_only": cfg.eval_only or not cfg.policy,
-            "--ref none has no reference to initialise from; --init random": cfg.ref != "none" or cfg.init == "random",
-        }
-    )
+    positions = min(cfg.block_length, cfg.gen_length)
+    generated = cfg.data == "generated" or (cfg.data is None and is_tiny(cfg.model))
+    same = lambda path: path is not None and Path(path).resolve() == Path(cfg.output_dir).resolve()
+    rules = {
+        f"--batch_size {cfg.batch_size} is not a multiple of --group_size {cfg.group_size}": not cfg.batch_size
+        % cfg.group_size,
+        f"--batch_size {cfg.batch_size} is not a multiple of --minibatch_size {cfg.minibatch_size}": not cfg.batch_size
+        % cfg.minibatch_size,
+        f"--topk {cfg.topk}: at most {positions} positions are masked at once (--block_length)": cfg.topk <= positions
+        or cfg.ref != "topk",
+        "--eval_only needs --policy, the run directory of a trained policy": cfg.policy or not cfg.eval_only,
+        "--policy needs --eval_only": cfg.eval_only or not cfg.policy,
+        "--ref none has no reference: --init random, --beta 0": cfg.ref != "none"
+        or (cfg.init == "random" and not cfg.beta),
+        "--eval_data needs published problems; generated ones have their own": not (cfg.eval_data and generated)
+        or cfg.eval_only,
+        f"--output_dir {cfg.output_dir} is the run that is read; name another": not same(cfg.policy)
+        and not same(cfg.model),
+    }
+    require(rules)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -261,10 +268,10 @@ class State(NamedTuple):
     allowed: Tensor
 
 
-def sinusoids(place: Tensor, width: int) -> Tensor:
-    """Sines and cosines of place (U, W) long, width / 2 wavelengths from 2 pi to 20,000 pi; (U, W, width) float32."""
-    rate = torch.exp(torch.arange(0, width, 2, device=place.device) * (-math.log(10_000) / width))
-    angle = place[..., None] * rate
+def sinusoids(position: Tensor, width: int) -> Tensor:
+    """Sines and cosines of position (U, W) long at wavelengths from 2 pi to 20,000 pi, (U, W, width) float32."""
+    rate = torch.exp(torch.arange(0, width, 2, device=position.device) * (-math.log(10_000) / width))
+    angle = position[..., None] * rate
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 
@@ -286,14 +293,15 @@ class UnmaskingPolicy(nn.Module):
         """The fields of a State -> log g at the position temperature, (U, W) float32, -inf where not allowed."""
         # the residual stream of an 8B model has outliers of several hundred: bring it to unit scale, in float32
         h = F.layer_norm(hidden.float(), hidden.shape[-1:])
-        place = (attention.cumsum(1) - 1).clamp(min=0)  # counted from the first token behind the padding
+        position = (attention.cumsum(1) - 1).clamp(min=0)  # counted from the first token behind the padding
         if self.block is None:
-            h = self.layer(h + sinusoids(place, h.shape[-1]), src_key_padding_mask=~attention)
+            h = self.layer(h + sinusoids(position, h.shape[-1]), src_key_padding_mask=~attention)
         else:
-            h = self.block(inputs_embeds=hidden.float(), attention_mask=attention.long(), position_ids=place)[0]
+            h = self.block(inputs_embeds=hidden.float(), attention_mask=attention.long(), position_ids=position)[0]
             h = F.layer_norm(h.float(), h.shape[-1:])
-        flags = torch.stack([candidates, masked], dim=-1).to(h.dtype)  # in the current block?, masked?
-        scores = self.mlp(torch.cat([h, flags, top.to(h.dtype)], dim=-1)[allowed])[:, 0].float()
+        flags = torch.stack([candidates, masked], dim=-1)  # in the current block?, masked?
+        with torch.autocast(h.device.type, enabled=False):  # a score in bf16 would move rho by 1%
+            scores = self.mlp(torch.cat([h.float(), flags, top], dim=-1)[allowed])[:, 0]
         log_g = torch.full(allowed.shape, -torch.inf, device=scores.device).masked_scatter(
             allowed, scores / temperature
         )
@@ -304,7 +312,9 @@ def last_block(model: MaskedDiffusionModel) -> nn.Module:
     """A trainable copy of the base's last block, in transformers' own model, which makes its masks and rotations."""
     body = model.hf.base_model
     if not isinstance(body, (transformers.LlamaModel, transformers.Qwen2Model)):
-        raise UsageError(f"--head block: not for {type(model.hf).__name__}; Llama- and Qwen2-shaped bases have it")
+        raise UsageError(
+            f"--head block: not for {type(model.hf).__name__}; Llama- and Qwen2-shaped bases have it, adapters merged"
+        )
     layer = type(body.layers[-1])(body.config, layer_idx=0)
     layer.load_state_dict(body.layers[-1].state_dict())
     alone = copy.copy(body)  # the same model in all but its parts
@@ -481,16 +491,16 @@ def unmask(base: FrozenBase, batch: Batch, order: Order, cfg: Config, keys, eos_
         rows = unfinished.any(1).nonzero()[:, 0]  # (R,)
         if not len(rows):
             break
-        first, same = once(torch.cat([x, batch.attention], dim=1)[rows])
+        current = block.masked_fill(~unfinished, x.shape[1])
+        candidates = (unfinished & (current == current.amin(1, keepdim=True)))[rows]  # (R, W)
+        first, same = once(torch.cat([x[rows], batch.attention[rows], candidates], dim=1))
         u = rows[first]  # a row in each of the U different states
-        current = block.masked_fill(~unfinished, x.shape[1])[u]
-        candidates = unfinished[u] & (current == current.amin(1, keepdim=True))  # (U, W)
-        state, logits = see(base, x[u], batch.attention[u], masked[u], candidates, cfg)
+        state, logits = see(base, x[u], batch.attention[u], masked[u], candidates[first], cfg)
         # g(a_n | x_n)
         scores = order.scores(state, logits)  # (U, W)
-        a = choose(scores[same], candidates[same], [for_positions[r] for r in rows.tolist()] if order.sampled else None)
+        a = choose(scores[same], candidates, [for_positions[r] for r in rows.tolist()] if order.sampled else None)
         # pi(x_{n-1} | x_n, a_n): the token of the chosen position, by argmax or drawn
-        nth = candidates.flatten().cumsum(0).view(candidates.shape)[same, a] - 1  # a_n among the N candidates, (R,)
+        nth = state.candidates.flatten().cumsum(0).view(len(u), -1)[same, a] - 1  # a_n among the N candidates, (R,)
         noise = None
         if cfg.temperature > 0:
             chosen = torch.zeros_like(x[rows], dtype=torch.bool).scatter_(1, a[:, None], True)
@@ -524,6 +534,11 @@ class Loss(NamedTuple):
 def per_row(values: Tensor, row: Tensor, rows: int) -> Tensor:
     """Sums of values (S,) over the steps of each trajectory, (B,); row (S,) long says whose step it is."""
     return torch.zeros(rows, device=values.device).index_add(0, row, values)
+
+
+def mean_over_steps(values: Tensor, e: Trajectories) -> Tensor:
+    """(1/B) sum_b (1/L_b) sum_n of values (S,): L is known beforehand, so that a subset of steps is unbiased."""
+    return (per_row(e.weight * values, e.row, len(e.length)) / e.length).mean()
 
 
 def surrogate(log_g: Tensor, log_old: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -561,17 +576,15 @@ def upo_loss(log_g, e: Trajectories, advantages: Tensor, *, ref: str, clip: floa
     """
     at_action = log_g[e.at, e.action]  # (S,)
     gain = surrogate(at_action, e.log_old, advantages[e.row], clip)
-    # 1/L: the mean over a trajectory's steps, L known beforehand, so that a subset of steps is unbiased
-    mean_over_steps = lambda v: (per_row(e.weight * v, e.row, len(advantages)) / e.length).mean()
-    loss, divergence = -mean_over_steps(gain), cross_entropy(log_g, e.log_ref)[e.at]
+    loss, divergence = -mean_over_steps(gain, e), mean_over_steps(cross_entropy(log_g, e.log_ref)[e.at], e)
     if beta and ref == "max_confidence":
-        loss = loss + beta * mean_over_steps(divergence)
-    elif beta:
+        loss = loss + beta * divergence
+    elif beta and ref != "none":
         loss = loss + beta * kl_gradient(at_action, e.log_old, e.log_ratio, e.weight, e.row)
     with torch.no_grad():
-        rho = (at_action - e.log_old).exp()
-        outside = mean_over_steps(((rho - 1).abs() > clip).float())
-        return Loss(loss, mean_over_steps(divergence), outside, mean_over_steps((at_action - e.log_old).abs()))
+        log_rho = at_action - e.log_old
+        outside = mean_over_steps(((log_rho.exp() - 1).abs() > clip).float(), e)
+        return Loss(loss, divergence, outside, mean_over_steps(log_rho.abs(), e))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -611,6 +624,14 @@ def stride_of(cfg: Config) -> int:
     return -(-cfg.gen_length // cfg.steps_per_update) if cfg.steps_per_update else 1
 
 
+def complete(run: Run, base: FrozenBase, problems: list[Problem], order: Order, keys, weights=None):
+    """(Trajectories of one completion per problem, its text)."""
+    ends, batch = ends_of(base.model, run.task), open_batch(run, base.model, problems)
+    e = unmask(base, batch, order, run.cfg, keys, ends, weights)
+    shown = through_eos(e.batch.x, batch.completion, ends)
+    return e, texts_of(base.model.tokenizer, e.batch, shown, run.cfg.gen_length)
+
+
 def collect(t: Trainer, train: list[Problem], step: int, order: Order, use: int) -> tuple[Trajectories, Tensor, dict]:
     """(trajectories of this process's prompts, their advantages (B,), metrics averaged over processes)."""
     run, cfg, g = t.run, t.run.cfg, t.run.cfg.group_size
@@ -619,18 +640,14 @@ def collect(t: Trainer, train: list[Problem], step: int, order: Order, use: int)
     chosen = shuffled(len(train), groups, step * groups * run.world + first, cfg.seed, DATA, use)
     problems = [train[i] for i in chosen for _ in range(g)]
     with run.clock("rollout"):
-        batch = open_batch(run, t.base.model, problems)
-        row_keys = [(cfg.seed, use, step, first + i, k) for i in range(groups) for k in range(g)]
-        weights = step_weights(cfg, [(*key, SUBSET) for key in row_keys]).to(run.device)
-        ends = ends_of(t.base.model, run.task)
-        e = unmask(t.base, batch, order, cfg, row_keys, ends, weights=weights)
-        texts = texts_of(
-            t.base.model.tokenizer, e.batch, through_eos(e.batch.x, batch.completion, ends), cfg.gen_length
-        )
+        keys = [(cfg.seed, use, step, first + i, k) for i in range(groups) for k in range(g)]
+        weights = step_weights(cfg, [(*key, SUBSET) for key in keys]).to(run.device)
+        e, texts = complete(run, t.base, problems, order, keys, weights)
         reward = torch.tensor([sum(run.task.reward(*pair).values()) for pair in zip(texts, problems)])
     metrics = {"reward": reward.mean().item(), "group_reward_std": reward.view(-1, g).std(1).mean().item()}
     metrics |= {"entropy": e.entropy.mean().item(), "steps": e.length.float().mean().item()}
-    metrics["kl"] = e.log_ratio.mean().item()
+    if cfg.ref in ("softmax_confidence", "topk"):
+        metrics["kl"] = e.log_ratio.mean().item()
     return e, group_advantages(reward, g, cfg.advantage).to(run.device), run.average(metrics)
 
 
@@ -672,54 +689,64 @@ def update(t: Trainer, e: Trajectories, advantages: Tensor, loss_of: Callable, l
 
 def cloning_loss(log_g: Tensor, e: Trajectories, advantages: Tensor) -> Loss:
     """--init pretrained: the cross-entropy to the reference's choice, mean over steps."""
-    value = (per_row(e.weight * cross_entropy(log_g, e.log_ref)[e.at], e.row, len(e.length)) / e.length).mean()
+    value = mean_over_steps(cross_entropy(log_g, e.log_ref)[e.at], e)
     nothing = torch.zeros_like(value)
     return Loss(value, value.detach(), nothing, nothing)
 
 
-def train_policy(t: Trainer, data: dict, start: int) -> None:
-    """init_steps of cross-entropy to the reference (--init pretrained), then max_steps of UPO."""
-    run, cfg = t.run, t.run.cfg
+def train_step(t: Trainer, train: list[Problem], step: int, warm: int) -> dict:
+    """Step `step` of training, the first `warm` of them --init's: rollout and updates; its metrics."""
+    cfg, n = t.run.cfg, step if step < warm else step - warm  # the phase's own step
+    if step < warm:
+        order, use, loss_of, lr = reference(cfg), PRETRAIN, cloning_loss, cfg.init_lr
+    else:
+        order, use = learned(t.policy, cfg, sampled=True), ROLLOUT
+        loss_of = functools.partial(upo_loss, ref=cfg.ref, clip=cfg.clip, beta=cfg.beta)
+        lr = cfg.lr * min(1.0, (n + 1) / max(cfg.warmup, 1)) * (1 - n / cfg.max_steps if cfg.lr_decay else 1.0)
+    e, advantages, line = collect(t, train, n, order, use)
+    with t.run.clock("update"):
+        line |= update(t, e, advantages, loss_of, lr)
+    return {"step": step + 1, "phase": "init" if step < warm else "upo"} | line
+
+
+def train_policy(t: Trainer, data: dict, progress: dict) -> None:
+    """init_steps of cross-entropy to the reference (--init pretrained), then max_steps of UPO.
+
+    progress: steps done and, where a run was stopped between a step's last update and its validation, its metrics.
+    """
+    run, cfg, start = t.run, t.run.cfg, progress["step"]
     warm = cfg.init_steps if cfg.init == "pretrained" else 0
     total, log, began = warm + cfg.max_steps, open_log(run, start), time.perf_counter()
-    improve = functools.partial(upo_loss, ref=cfg.ref, clip=cfg.clip, beta=cfg.beta)
     with run.bar(total, "steps", initial=start) as bar:
         for step in range(start, total):
-            run.save = functools.partial(save_checkpoint, run, run.path, {"step": step})
+            run.save = functools.partial(save_checkpoint, run, run.path, progress)
             run.leave_if_stopped()
-            phase = "init" if step < warm else "upo"
-            n = step if step < warm else step - warm  # the phase's own step
-            if phase == "init":
-                e, advantages, line = collect(t, data["train"], n, reference(cfg), PRETRAIN)
-            else:
-                e, advantages, line = collect(t, data["train"], n, learned(t.policy, cfg, sampled=True), ROLLOUT)
-            lr = cfg.init_lr if phase == "init" else cfg.lr * min(1.0, (n + 1) / max(cfg.warmup, 1))
-            lr *= 1 - n / cfg.max_steps if phase == "upo" and cfg.lr_decay else 1.0
-            with run.clock("update"):
-                line |= update(t, e, advantages, cloning_loss if phase == "init" else improve, lr)
-            line = {"step": step + 1, "phase": phase} | line
-            if cfg.eval_every and ((n + 1) % cfg.eval_every == 0 or step + 1 in (warm, total)):
-                rows = evaluate(t.run, t.base, learned(t.policy, cfg, sampled=False), data["validation"], "validation")
-                line["validation_accuracy"] = rewards.accuracy([row["score"] for row in rows])["accuracy"]
+            line = progress.get("line") or train_step(t, data["train"], step, warm)
+            run.save = functools.partial(save_checkpoint, run, run.path, {"step": step, "line": line})
+            if cfg.eval_every and ((step + 1 - warm) % cfg.eval_every == 0 or step + 1 in (warm, total)):
+                rows = evaluate(run, t.base, learned(t.policy, cfg, sampled=False), data["validation"], "validation")
+                line = line | {"validation_accuracy": rewards.accuracy([row["score"] for row in rows])["accuracy"]}
                 pace = (time.perf_counter() - began) / (step + 1 - start)
-                run.say(progress_line(line, n + 1, total - step - 1, pace))
+                run.say(progress_line(line, total, pace))
             if run.main:
                 with log.open("a") as file:
                     file.write(json.dumps(line) + "\n")
             run.accelerator.log({k: v for k, v in line.items() if k not in ("step", "phase")}, step=step + 1)
             bar.update()
             bar.set_postfix(reward=f"{line['reward']:.3f}", entropy=f"{line['entropy']:.2f}")
+            progress = {"step": step + 1}
             if step + 1 == total or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-                save_checkpoint(run, run.path, {"step": step + 1})
+                save_checkpoint(run, run.path, progress)
     run.save = lambda: None
 
 
-def progress_line(line: dict, n: int, left: int, pace: float) -> str:
+def progress_line(line: dict, total: int, pace: float) -> str:
     """What a person wants to know in between; pace in seconds per step, measured over this session."""
     return (
-        f"  {line['phase']:>4} {n:>5}  reward {line['reward']:.3f} ± {line['group_reward_std']:.3f} in a group  "
+        f"  {line['phase']:>4} {line['step']:>5}/{total}  "
+        f"reward {line['reward']:.3f} ± {line['group_reward_std']:.3f} in a group  "
         f"entropy {line['entropy']:.2f}  validation {line['validation_accuracy']:.3f}  "
-        f"{pace:.2f} s/step, {pace * left / 60:.1f} min left"
+        f"{pace:.2f} s/step, {pace * (total - line['step']) / 60:.1f} min left"
     )
 
 
@@ -736,35 +763,23 @@ def evaluate(
     One dict per completion: problem (index), sample, score (0 to 1), nfe (forwards of the base), completion, and
     `steps`: the step that revealed each token of the completion, -1 for none.
     """
-    cfg, ends = run.cfg, ends_of(base.model, run.task)
+    size, n = run.cfg.eval_batch_size, run.cfg.gen_length
     todo = [(i, s) for i in range(len(problems)) for s in range(samples)]
     mine, done = todo[run.rank :: run.world], []
     with run.clock("eval"), run.bar(len(mine), label, leave=False) as bar:
-        for first in range(0, len(mine), cfg.eval_batch_size):
-            rows = mine[first : first + cfg.eval_batch_size]
-            batch = open_batch(run, base.model, [problems[i] for i, _ in rows])
-            e = unmask(base, batch, order, cfg, [(cfg.seed, EVALUATION, i, s) for i, s in rows], ends)
-            texts = texts_of(
-                base.model.tokenizer, e.batch, through_eos(e.batch.x, batch.completion, ends), cfg.gen_length
-            )
-            orders, tokens = (v[:, -cfg.gen_length :].tolist() for v in (e.unmask_step, e.batch.x))
-            done += [
-                (*row, text, n, order, x)
-                for row, text, n, order, x in zip(rows, texts, e.length.tolist(), orders, tokens)
-            ]
+        for first in range(0, -(-len(todo) // run.world), size):  # the same number of batches for every process
+            run.leave_if_stopped()
+            rows = mine[first : first + size]
+            if not rows:
+                continue
+            keys = [(run.cfg.seed, EVALUATION, *row) for row in rows]
+            e, texts = complete(run, base, [problems[i] for i, _ in rows], order, keys)
+            steps, tokens = (v[:, -n:].tolist() for v in (e.unmask_step, e.batch.x))
+            done += [(*row, *about) for row, about in zip(rows, zip(texts, e.length.tolist(), steps, tokens))]
             bar.update(len(rows))
-    return [
-        {
-            "problem": i,
-            "sample": s,
-            "score": run.task.score(text, problems[i]),
-            "nfe": n,
-            "completion": text,
-            "steps": order,
-            "tokens": x,
-        }
-        for i, s, text, n, order, x in sorted(gather_object(done) if run.world > 1 else done)
-    ]
+    names = ("problem", "sample", "completion", "nfe", "steps", "tokens")
+    rows = [dict(zip(names, row)) for row in sorted(gather_object(done) if run.world > 1 else done)]
+    return [row | {"score": run.task.score(row["completion"], problems[row["problem"]])} for row in rows]
 
 
 def measure(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Problem]) -> tuple[dict, dict]:
@@ -773,10 +788,8 @@ def measure(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Proble
     methods = {name: rule(name, cfg) for name in ORDERS} | {"upo": learned(policy, cfg, sampled=False)}
     rows, lucky, few = {}, {}, problems[: cfg.pass_n]
     for name, order in methods.items():
-        run.leave_if_stopped()
         rows[name] = evaluate(run, base, order, problems, f"evaluation, {name}")
     for name in ("random", "topk_random") if few else ():
-        run.leave_if_stopped()
         lucky[name] = evaluate(run, base, methods[name], few, f"pass@N, {name}", PASS_AT[-1])
     return rows, lucky
 
@@ -784,14 +797,17 @@ def measure(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Proble
 def against(mine: list[float], other: list[float]) -> dict[str, float]:
     """Paired over problems: the mean difference, its standard error, and the p of the exact sign test."""
     difference = torch.tensor(mine, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
-    stderr = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
-    p = rewards.paired_p(other, mine)
-    return {"difference": round(difference.mean().item(), 6), "stderr": round(stderr, 6), "p": p}
+    stderr = difference.std(correction=0).item() / math.sqrt(len(difference))
+    figures = {"difference": round(difference.mean().item(), 6), "stderr": round(stderr, 6)}
+    return figures | {"p": rewards.paired_p(other, mine)}
 
 
 # ---------------------------------------------------------------------------------------------
 # The picture of an order: each token with the step that revealed it
 # ---------------------------------------------------------------------------------------------
+
+
+LINES_DRAWN = 32
 
 
 class Cell(NamedTuple):
@@ -803,18 +819,18 @@ class Cell(NamedTuple):
 
 
 def cells_of(run: Run, base: FrozenBase, row: dict, problem: Problem) -> list[list[Cell]]:
-    """The lines of a completion, each a list of cells; long lines are wrapped."""
+    """The first lines of a completion, each a list of cells; long lines are wrapped."""
     tokenizer, lines = base.model.tokenizer, [[]]
     target = tokenizer(run.task.target(problem), add_special_tokens=False)["input_ids"] if run.task.blanks else []
     for i, (token, step) in enumerate(zip(row["tokens"], row["steps"])):
         text = tokenizer.decode([token])
-        if token in (base.model.eos_ids or []):
+        if token in base.model.eos_ids:
             break
-        if not text.strip() or len(lines[-1]) == 16:
-            lines.append([])
         if text.strip():
             lines[-1].append(Cell(text.strip(), step, target[i : i + 1] == [token] if target else None))
-    return [line for line in lines if line]
+        if "\n" in text or len(lines[-1]) == 16:
+            lines.append([])
+    return [line for line in lines if line][:LINES_DRAWN]
 
 
 SHADES = (17, 19, 26, 32, 36, 70, 106, 142, 178, 220)  # of a terminal's 256 colours, from dark blue to yellow
@@ -871,8 +887,8 @@ def draw_orders(path: Path, pictures: dict[str, list[list[Cell]]]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    longest = max(len(line) for lines in pictures.values() for line in lines)
-    tall = max(len(lines) for lines in pictures.values())
+    longest = max((len(line) for lines in pictures.values() for line in lines), default=1)
+    tall = max(max(map(len, pictures.values())), 1)
     wide = longest > 8  # text: below each other
     shape = (len(pictures), 1) if wide else (1, len(pictures))
     figure = Figure(figsize=(0.75 * longest * shape[1] + 0.5, (0.75 * tall + 0.6) * shape[0]))
@@ -899,8 +915,9 @@ def draw_orders(path: Path, pictures: dict[str, list[list[Cell]]]) -> None:
 # Setting up, saving, reporting
 # ---------------------------------------------------------------------------------------------
 
-# What a policy was trained with, and needs when it is evaluated.
-OF_THE_POLICY = ("ref", "topk", "tau", "head", "heads", "feedforward", "temperature", "position_temperature")
+# What a policy was trained with, and needs when it is evaluated; and what its task needs, unless that is another.
+OF_THE_POLICY = ("ref", "tau", "head", "heads", "feedforward", "temperature", "position_temperature", "bf16", "seed")
+OF_ITS_TASK = ("task", "topk", "gen_length", "block_length", "data", "eval_data")
 
 
 def new_policy(cfg: Config, base: FrozenBase, device) -> UnmaskingPolicy:
@@ -918,8 +935,9 @@ def save_policy(run: Run, base: FrozenBase, base_name: str, policy: UnmaskingPol
     path = run.path / "policy"
     path.mkdir(exist_ok=True)
     save_file({name: v.contiguous() for name, v in policy.state_dict().items()}, path / "model.safetensors")
-    settings = {name: getattr(run.cfg, name) for name in OF_THE_POLICY}
-    about = {"width": base.width, "base": base_name, "task": run.cfg.task, "seed": run.cfg.seed}
+    settings = {name: getattr(run.cfg, name) for name in OF_THE_POLICY + OF_ITS_TASK}
+    local = Path(base_name).is_dir()
+    about = {"width": base.width, "base": str(Path(base_name).resolve()) if local else base_name, "local": local}
     write_atomically(path / "config.json", json.dumps(about | settings, indent=1))
 
 
@@ -938,21 +956,31 @@ def load_policy(run: Run, base: FrozenBase) -> UnmaskingPolicy:
 
 
 def with_policy(argv: list[str]) -> list[str]:
-    """The flags, with those that a --policy was trained with in front: reference, head, temperatures, task and base."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--policy")
-    parser.add_argument("--model")
+    """The flags, with those that a --policy was trained with in front, its base and, if it is the same, its task's."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    for name in ("policy", "model", "task", "data", "eval_data"):
+        parser.add_argument(f"--{name}")
     given, _ = parser.parse_known_args(argv)
     if given.policy is None:
         return argv
-    file = Path(given.policy) / "policy" / "config.json"
-    if not file.is_file():
+    about = Path(given.policy) / "policy" / "config.json"
+    if not about.is_file():
         raise UsageError(
             f"--policy {given.policy}: no trained policy there (no policy/config.json); name a run directory"
         )
-    saved = read_json(file)
-    flags = {name: saved[name] for name in (*OF_THE_POLICY, "task", "seed")} | {"model": given.model or saved["base"]}
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))] + argv
+    saved = read_json(about)
+    if missing := {*OF_THE_POLICY, *OF_ITS_TASK, "width", "base", "local"} - saved.keys():
+        raise UsageError(f"{about}: lacks {sorted(missing)}; it was written by another version of this script")
+    if given.model is None and saved["local"] and not Path(saved["base"]).is_dir():
+        raise UsageError(f"--policy {given.policy}: its base, {saved['base']}, is not there any more; give --model")
+    names = OF_THE_POLICY + (OF_ITS_TASK if given.task in (None, saved["task"]) else ())
+    flags = {name: saved[name] for name in names if saved[name] is not None} | {"model": given.model or saved["base"]}
+    if file := given.eval_data or (given.data if given.data != "generated" else None):
+        flags |= {"eval_data": file, "eval_n": 0}  # all of it, unless the flags behind these say how many
+    spelled = lambda name, value: (
+        [f"--{'' if value else 'no-'}{name}"] if type(value) is bool else [f"--{name}", str(value)]
+    )
+    return [word for name, value in flags.items() for word in spelled(name, value)] + argv
 
 
 def frozen_base(run: Run, train: list[Problem], validation: list[Problem]) -> tuple[FrozenBase, str, bool]:
@@ -965,8 +993,7 @@ def frozen_base(run: Run, train: list[Problem], validation: list[Problem]) -> tu
         training = Run(settings, run.accelerator)
         listen(training)
         path, cached = base_path(training, train, validation)
-        run.seconds["base"] = training.seconds["base"]
-        run.accelerator.free_memory()
+        run.seconds["base"], run.signal = training.seconds["base"], training.signal
         listen(run)
     return FrozenBase(load_model(path, settings, trainable=False).to(run.device)), path, cached
 
@@ -999,7 +1026,7 @@ def memory_of(run: Run, base: FrozenBase, policy: nn.Module, problem: Problem) -
     base's precision, 8 probabilities and a reference in float32, 4 flags. LLaDA-8B, 256 steps of 512 positions in
     bf16: 1.0 GiB, and an eighth of it with --steps_per_update 32."""
     cfg, batch = run.cfg, open_batch(run, base.model, [problem])
-    steps = -(-int(batch.completion.sum()) // stride_of(cfg))
+    steps = 1 + -(-(int(batch.completion.sum()) - 1) // stride_of(cfg))
     size = steps * batch.x.shape[1] * (base.width * (2 if cfg.bf16 else 4) + 4 * TOP + 4 + 4)
     mine, all_of_base = (sum(p.numel() for p in module.parameters()) for module in (policy, base.model))
     return (
@@ -1009,65 +1036,96 @@ def memory_of(run: Run, base: FrozenBase, policy: nn.Module, problem: Problem) -
     )
 
 
-def report(run: Run, rows: dict, lucky: dict, problems: list[Problem], extra: dict) -> None:
-    """results.json, and the same as a table."""
-    cfg, seconds = run.cfg, run.stopwatch()
+def figures_of(run: Run, rows: dict, lucky: dict, problems: list[Problem]) -> dict:
+    """The figures of results.json: accuracy, paired differences, pass@N, ceilings, seconds."""
+    cfg, seconds, most = run.cfg, run.stopwatch(), PASS_AT[-1]
     scores = {name: [row["score"] for row in of] for name, of in rows.items()}
     accuracy = {}
     for name, of in rows.items():
-        figures = rewards.accuracy(scores[name])
-        nfe = sum(row["nfe"] for row in of) / len(of)
+        figures, nfe = rewards.accuracy(scores[name]), sum(row["nfe"] for row in of) / len(of)
         accuracy[name] = {"mean": figures["accuracy"], "stderr": figures["stderr"], "nfe": round(nfe, 4)}
-    groups = lambda of: [[row["score"] for row in of[i : i + PASS_AT[-1]]] for i in range(0, len(of), PASS_AT[-1])]
+    groups = lambda of: [[row["score"] for row in of[i : i + most]] for i in range(0, len(of), most)]
     passes = {name: {n: round(rewards.pass_at(groups(of), n), 6) for n in PASS_AT} for name, of in lucky.items()}
-    ceiling = {}
+    ceiling = {f"best_of_{most}_{name}": values[most] for name, values in passes.items()}
     if run.task.ceiling:
-        ceiling["bayes"] = round(sum(map(run.task.ceiling, problems)) / len(problems), 6)
-    ceiling |= {f"best_of_{PASS_AT[-1]}_{name}": values[PASS_AT[-1]] for name, values in passes.items()}
-    paired = {name: against(scores["upo"], scores[name]) for name in ORDERS}
-    clock = {"base": seconds["base"], "train": seconds["rollout"] + seconds["update"]} | {
-        name: seconds[name] for name in ("eval", "total")
+        ceiling = {"bayes": round(sum(map(run.task.ceiling, problems)) / len(problems), 6)} | ceiling
+    clock = {"base": seconds["base"], "train": seconds["rollout"] + seconds["update"]}
+    clock |= {name: seconds[name] for name in ("eval", "total")}
+    return {
+        **{"task": cfg.task, "ref": cfg.ref, "seed": cfg.seed, "n": len(problems), "accuracy": accuracy},
+        **{"paired": {name: against(scores["upo"], scores[name]) for name in ORDERS}},
+        **{"pass_at_n": passes, "ceiling": ceiling, "seconds": {name: round(v, 1) for name, v in clock.items()}},
     }
-    results = {"task": cfg.task, "ref": cfg.ref, "seed": cfg.seed, "n": len(problems), "accuracy": accuracy}
-    results |= {"paired": paired, "pass_at_n": passes, "ceiling": ceiling}
-    results |= {"seconds": {name: round(value, 1) for name, value in clock.items()}} | extra
+
+
+def report(run: Run, rows: dict, lucky: dict, problems: list[Problem], extra: dict) -> None:
+    """results.json and completions.jsonl, and the same as a table."""
+    figures, cfg = figures_of(run, rows, lucky, problems), run.cfg
     if run.device.type == "cuda":
-        results["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        extra = extra | {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    results |= {"config": dataclasses.asdict(cfg), "versions": versions}
+    results = figures | extra | {"config": dataclasses.asdict(cfg), "versions": versions}
     if run.main:
-        write_atomically(run.path / "results.json", json.dumps(results, indent=1))
         lines = [{"method": name} | row for name, of in rows.items() for row in of]
         write_atomically(run.path / "completions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    run.say(f"\n{len(problems)} held-out problems, one position per forward; forwards of the base per completion")
+        write_atomically(run.path / "results.json", json.dumps(results, indent=1))
+    run.say(f"\n{len(problems)} held-out problems, one position per forward of the base")
     run.say(f"{'order':<19} accuracy ± stderr   forwards   upo is better by, paired p")
-    for name, a in accuracy.items():
-        gap = (
-            f"{paired[name]['difference']:+.3f} ± {paired[name]['stderr']:.3f}, {paired[name]['p']:.0e}"
-            if name in paired
-            else ""
-        )
+    for name, a in figures["accuracy"].items():
+        of = figures["paired"].get(name)
+        gap = f"{of['difference']:+.3f} ± {of['stderr']:.3f}, {of['p']:.0e}" if of else ""
         run.say(f"{name:<19} {a['mean']:.3f} ± {a['stderr']:.3f}       {a['nfe']:>6.2f}     {gap}".rstrip())
-    for name, values in passes.items():
+    for name, values in figures["pass_at_n"].items():
         cells = "  ".join(f"@{n} {value:.3f}" for n, value in values.items())
         run.say(f"pass {cells}   {name}, {min(cfg.pass_n, len(problems))} problems")
-    if "bayes" in ceiling:
-        run.say(f"ceiling {ceiling['bayes']:.3f}: the most probable digit of each cell, given the clues")
-    run.say("seconds   " + "  ".join(f"{name} {value:.0f}" for name, value in clock.items()))
+    if "bayes" in figures["ceiling"]:
+        run.say(f"ceiling {figures['ceiling']['bayes']:.3f}: each cell's most probable digit, given the clues")
+    run.say("seconds   " + "  ".join(f"{name} {value:.0f}" for name, value in figures["seconds"].items()))
+    run.say(f"results   {run.path / 'results.json'}")
+
+
+def splits_of(cfg: Config) -> dict[str, list[Problem]]:
+    """Problems as in maskgrpo.py; --eval_only with a file: all of it, or its first --eval_n, is the test split."""
+    if not (cfg.eval_only and cfg.eval_data):
+        return load_splits(cfg)
+    test = TASKS[cfg.task].load(cfg.eval_data, "test")[: cfg.eval_n or None]
+    return {"train": [], "validation": [], "test": test, "unseen": []}
+
+
+def check_blanks(run: Run, base: FrozenBase, problems: list[Problem]) -> None:
+    """Raise UsageError where K is larger than any number of masked positions."""
+    most = max(start_of(base.model, run.task, p, run.cfg.gen_length).count(base.model.mask_id) for p in problems[:256])
+    if run.cfg.ref == "topk" and run.cfg.topk > most:
+        raise UsageError(f"--topk {run.cfg.topk}: at most {most} positions of a {run.cfg.task} problem are masked")
+
+
+def trained_policy(run: Run, base: FrozenBase, base_name: str, data: dict) -> UnmaskingPolicy:
+    """The policy after training, from the last checkpoint on if the run goes on; saved."""
+    cfg, accelerator = run.cfg, run.accelerator
+    check_blanks(run, base, data["train"])
+    policy = new_policy(cfg, base, run.device)
+    run.say("memory    " + memory_of(run, base, policy, data["train"][0]))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=BETAS, weight_decay=cfg.weight_decay)
+    accelerator.gradient_accumulation_steps = 1
+    wrapped, optimizer = accelerator.prepare(policy, optimizer)
+    progress, _ = (load_checkpoint(run, run.path) if cfg.resume else None) or ({"step": 0}, {})
+    if progress["step"]:
+        run.say(f"resumed   after {progress['step']} steps")
+    train_policy(Trainer(run, base, wrapped, policy, optimizer), data, progress)
+    if run.main:
+        save_policy(run, base, base_name, policy)
+    return policy
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, set up Accelerate and the run directory, get a base, then train or evaluate."""
     cfg, source = parse(with_policy(sys.argv[1:] if argv is None else argv), Config, __doc__, "upo", "ref", REFERENCES)
-    if cfg.eval_only and cfg.data not in (None, "generated"):
-        cfg.eval_data = cfg.eval_data or cfg.data  # all of it is evaluated
     check(cfg)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if cfg.bf16 else "no", log_with=cfg.log_with, project_dir=cfg.output_dir
-    )
+    precision = "bf16" if cfg.bf16 else "no"
+    accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=cfg.output_dir)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UsageError(f"accelerate: {accelerator.distributed_type.value} is not supported; use MULTI_GPU (DDP)")
-    data = load_splits(cfg)
+    data = splits_of(cfg)
     if accelerator.is_main_process:
         open_run(cfg)
     accelerator.wait_for_everyone()
@@ -1076,26 +1134,14 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.init_trackers("upo", config={k: str(v) for k, v in dataclasses.asdict(cfg).items()})
     describe(run, source, data)
     base, base_name, cached = frozen_base(run, data["train"], data["validation"])
-    extra = {"base": base_name, "base_cached": cached}
     if cfg.eval_only:
         policy = accelerator.prepare_model(load_policy(run, base), evaluation_mode=True)
     else:
-        policy = new_policy(cfg, base, run.device)
-        run.say("memory    " + memory_of(run, base, policy, data["train"][0]))
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=BETAS, weight_decay=cfg.weight_decay)
-        accelerator.gradient_accumulation_steps = 1
-        wrapped, optimizer = accelerator.prepare(policy, optimizer)
-        progress, _ = (load_checkpoint(run, run.path) if cfg.resume else None) or ({"step": 0}, {})
-        if progress["step"]:
-            run.say(f"resumed   after {progress['step']} steps")
-        train_policy(Trainer(run, base, wrapped, policy, optimizer), data, progress["step"])
-        if run.main:
-            save_policy(run, base, base_name, policy)
+        policy = trained_policy(run, base, base_name, data)
     rows, lucky = measure(run, base, policy, data["test"])
+    report(run, rows, lucky, data["test"], {"base": base_name, "base_cached": cached})
     if run.main:
         show_orders(run, base, rows, data["test"])
-    report(run, rows, lucky, data["test"], extra)
-    run.say(f"results   {run.path / 'results.json'}")
     run.finish()
 
 
