@@ -302,6 +302,10 @@ def test_problems_that_are_held_out_do_not_train(tmp_path):
     task = rewards.TASKS["sudoku"]
     splits = rewards.published_splits(task, str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), 0)
     assert splits["test"] == problems[:20] and splits["train"] + splits["validation"] == problems[20:]
+    write("twice.csv", problems + problems)
+    splits = rewards.published_splits(task, str(tmp_path / "twice.csv"), None, 0)
+    names = [p["question"] for p in splits["train"] + splits["validation"]]
+    assert len(names) == len(set(names)) and not set(names) & {p["question"] for p in splits["test"]}
 
 
 def test_pass_at_is_the_mean_best_of_k():

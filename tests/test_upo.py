@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import wait_for
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import emerge_sampler
@@ -349,7 +349,9 @@ def test_theorems_1_and_2(kind, seed):
     """Theorem 1: the reward settles above the reference's. Theorem 2: so does the distance to the right answers."""
     base, right = Tabular(seed), {(0, 1, 0), (1, 1, 0), (1, 0, 1)}
     confidence = base.logits.softmax(2).amax(2)
-    ref = upo.softmax_confidence(confidence, MASKED, 0.3) if kind == "softmax_confidence" else upo.uniform(MASKED)
+    cfg = tabular_config(topk=2, tau=0.3)
+    allowed = upo.most_confident_k(confidence, MASKED, cfg.topk) if kind == "topk" else MASKED
+    ref = upo.log_reference(dataclasses.replace(cfg, ref=kind), confidence, allowed)
     rewards_, log_g = iterate(base, ref, right, beta=0.5)
     assert rewards_[-1] == pytest.approx(rewards_[-2], abs=1e-7)  # a fixed point
     assert rewards_[-1] > rewards_[0] + 0.005  # strictly above the reference: these cases have headroom
@@ -552,6 +554,21 @@ def test_actions_are_those_of_a_batch_of_one(kind, name, request):
         assert torch.equal(alone.batch.x[0, -8:], together.batch.x[i, -8:])
 
 
+def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
+    """Two rows that have come to the same x with different blocks: each acts as it does alone."""
+    base, cfg = frozen(llada), config_for("x", block_length=2)
+    x = IDS.repeat(2, 1)
+    completion = torch.zeros(2, 9, dtype=torch.bool)
+    completion[0, 3:8], completion[1, 5:8] = True, True  # blocks {3, 4}, {5, 6}, {7} and {5, 6}, {7}
+    x[0, 3:5], x[:, 5:8] = base.model.mask_id, base.model.mask_id
+    order = upo.Order(lambda state, logits: upo.place(torch.arange(int(state.candidates.sum())), state.candidates), False)
+    go = lambda rows: upo.unmask(base, m.Batch(x[rows], x[rows] >= 0, completion[rows]), order, cfg, [(0, i) for i in rows], [])  # fmt: skip
+    together = go([0, 1])
+    assert together.unmask_step[0, 3:8].tolist() == [1, 0, 3, 2, 4] and together.unmask_step[1, 5:8].tolist() == [1, 0, 2]
+    for i in range(2):
+        assert torch.equal(go([i]).batch.x[0], together.batch.x[i])
+
+
 def test_max_confidence_is_the_sampler_of_maskgrpo(llada):
     """Two implementations: `semi_autoregressive` at one token per step, greedy, and `unmask`."""
     base, cfg = frozen(llada), config_for("x", gen_length=12)
@@ -631,7 +648,7 @@ def whole(tiny_base, tmp_path_factory):
     """An uninterrupted run."""
     path = tmp_path_factory.mktemp("whole") / "run"
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert upo_cli(flags_of(path, model=tiny_base, max_steps=6)) == 0
+    assert upo_cli(flags_of(path, model=tiny_base, max_steps=6, topk=4)) == 0
     return path
 
 
@@ -693,7 +710,7 @@ def same_run(one, two):
 
 @pytest.mark.parametrize("lines", [1, 4])
 def test_kill_and_resume_to_the_same_numbers(lines, tiny_base, whole, tmp_path, start):
-    process = start(*flags_of(tmp_path / "run", model=tiny_base, max_steps=6), file="upo.py")
+    process = start(*flags_of(tmp_path / "run", model=tiny_base, max_steps=6, topk=4), file="upo.py")
     wait_for(tmp_path / "run" / "metrics.jsonl", process, lines)
     process.kill()  # kill -9
     process.wait()
@@ -703,7 +720,7 @@ def test_kill_and_resume_to_the_same_numbers(lines, tiny_base, whole, tmp_path, 
 
 
 def test_a_signal_saves_and_leaves(tiny_base, whole, tmp_path, start):
-    process = start(*flags_of(tmp_path / "run", model=tiny_base, max_steps=6, save_every=0), file="upo.py")
+    process = start(*flags_of(tmp_path / "run", model=tiny_base, max_steps=6, topk=4, save_every=0), file="upo.py")
     wait_for(tmp_path / "run" / "metrics.jsonl", process, 1)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
@@ -747,6 +764,46 @@ def test_published_formats_on_published_data(kind, head, request, data_file, tmp
     assert len(lines) == 2 and lines[0]["log_ratio"] < 0.1
 
 
+def test_offloaded_features_are_the_same(tiny_base, whole, tmp_path):
+    flags = flags_of(tmp_path / "run", model=tiny_base, max_steps=2, topk=4, lr_decay=None, pass_n=0)
+    flags = [word for word in flags if word not in ("--lr_decay", "None")]
+    assert upo_cli([*flags, "--no-lr_decay"]) == 0
+    flags[1] = str(tmp_path / "offloaded")
+    assert upo_cli([*flags, "--no-lr_decay", "--offload"]) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "offloaded" / "metrics.jsonl").read_text()
+
+
+def test_gsm8k_on_what_maskgrpo_has_trained(tmp_path, monkeypatch):
+    """The two methods compose: the base is a run of maskgrpo.py."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--task gsm8k --base_steps 30 --base_accuracy 1 --max_steps 1 --eval_n 2 --pass_k 0 --batch_size 8"
+    assert m.cli([*flags.split(), "--output_dir", "grpo"]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert upo_cli(flags_of("upo", task="gsm8k", model="grpo", max_steps=1, pass_n=0)) == 0
+    results = json.loads((tmp_path / "upo" / "results.json").read_text())
+    assert list(results["accuracy"]) == METHODS and results["config"]["topk"] == 3 and results["ceiling"] == {}
+    assert all(0 < figures["nfe"] <= 16 for figures in results["accuracy"].values())
+
+
+def test_k_above_the_number_of_blanks_is_named(tiny_base, tmp_path, capfd):
+    assert upo_cli(flags_of(tmp_path / "run", model=tiny_base, topk=12)) == 2
+    assert "--topk 12: at most 11 positions of a sudoku problem are masked" in capfd.readouterr().err
+
+
+def test_a_policy_with_a_damaged_file_is_named(whole, tmp_path, capfd):
+    shutil.copytree(whole, tmp_path / "copy")
+    file = tmp_path / "copy" / "policy" / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"base": str(tmp_path / "gone")}))
+    assert upo_cli(["--eval_only", "--policy", tmp_path / "copy", "--output_dir", tmp_path / "a"]) == 2
+    file.write_text(json.dumps({name: v for name, v in settings.items() if name != "width"}))
+    assert upo_cli(["--eval_only", "--policy", tmp_path / "copy", "--output_dir", tmp_path / "a"]) == 2
+    assert upo_cli(["--eval_only", "--policy", whole, "--output_dir", whole]) == 2
+    gone, lacks, same = [line for line in capfd.readouterr().err.splitlines() if "upo.py: error" in line]
+    assert "is not there any more; give --model" in gone and "lacks ['width']" in lacks
+    assert "is the run that is read; name another" in same and (whole / "policy").is_dir()
+
+
 def csv_file(path, rows=12):
     lines = [f"{p['question']},{p['answer']}" for p in rewards.generate_sudoku("test", rows, 9)]
     path.write_text("\n".join(["Puzzle,Solution", *lines]) + "\n")
@@ -765,10 +822,14 @@ def test_transfer(whole, tmp_path, tiny_base):
     assert upo_cli([*flags, "--output_dir", tmp_path / "b"]) == 0
     other = json.loads((tmp_path / "b" / "results.json").read_text())
     assert other["n"] == 12 and list(other["accuracy"]) == METHODS
-    shutil.copytree(tiny_base, tmp_path / "base")  # the other base
+    shutil.copytree(tiny_base, tmp_path / "base")  # the other base: a changed copy
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].roll(1, 0)
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     assert upo_cli([*flags, "--model", tmp_path / "base", "--output_dir", tmp_path / "c"]) == 0
     third = json.loads((tmp_path / "c" / "results.json").read_text())
-    assert third["accuracy"] == other["accuracy"] and third["base"] == str(tmp_path / "base")
+    assert third["accuracy"]["max_confidence"] != other["accuracy"]["max_confidence"]
+    assert third["base"] == str(tmp_path / "base") and third["config"]["topk"] == 4  # K belongs to the policy
 
 
 BAD = {
@@ -779,6 +840,9 @@ BAD = {
     "no policy": (["--eval_only"], "--eval_only needs --policy"),
     "policy is no run": (["--eval_only", "--policy", "nowhere"], "--policy nowhere: no trained policy there"),
     "none has no reference": (["--ref", "none", "--init", "pretrained"], "--ref none has no reference"),
+    "none has no KL": (["--ref", "none", "--beta", "0.1"], "--ref none has no reference"),
+    "generated has its own": (["--eval_data", "x.csv"], "--eval_data needs published problems"),
+    "policy without a value": (["--policy"], "argument --policy: expected one argument"),
     "temperature": (["--position_temperature", "0"], "--position_temperature 0.0 is outside (0, 10]"),
 }
 
@@ -828,8 +892,22 @@ def test_the_picture_shows_steps_and_mistakes():
     assert "\x1b[48;5;17;38;5;231m2:1\x1b[0m" in coloured[0] and "\x1b[48;5;220" in coloured[1]
 
 
+def test_the_picture_keeps_rows_whatever_the_tokens(bpe):
+    """A tokenizer with spaces of their own, as the sudoku's lines have them; an end; nothing at all."""
+    ids = bpe("1 2\n3 4", add_special_tokens=False)["input_ids"]
+    base = SimpleNamespace(model=SimpleNamespace(tokenizer=bpe, eos_ids=[bpe.eos_token_id]))
+    task = SimpleNamespace(target=lambda problem: "1 2\n3 1", blanks=True)
+    row = {"tokens": [*ids, bpe.eos_token_id, 9], "steps": list(range(len(ids) + 2))}
+    lines = upo.cells_of(SimpleNamespace(task=task), base, row, None)
+    assert [[cell.text for cell in line] for line in lines] == [["1", "2"], ["3", "4"]]
+    assert [cell.right for line in lines for cell in line] == [True, True, True, False]
+    row = {"tokens": [bpe.eos_token_id], "steps": [0]}
+    assert upo.cells_of(SimpleNamespace(task=task), base, row, None) == [] == upo.in_terminal([], colour=False)
+
+
 def test_the_picture_is_drawn_from_the_run(whole, tmp_path):
     pytest.importorskip("matplotlib")
     cells = [[upo.Cell("$1", -1, None), upo.Cell("word", 0, None)] * 8, [upo.Cell("3", 11, False)]]
     upo.draw_orders(tmp_path / "order.png", {"upo": cells, "margin": cells})
+    upo.draw_orders(tmp_path / "empty.png", {"upo": []})
     assert (tmp_path / "order.png").stat().st_size > 5000 and (whole / "order.png").is_file()
