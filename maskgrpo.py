@@ -552,12 +552,13 @@ def start_of(model: MaskedDiffusionModel, task, problem: Problem, gen_length: in
     """The gen_length ids that a completion starts from: all masks, or the given text with masks in its blanks."""
     if task.blanks is None:
         return [model.mask_id] * gen_length
-    given, target = (
-        model.tokenizer(text(problem), add_special_tokens=False)["input_ids"] for text in (task.blanks, task.target)
-    )
-    if len(given) != len(target):
-        raise UsageError("this tokenizer does not spell blanks and what belongs there in the same number of tokens")
-    ids = [model.mask_id if g != t else g for g, t in zip(given, target)] + [model.end_id]
+    target, blanks = task.target(problem), task.blanks(problem)
+    spelled = model.tokenizer(target, add_special_tokens=False, return_offsets_mapping=True)
+    open_at = [a for a, (b, t) in enumerate(zip(blanks, target, strict=True)) if b != t]  # characters
+    ids = [
+        model.mask_id if any(first <= a < behind for a in open_at) else token
+        for token, (first, behind) in zip(spelled["input_ids"], spelled["offset_mapping"])
+    ] + [model.end_id]
     if len(ids) > gen_length:
         raise UsageError(f"--gen_length {gen_length}: this task's completions have {len(ids)} tokens")
     return ids + [model.pad_id] * (gen_length - len(ids))

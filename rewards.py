@@ -385,8 +385,7 @@ class Task(NamedTuple):
     target: Callable[[Problem], str]  # what SFT teaches it to write
     reward: Callable[[str, Problem], Reward]  # (completion, problem) -> named terms; the reward is their sum
     score: Callable[[str, Problem], float]  # (completion, problem) -> how much of it is solved, 0 to 1
-    # To be filled in: the target with other characters in the places that are open, each of them a token.
-    # None: the whole completion is the model's own.
+    # To be filled in: the target, but for other characters where it is open. None: all of it is the model's own.
     blanks: Callable[[Problem], str] | None = None
     ceiling: Callable[[Problem], float] | None = None  # the best expected score of one who knows all but the answer
 

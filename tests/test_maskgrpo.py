@@ -976,3 +976,59 @@ def test_an_adapter_that_does_not_fit_is_refused(llada, data_file, tmp_path, cap
     assert "does not fit" in one_error(flags, capfd) and peft
     again = ["--lora", 4, "--model", tmp_path / "adapter", "--data", data_file, "--output_dir", tmp_path / "run"]
     assert "an adapter already" in one_error(again, capfd)
+
+
+# ---------------------------------------------------------------------------------------------
+# Completions with given parts: blanks to be filled in
+# ---------------------------------------------------------------------------------------------
+
+
+def sudoku_base(bpe):
+    task = rewards.TASKS["sudoku"]
+    problems = rewards.generate_sudoku("train", 20, 0)
+    tiny = m.tiny_tokenizer([task.messages(p)[-1]["content"] + "\n" + task.target(p) for p in problems])
+    model = m.tiny_model(tiny, 0, "sudoku")
+    other = type("", (), dict(tokenizer=bpe, mask_id=bpe.convert_tokens_to_ids("<|mdm_mask|>"), end_id=1, pad_id=0))
+    return task, problems, model, other
+
+
+def test_blanks_are_masked_and_the_rest_is_given(bpe):
+    task, problems, tiny, other = sudoku_base(bpe)
+    for model in (tiny, other):
+        lesson = m.encode_targets(model, task, problems, 40)
+        assert len(lesson.starts) == len(problems)
+        for p, start, target in zip(problems, lesson.starts, lesson.targets):
+            assert len(start) == len(target) == 40 and start.count(model.mask_id) == p["question"].count("0")
+            assert all(s in (model.mask_id, t) for s, t in zip(start, target))  # what is given is right
+            assert model.tokenizer.decode(target, skip_special_tokens=True) == task.target(p)
+        batch = m.make_batch(model, lesson.prompts, lesson.starts, "cpu", lesson.targets)
+        assert batch.completion.sum(1).tolist() == [p["question"].count("0") for p in problems]
+        assert (batch.x != model.mask_id).all()
+        texts = m.texts_of(model.tokenizer, batch, batch.completion, 40)
+        assert [task.score(text, p) for text, p in zip(texts, problems)] == [1.0] * len(problems)
+        with pytest.raises(m.UsageError, match="--gen_length 10: this task's completions have"):
+            m.start_of(model, task, problems[0], 10)
+
+
+def test_a_token_that_is_partly_open_is_masked_as_a_whole(bpe):
+    """bpe spells "has" and "apples" with a token or two each."""
+    task, problems, _, other = sudoku_base(bpe)
+    text, blanks = "Tom has 3 apples", "Tom h_s 3 apples"
+    joined = task._replace(blanks=lambda p: blanks, target=lambda p: text)
+    start = m.start_of(other, joined, problems[0], 30)
+    tokens = bpe(text, add_special_tokens=False)["input_ids"]
+    pieces = [bpe.decode([token]) for token in tokens]
+    ends = [sum(map(len, pieces[: i + 1])) for i in range(len(pieces))]
+    covers = next(i for i, end in enumerate(ends) if end > text.index("has") + 1)
+    assert start[: len(tokens)] == [other.mask_id if i == covers else t for i, t in enumerate(tokens)]
+
+
+def test_sudoku_trains_and_keeps_its_clues(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert m.cli(small_run("run", task="sudoku", base_steps=20, max_steps=2, pass_k=0)) == 0
+    rows = [json.loads(line) for line in open("run/completions_after.jsonl")]
+    grids = [(row["prompt"], "".join(row["completion"].split())) for row in rows]
+    whole = [(puzzle, grid) for puzzle, grid in grids if len(grid) == 16]
+    assert len(rows) == 16 and whole
+    assert all(c in ("0", g) for puzzle, grid in whole for c, g in zip(puzzle, grid))
+    assert any(json.loads(line)["grad_norm"] > 0 for line in open("run/metrics.jsonl"))
