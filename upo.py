@@ -109,7 +109,7 @@ PASS_AT = (1, 2, 4, 8, 16)
 REFERENCES = {
     "max_confidence": dict(init="pretrained", beta=1e-4),
     "softmax_confidence": dict(init="pretrained", beta=1e-4),
-    "topk": dict(init="random", beta=1e-4),
+    "topk": dict(init="random", beta=3e-4),
     "none": dict(init="random", beta=0.0),  # stands for DColT
 }
 
