@@ -271,8 +271,12 @@ class State(NamedTuple):
 
 
 def sinusoids(position: Tensor, width: int) -> Tensor:
-    """Sines and cosines of position (U, W) long at wavelengths from 2 pi to 20,000 pi, (U, W, width) float32."""
-    rate = torch.exp(torch.arange(0, width, 2, device=position.device) * (-math.log(10_000) / width))
+    """Sines and cosines of position (U, W) long at width / 2 frequencies spaced evenly up to pi, (U, W, width) float32.
+
+    Positions less than width / 2 apart have orthogonal codes, so that one linear map can point attention at any of
+    them. The usual geometric spacing spends most of a narrow width on wavelengths far beyond the sequence.
+    """
+    rate = math.pi * (torch.arange(width // 2, device=position.device) + 0.5) / (width // 2)
     angle = position[..., None] * rate
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
