@@ -695,8 +695,6 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-# A scorer is a process of the user's own, so no proxy stands between.
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirect)
 LARGEST_ANSWER = 1 << 20  # bytes
 
 
@@ -747,9 +745,11 @@ class RemoteScorer:
     def answer(self, body: bytes) -> bytes:
         """The answer to one attempt; TimeoutError past the timeout, even where it trickles in."""
         deadline = time.monotonic() + self.timeout
+        # A scorer is a process of the user's own, so no proxy stands between.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirect)
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
         content = b""
-        with OPENER.open(request, timeout=self.timeout) as response:
+        with opener.open(request, timeout=self.timeout) as response:
             while part := response.read1(1 << 16):
                 content += part
                 if len(content) > LARGEST_ANSWER:

@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import math
+import os
 import struct
 import threading
 import zlib
@@ -141,6 +142,16 @@ def test_bad_codes(tmp_path):
         decoder.pixels(torch.zeros(1, 5, dtype=torch.long))
 
 
+class Trap:
+    """An object whose pickle makes a folder when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def test_bad_weights(tmp_path):
     """Each in one line that names the file."""
 
@@ -161,7 +172,10 @@ def test_bad_weights(tmp_path):
     )
     assert "not the sizes" in error("sizes", config=MagvitConfig(33, (1, 2, 2), (1, 2, 1), 5))
     assert "cannot be read" in error("list", form="w.bin", change=lambda w: [1])
-    assert "cannot be read" in error("pickle", form="w.bin", change=lambda w: {"decoder.a": threading.Thread})
+    assert "cannot be read" in error(
+        "pickle", form="w.bin", change=lambda w: {"decoder.a": Trap(str(tmp_path / "ran"))}
+    )
+    assert not (tmp_path / "ran").exists()
     (tmp_path / "text").mkdir()
     with pytest.raises(DataError, match="text: no weights in it"):
         rewards.load_magvit(str(tmp_path / "text"))
@@ -290,7 +304,7 @@ def server():
             elif kind == "flaky" and len(http.seen) < 3:
                 status, text = (500, 429)[len(http.seen) - 1], "no memory"
             elif kind in ("broken", "lost", "moved"):
-                status = {"broken": 503, "lost": 404, "moved": 307}[kind]
+                status = {"broken": 503, "lost": 404, "moved": 302}[kind]
                 location = f"http://127.0.0.1:{http.server_port}/good" if kind == "moved" else ""
             elif kind == "huge":
                 text = " " * (rewards.LARGEST_ANSWER + 1)
@@ -338,6 +352,8 @@ def failure(url, **options):
 def test_scorer(server, monkeypatch):
     """Scores that the server computes from the pixels, in batches, past any proxy."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
     images, prompts = some_images(5), ["a", "bb", "é\u2028", "", "eeeee"]
     scores = scorer(server.url + "good", batch=2)(images, prompts)
     assert scores == pytest.approx([image.double().mean().item() + len(p) for image, p in zip(images, prompts)])
@@ -390,7 +406,7 @@ def test_scorer_that_answers_nonsense(server):
     assert "a score is 'nan'" in failure(server.url + "nan")
     assert "an answer above 1048576 bytes" in failure(server.url + "huge")
     server.seen.clear()
-    assert f"HTTP 307 to '{server.url}good'" in failure(server.url + "moved")
+    assert f"HTTP 302 to '{server.url}good'" in failure(server.url + "moved")
     assert len(server.seen) == 1  # not followed
 
 
