@@ -659,7 +659,8 @@ def load_clip(where: str = CLIP, device: str | torch.device = "cpu") -> tuple:
     from transformers import CLIPModel, CLIPProcessor  # slow to import, and the other rewards do without
 
     try:
-        return CLIPModel.from_pretrained(where).to(device).eval(), CLIPProcessor.from_pretrained(where)
+        processor = CLIPProcessor.from_pretrained(where, trust_remote_code=False)
+        return CLIPModel.from_pretrained(where).to(device).eval(), processor
     except Exception as error:  # what a broken checkpoint raises has no common class
         raise DataError(f"CLIP {where}: cannot be loaded ({first_line(error)})") from None
 
