@@ -496,6 +496,9 @@ class MagvitConfig:
     z_channels: int = 13  # bits of a code: a codebook of 2 ** 13
 
 
+group_norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
+
+
 def named(**modules: nn.Module) -> nn.Sequential:
     """Modules in a row, each under its published name."""
     return nn.Sequential(OrderedDict(modules))
@@ -506,8 +509,8 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, width: int, out: int):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(32, width, eps=1e-6), nn.Conv2d(width, out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(32, out, eps=1e-6), nn.Conv2d(out, out, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(width), nn.Conv2d(width, out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(out), nn.Conv2d(out, out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -520,7 +523,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.norm = group_norm(width)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -547,11 +550,13 @@ class MagvitDecoder(nn.Module):
         for level in reversed(range(len(widths))):  # coarsest first; published in the other order
             out = widths[level]
             blocks = [ResnetBlock(out if i else width, out) for i in range(config.num_res_blocks[level])]
+            parts = {"block": nn.Sequential(*blocks)}
+            if level:
+                parts["upsample"] = named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(out, out, 3, padding=1))
+            levels.append(named(**parts))
             width = out
-            doubled = named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(out, out, 3, padding=1))
-            levels.append(named(block=nn.Sequential(*blocks), **({"upsample": doubled} if level else {})))
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out, self.conv_out = nn.GroupNorm(32, width, eps=1e-6), nn.Conv2d(width, 3, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(width), nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, codes: Tensor) -> Tensor:
         """(B, h * h) long codes, row by row -> (B, 3, H, H) float, about -1 to 1; H is 16 h as published."""
