@@ -5,6 +5,7 @@ for, and how much of it is solved. A problem is a dict of its question and its a
 
     gsm8k    {"question": "Tom has 12 apples ...", "answer": "12 + 7 = 19\\n#### 19"}
     sudoku   {"question": "1000034000200003", "answer": "1234..."}, 4 x 4, row by row, 0 for empty
+    t2i      {"question": "a photo of a red circle", "answer": "0 0 5 6 ..."}, 8 x 8 codes, row by row
 
 Problems come from a generator (offline, from a seed), from a file in the published format, or from the
 published data set by `datasets`. The generator's splits:
@@ -13,7 +14,8 @@ published data set by `datasets`. The generator's splits:
     validation   decides when base training stops
     test         fresh problems: new questions, made of number pairs that training has shown
     unseen       problems whose first operation joins a pair of numbers that training never shows;
-                 sudokus whose solution is one of an eighth of the 288 that training never shows
+                 sudokus whose solution is one of an eighth of the 288 that training never shows;
+                 scenes (a red circle and a blue star) that no training prompt has in any wording
 
 Departures from the paper and from its official code
  1. The prompt asks for GSM8K's own last line, `#### 42`, instead of <reasoning>/<answer> tags. Reward:
@@ -22,6 +24,8 @@ Departures from the paper and from its official code
  3. GSM8K's calculator marks (<<48/2=24>>) are removed from the solutions that SFT trains on.
  4. A sudoku's clues stand in the completion and its empty cells are filled in, instead of 16 digits being
     written behind a prompt that holds the puzzle. Reward, as in the paper: the share of right empty cells.
+ 5. The embedded text-to-image task is a miniature: GenEval's six categories over 4 shapes and 4 colours, drawn in
+    65 codes. Its verifier reads the codes, where GenEval runs a detector on pixels.
 
     python rewards.py           # problems of each split, and what a few completions earn
 """
@@ -49,6 +53,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
@@ -388,6 +393,214 @@ def sudoku_ceiling(problem: Problem) -> float:
 
 
 # ---------------------------------------------------------------------------------------------
+# Text to image, in miniature: GenEval's categories on grids of codes
+# ---------------------------------------------------------------------------------------------
+
+SHAPES = ("circle", "square", "triangle", "star")
+COLOURS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (38, 98, 217), "yellow": (250, 200, 40)}
+OPENINGS = ("a photo of", "a picture of", "a drawing of", "an image of", "a sketch of", "a view of")
+NUMBERS = {"two": 2, "three": 3, "four": 4}
+# What the first object's place has to be relative to the second's: (rows, columns) to go from it to the second.
+RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
+WIDTH, PARTS = 8, 4  # codes along an image's side; parts of an object, 2 x 2, row by row
+CODEBOOK = 1 + len(SHAPES) * len(COLOURS) * PARTS  # code 0 is the background
+TILE = 8  # pixels along a code's side
+
+
+class Thing(NamedTuple):
+    """An object: its shape, its colour, and the row and column of its upper left part."""
+
+    shape: str
+    colour: str
+    row: int
+    column: int
+
+
+class Scene(NamedTuple):
+    """What a prompt asks for. wanted: (shape, colour or None for any, how many) each; relation: between the two."""
+
+    category: str
+    wanted: tuple[tuple[str, str | None, int], ...]
+    relation: str | None = None
+
+
+def scenes() -> list[tuple[str, Scene]]:
+    """All scenes, in words and as what they ask for, category by category, as GenEval names them."""
+    pairs = [(a, b) for a in SHAPES for b in SHAPES if a != b]
+    tints = [(s, t) for s in COLOURS for t in COLOURS]
+    some = lambda shape, colour=None, n=1: (shape, colour, n)
+    found = [(f"a {a}", Scene("single_object", (some(a),))) for a in SHAPES]
+    found += [(f"a {a} and a {b}", Scene("two_object", (some(a), some(b)))) for a, b in pairs]
+    found += [(f"{w} {a}s", Scene("counting", (some(a, None, n),))) for a in SHAPES for w, n in NUMBERS.items()]
+    found += [(f"a {c} {a}", Scene("colors", (some(a, c),))) for a in SHAPES for c in COLOURS]
+    found += [(f"a {a} {r} a {b}", Scene("position", (some(a), some(b)), r)) for a, b in pairs for r in RELATIONS]
+    found += [
+        (f"a {s} {a} and a {t} {b}", Scene("color_attr", (some(a, s), some(b, t)))) for a, b in pairs for s, t in tints
+    ]
+    return found
+
+
+@functools.cache
+def scene_table() -> dict[str, Scene]:
+    """Every prompt of the miniature, opening and scene, and what it asks for."""
+    return {f"{opening} {words}": scene for words, scene in scenes() for opening in OPENINGS}
+
+
+def scene_of(prompt: str) -> Scene:
+    """What a prompt asks for; DataError for a prompt that the miniature does not know."""
+    scene = scene_table().get(" ".join(prompt.split()))
+    if scene is None:
+        raise DataError(
+            f'prompt {prompt!r}: not one that the embedded t2i task knows, such as "a photo of a red circle and a '
+            f'blue star"; shapes {", ".join(SHAPES)}; colours {", ".join(COLOURS)}'
+        )
+    return scene
+
+
+def code_of(shape: str, colour: str, part: int) -> int:
+    """The code of one part, 0 ... 3 row by row, of an object."""
+    return 1 + (SHAPES.index(shape) * len(COLOURS) + list(COLOURS).index(colour)) * PARTS + part
+
+
+def paint(things: list[Thing]) -> list[int]:
+    """The 64 codes of an image that shows these objects."""
+    codes = [0] * (WIDTH * WIDTH)
+    for thing in things:
+        for part in range(PARTS):
+            place = (thing.row + part // 2) * WIDTH + thing.column + part % 2
+            codes[place] = code_of(thing.shape, thing.colour, part)
+    return codes
+
+
+def image_codes(text: str) -> list[int] | None:
+    """The codes of an image, spelled with spaces between; None for anything but 64 of the codebook's."""
+    words = text[:1000].split()
+    codes = [int(w) for w in words if re.fullmatch(r"\d{1,3}", w, re.ASCII)]
+    return codes if len(codes) == len(words) == WIDTH * WIDTH and max(codes) < CODEBOOK else None
+
+
+def find_things(codes: list[int]) -> tuple[list[Thing], int]:
+    """(the objects with all four parts in place, the number of cells that belong to none of them)."""
+    found = []
+    for place, code in enumerate(codes):
+        row, column = divmod(place, WIDTH)
+        if code % PARTS == 1 and row < WIDTH - 1 and column < WIDTH - 1:  # the first part of an object
+            around = [codes[place + step] for step in (0, 1, WIDTH, WIDTH + 1)]
+            if around == list(range(code, code + PARTS)):
+                kind = code // PARTS
+                found.append(Thing(SHAPES[kind // len(COLOURS)], list(COLOURS)[kind % len(COLOURS)], row, column))
+    return found, sum(code != 0 for code in codes) - PARTS * len(found)
+
+
+def related(a: Thing, b: Thing, relation: str) -> bool:
+    """Whether a is left of b, ...: the two do not share a column (a row) on the way from one to the other."""
+    rows, columns = RELATIONS[relation]
+    return rows * (b.row - a.row) + columns * (b.column - a.column) >= 2
+
+
+def geneval(things: list[Thing], scene: Scene) -> bool:
+    """GenEval's strict verdict: everything that was asked for is there, all at once. A count is exact; other objects
+    may be there besides, as in GenEval."""
+    matching = [
+        [t for t in things if t.shape == shape and colour in (None, t.colour)] for shape, colour, _ in scene.wanted
+    ]
+    if scene.category == "counting":
+        return len(matching[0]) == scene.wanted[0][2]
+    if scene.relation:
+        return any(related(a, b, scene.relation) for a in matching[0] for b in matching[1])
+    return all(matching)
+
+
+def t2i_reward(completion: str, problem: Problem) -> Reward:
+    """geneval: 1 if the image shows what the prompt asks for; fidelity: 0.5 if it shows objects and none is broken."""
+    codes, scene = image_codes(completion), scene_of(problem["question"])
+    if codes is None:
+        return {"geneval": 0.0, "fidelity": 0.0}
+    things, broken = find_things(codes)
+    return {"geneval": float(geneval(things, scene)), "fidelity": 0.5 * (bool(things) and not broken)}
+
+
+def draw_scene(scene: Scene, rng: random.Random) -> list[Thing]:
+    """A random image of a scene: objects apart from each other, anywhere, of any colour where none is asked for."""
+    while True:
+        things = []
+        for shape, colour, n in scene.wanted:
+            for _ in range(n):
+                row, column = rng.randrange(WIDTH - 1), rng.randrange(WIDTH - 1)
+                things.append(Thing(shape, colour or rng.choice(list(COLOURS)), row, column))
+        apart = all(
+            abs(a.row - b.row) >= 2 or abs(a.column - b.column) >= 2 for i, a in enumerate(things) for b in things[:i]
+        )
+        if apart and (scene.relation is None or related(*things, scene.relation)):
+            return things
+
+
+@functools.cache
+def prompts_of(split: str) -> dict[str, list[str]]:
+    """A split's prompts by category. Every fifth scene of a category is unseen in any wording; of the others each has
+    one wording that only the test split has, one that only validation has, and four to train on."""
+    found: dict[str, list[str]] = {}
+    for number, (words, scene) in enumerate(scenes()):
+        for i, opening in enumerate(OPENINGS):
+            mine = {0: "test", 1: "validation"}.get((number + i) % len(OPENINGS), "train")
+            if scene.category != "single_object" and number % 5 == 4:
+                mine = "unseen"
+            if mine == split:
+                found.setdefault(scene.category, []).append(f"{opening} {words}")
+    return found
+
+
+def generate_t2i(split: str, n: int, seed: int) -> list[Problem]:
+    """n prompts of a split, every category as often, each with an image that shows it; prompts repeat, images differ.
+    The unseen split has no single objects: there are only four."""
+    rng, prompts = random.Random(f"t2i {split} {seed}"), prompts_of(split)
+    problems = []
+    for i in range(n):
+        prompt = rng.choice(prompts[list(prompts)[i % len(prompts)]])
+        problems.append({"question": prompt, "answer": " ".join(map(str, paint(draw_scene(scene_of(prompt), rng))))})
+    return problems
+
+
+def load_t2i(path: str | None = None, split: str = "train") -> list[Problem]:
+    """Prompts of the miniature from a text file, one per line, for evaluation and RL: they come without images."""
+    if path is None:
+        raise DataError("t2i: give --data FILE with one prompt per line, or --data generated")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a text file ({error})") from None
+    return [{"question": line.strip(), "answer": ""} for line in lines if line.strip()]
+
+
+@functools.cache
+def tiles() -> np.ndarray:
+    """The codebook as pictures, (65, 8, 8, 3) uint8."""
+    book = np.full((CODEBOOK, TILE, TILE, 3), 245, np.uint8)
+    y, x = (np.mgrid[: 2 * TILE, : 2 * TILE] - TILE + 0.5) / (TILE - 1)  # an object's pixels, about -1 ... 1
+    inside = {
+        "circle": x**2 + y**2 <= 0.9,
+        "square": np.maximum(abs(x), abs(y)) <= 0.85,
+        "triangle": (y <= 0.85) & (abs(x) <= (y + 1) / 2),
+        "star": np.sqrt(abs(x)) + np.sqrt(abs(y)) <= 1.1,
+    }
+    for shape in SHAPES:
+        for colour, rgb in COLOURS.items():
+            picture = np.where(inside[shape][..., None], np.uint8(rgb), np.uint8(245))
+            for part in range(PARTS):
+                r, c = part // 2 * TILE, part % 2 * TILE
+                book[code_of(shape, colour, part)] = picture[r : r + TILE, c : c + TILE]
+    return book
+
+
+def render(codes: list[int]) -> np.ndarray:
+    """The decoder: 64 codes -> pixels (64, 64, 3) uint8. DataError for a code outside the codebook."""
+    if len(codes) != WIDTH * WIDTH or not all(0 <= code < CODEBOOK for code in codes):
+        raise DataError(f"an image of this task is {WIDTH * WIDTH} codes from 0 to {CODEBOOK - 1}")
+    grid = tiles()[np.array(codes).reshape(WIDTH, WIDTH)]  # (8, 8, 8, 8, 3)
+    return grid.transpose(0, 2, 1, 3, 4).reshape(WIDTH * TILE, WIDTH * TILE, 3)
+
+
+# ---------------------------------------------------------------------------------------------
 # The table of tasks, and their splits
 # ---------------------------------------------------------------------------------------------
 
@@ -404,6 +617,10 @@ class Task(NamedTuple):
     # To be filled in: the target, but for other characters where it is open. None: all of it is the model's own.
     blanks: Callable[[Problem], str] | None = None
     ceiling: Callable[[Problem], float] | None = None  # the best expected score of one who knows all but the answer
+    # Codes of an image's codebook where the completion is an image, 0 for text; and an image's pixels from its codes.
+    codebook: int = 0
+    render: Callable[[list[int]], np.ndarray] | None = None
+    category: Callable[[Problem], str] | None = None  # what accuracy is reported by, besides overall
 
 
 TASKS = {
@@ -417,6 +634,17 @@ TASKS = {
         sudoku_score,
         blanks=lambda problem: grid_text(problem["question"]),
         ceiling=sudoku_ceiling,
+    ),
+    "t2i": Task(
+        generate_t2i,
+        load_t2i,
+        lambda problem: [{"role": "user", "content": problem["question"]}],
+        lambda problem: problem["answer"],
+        t2i_reward,
+        lambda completion, problem: t2i_reward(completion, problem)["geneval"],
+        codebook=CODEBOOK,
+        render=render,
+        category=lambda problem: scene_of(problem["question"]).category,
     ),
 }
 
