@@ -75,7 +75,7 @@ import remask
 import rewards
 from emerge_sampler import SCHEDULES, Rollout, emerge, guided, maskgit, semi_autoregressive, through_eos
 from remask import Remask, seeded
-from rewards import TASKS, DataError, Problem
+from rewards import TASKS, DataError, Problem, first_line
 
 
 class UsageError(ValueError):
@@ -126,6 +126,7 @@ TASK_SETTINGS = {
         base_accuracy=(None, 0.5),
         pass_k=(0, 0),
         eval_n=(0, 500),
+        rewards=("clip=1", None),
     ),
 }
 BETAS = (0.9, 0.99)  # AdamW: a shorter memory than 0.999 for the spikes of the 1/t weight
@@ -161,6 +162,12 @@ class Config:
     sft_batch_size: int = option("sequences per process and step of ELBO training", paper=8, tiny=64, within="[1, inf)")
     prompt_dropout: float = option("share of ELBO training without prompt, for guidance; images", 0.1, within="[0, 1)")
     sft_lr: float = option("AdamW learning rate of ELBO training", paper=1e-5, tiny=3e-3, within="(0, inf)")
+    # images
+    rewards: str = option(
+        "what an image is rewarded for on its pixels: clip=1,http://HOST:PORT/hpsv3=0.5; tiny: by its verifier",
+        paper=None,
+    )
+    decoder: str = option("MAGVIT-v2's weights: a file, a folder or a hub id", "showlab/magvitv2")
     # rollout (emerge_sampler.py)
     sampler: str = option("text has the first, images the others", "semi_autoregressive", choices=tuple(SAMPLERS))
     steps: int = option("steps of an image", 12, within="[1, inf)")
@@ -222,6 +229,7 @@ def check_ranges(cfg) -> None:
 def check(cfg: Config) -> None:
     """Raise UsageError for a value out of range or a combination that makes no sense, naming its flag."""
     check_ranges(cfg)
+    rewards.parse_scorers(cfg.rewards) if cfg.rewards else []
     whole_groups = cfg.batch_size % cfg.group_size == 0
     generated = cfg.data == "generated" or (cfg.data is None and is_tiny(cfg.model))
     adapter, image = cfg.model is not None and resolve(cfg.model)[1], bool(TASKS[cfg.task].codebook)
@@ -234,6 +242,7 @@ def check(cfg: Config) -> None:
         "--sft_steps needs --model: the tiny default has its own ELBO training": cfg.model or not cfg.sft_steps,
         f"--sampler {cfg.sampler}: not for {'an image' if image else 'text'}, which --task {cfg.task} asks for": image
         == (cfg.sampler != "semi_autoregressive"),
+        "--rewards scores images: --task t2i": image or not cfg.rewards,
     }
     require(rules)
 
@@ -363,13 +372,14 @@ class MaskedDiffusionModel(nn.Module):
         self.first_id, self.codebook = 0, 0
         if image:
             self.first_id, self.codebook = len(tokenizer), getattr(config, "codebook_size", None) or 0
-            if not self.codebook or self.first_id + self.codebook > config.vocab_size:
+            self.marks = {word: vocabulary.get(word, i) for word, i in IMAGE_MARKS.items()}
+            last = max(self.first_id + self.codebook - 1, *self.marks.values())
+            if not self.codebook or last >= config.vocab_size:
                 raise UsageError(
                     f"{config.name_or_path or 'the model'}: draws no images: its config.json has codebook_size "
                     f"{self.codebook or 'missing'}, its tokenizer {self.first_id} tokens, its embedding "
                     f"{config.vocab_size}; --task t2i needs MMaDA or the tiny default"
                 )
-            self.marks = {word: vocabulary.get(word, i) for word, i in IMAGE_MARKS.items()}
             self.pad_id = self.marks["<|pad|>"]
             codes = slice(self.first_id, self.first_id + self.codebook)
             head.forward = lambda h: nn.functional.linear(h, head.weight[codes])
@@ -389,10 +399,6 @@ class MaskedDiffusionModel(nn.Module):
         if not self.codebook:
             logits[:, self.mask_id] = -torch.inf  # in place: (N, V) is the largest tensor of a step
         return logits
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def native_class(path: str) -> tuple[type, dict]:
@@ -656,7 +662,7 @@ def encode_targets(model: MaskedDiffusionModel, task, problems: list[Problem], g
             target = [model.first_id + int(code) for code in task.target(problem).split()] + [model.marks["<|eoi|>"]]
         else:
             target = model.tokenizer(task.target(problem), add_special_tokens=False)["input_ids"] + [model.end_id]
-        if len(target) <= gen_length:
+        if len(target) == gen_length or (len(target) < gen_length and not task.codebook):
             lesson.prompts.append(prompt_of(model, task, problem))
             lesson.starts.append(start_of(model, task, problem, gen_length))
             lesson.targets.append(target + [model.pad_id] * (gen_length - len(target)))
@@ -839,6 +845,18 @@ class Run:
         stacked = torch.tensor(list(values.values()), device=self.device)
         return dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist()))
 
+    @functools.cached_property
+    def pixels(self) -> Callable[[Tensor], Tensor]:
+        """Codes (B, L) long -> pixels (B, H, W, 3) uint8: the tiny model's own pictures, or MAGVIT-v2's decoder."""
+        if is_tiny(self.cfg.model):
+            return lambda codes: torch.stack([torch.from_numpy(self.task.render(row)) for row in codes.tolist()])
+        return rewards.load_magvit(self.cfg.decoder, self.device).pixels
+
+    @functools.cached_property
+    def pixel_reward(self) -> rewards.PixelReward:
+        """The reward of --rewards."""
+        return rewards.PixelReward(self.pixels, self.cfg.rewards, self.device)
+
     def everyone(self, flag: bool) -> bool:
         """Whether the flag holds on all processes, which all have to ask."""
         return self.average({"flag": float(flag)})["flag"] == 1.0
@@ -991,11 +1009,38 @@ def roll_out(
     return batch._replace(x=done.x), done.unmask_step, done.forwards
 
 
+def judge(run: Run, texts: list[str], problems: list[Problem], pixels: bool) -> list[tuple[dict[str, float], float]]:
+    """(the terms of its reward, which is their sum; its score) of each completion. All processes have to ask.
+
+    pixels: by --rewards. Images of a published model have no verifier: their score is their reward. Raises DataError on all processes if
+    a scorer fails on one, when the run's state has been saved.
+    """
+    verdicts = [run.task.score(*pair) for pair in zip(texts, problems)]
+    if not pixels:
+        return [(run.task.reward(*pair), verdict) for pair, verdict in zip(zip(texts, problems), verdicts)]
+    failed, terms = None, []
+    try:
+        if texts:
+            codes = torch.tensor([[int(code) for code in text.split()] for text in texts])
+            found = run.pixel_reward(codes, [p["question"] for p in problems])
+            weights = run.pixel_reward.weights
+            terms = [{name: weights[name] * found[name][i] for name in found} for i in range(len(texts))]
+    except DataError as error:
+        failed = str(error)
+    if not run.everyone(failed is None):
+        run.save()
+        kept = f"; --resume --output_dir {run.path} goes on from here" if newest_slot(run.path) else ""
+        raise DataError((failed or "a scorer failed on another process") + kept)
+    tiny = is_tiny(run.cfg.model)
+    return [(term, verdict if tiny else sum(term.values())) for term, verdict in zip(terms, verdicts)]
+
+
 def evaluate(
-    run: Run, model, base, problems: list[Problem], samples: int = 0, label="evaluation", sampler: str | None = None
+    run: Run, model, base, problems: list[Problem], samples: int = 0, label="evaluation", base_training: bool = False
 ) -> list[dict]:
     """Completions of every problem, greedy, or `samples` of each at --temperature; the same on all processes. Images
-    are never greedy: without noise one prompt has one image.
+    are never greedy: without noise one prompt has one image. While a base is trained they are drawn by MaskGIT, so that
+    every method starts from the same one, and the tiny model's are judged by its verifier alone.
 
     One dict per completion, in order: sample (None if it is the only one), score, the terms of its reward, prompt,
     completion, answer. A row's noise is keyed by its problem, so the result depends on no batch size.
@@ -1011,28 +1056,32 @@ def evaluate(
             keys = [(run.cfg.seed, EVALUATION, i, s) for i, s in rows]
             temperature = run.cfg.temperature if samples or run.task.codebook else 0.0
             asked = [problems[i] for i, _ in rows]
+            sampler = "maskgit" if base_training and base.codebook else run.cfg.sampler
             batch, _, _ = roll_out(run, model, base, asked, keys, temperature, sampler=sampler)
             completion = through_eos(batch.x, batch.completion, ends_of(base, run.task))
             texts = texts_of(base, batch, completion, run.cfg.gen_length)
-            done += [(i, s, text) for (i, s), text in zip(part, texts)]
+            texts = texts[: len(part)]
+            pixels = bool(run.cfg.rewards) and not (base_training and is_tiny(run.cfg.model))
+            judged = judge(run, texts, asked[: len(part)], pixels)
+            done += [(i, s, text, *verdict) for (i, s), text, verdict in zip(part, texts, judged)]
             bar.update()
     return [
         {
             "sample": s if samples else None,
-            "score": run.task.score(text, problems[i]),
-            "terms": run.task.reward(text, problems[i]),
-            "category": run.task.category and run.task.category(problems[i]),
+            "score": score,
+            "terms": terms,
+            "category": (run.task.category and run.task.category(problems[i])) or None,
             "prompt": problems[i]["question"],
             "completion": text,
             "answer": problems[i]["answer"],
         }
-        for i, s, text in sorted(gather_object(done) if run.world > 1 else done)
+        for i, s, text, terms, score in sorted(gather_object(done) if run.world > 1 else done, key=lambda row: row[:2])
     ]
 
 
-def validate(run: Run, model, base, problems: list[Problem], sampler: str | None = None) -> float:
+def validate(run: Run, model, base, problems: list[Problem], base_training: bool = False) -> float:
     """Accuracy on the validation problems."""
-    rows = evaluate(run, model, base, problems, sampler=sampler)
+    rows = evaluate(run, model, base, problems, base_training=base_training)
     return rewards.accuracy([row["score"] for row in rows])["accuracy"]
 
 
@@ -1063,8 +1112,7 @@ def train_elbo(run: Run, base, train, validation, steps: int, target: float, roo
             run.save = functools.partial(save_checkpoint, run, root, {"step": step})
             run.leave_if_stopped()
             if step and (step % 50 == 0 or step == steps):
-                # of images by MaskGIT, so that every method starts from the same base
-                accuracy = validate(run, model, base, validation, "maskgit" if run.task.codebook else None)
+                accuracy = validate(run, model, base, validation, base_training=True)
                 bar.set_postfix(validation=f"{accuracy:.3f}")
                 if step % 200 == 0 or step == steps or accuracy >= target:
                     run.say(f"  step {step:>5}  validation accuracy {accuracy:.3f}")
@@ -1237,7 +1285,7 @@ def collect(run: Run, model, base, reference: Reference, train, step: int, micro
         batch, unmask_step, forwards = roll_out(run, model, base, problems, keys, cfg.temperature, tick)
         completion = through_eos(batch.x, batch.completion, ends_of(base, run.task))
         texts = texts_of(base, batch, completion, cfg.gen_length)
-        terms = [run.task.reward(text, problem) for text, problem in zip(texts, problems)]
+    terms = [terms for terms, _ in judge(run, texts, problems, bool(cfg.rewards))]
     reward = torch.tensor([sum(term.values()) for term in terms])
     advantages = group_advantages(reward, g, cfg.advantage).to(run.device)
     e = Experience(batch, completion, unmask_step, torch.tensor(groups).repeat_interleave(g), advantages)
@@ -1464,7 +1512,11 @@ def load_splits(cfg: Config) -> dict[str, list[Problem]]:
     """train, validation, test and unseen problems; unseen is empty for published data."""
     if cfg.data == "generated" or (cfg.data is None and is_tiny(cfg.model)):
         return rewards.generated_splits(TASKS[cfg.task], cfg.eval_n or 1000, cfg.seed)
-    return rewards.published_splits(TASKS[cfg.task], cfg.data, cfg.eval_data, cfg.eval_n)
+    splits = rewards.published_splits(TASKS[cfg.task], cfg.data, cfg.eval_data, cfg.eval_n)
+    if TASKS[cfg.task].codebook and is_tiny(cfg.model):
+        for problem in sum(splits.values(), []):
+            rewards.scene_of(problem["question"])  # DataError for what the tiny model cannot read
+    return splits
 
 
 def forwards_of(cfg: Config) -> int:
@@ -1567,7 +1619,9 @@ def summary(rows: list[dict], phase: str, k: int) -> dict:
         f"{phase}_unseen": rewards.accuracy(scores(rows, "unseen")) if of["unseen"] else None,
         f"{phase}_pass_at": {n: round(rewards.pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k} or None,
         f"{phase}_rewards": {split: mean_of([row["terms"] for row in part]) for split, part in of.items() if part},
-        f"{phase}_categories": None if None in by_category else {c: rewards.accuracy(v) for c, v in by_category.items()},
+        f"{phase}_categories": None
+        if None in by_category
+        else {c: rewards.accuracy(v) for c, v in by_category.items()},
     }
 
 
@@ -1582,7 +1636,9 @@ def report(run: Run, results: dict) -> None:
     results |= {"seconds": seconds, "config": dataclasses.asdict(cfg), "versions": versions}
     if run.main:
         write_atomically(run.path / "results.json", json.dumps(results, indent=1))
-    run.say(f"\n{'' if run.task.codebook else 'greedy '}accuracy ± standard error; {decoding(cfg)}")
+    what = "accuracy" if run.task.codebook else "greedy accuracy"
+    what = "mean reward" if cfg.rewards and not is_tiny(cfg.model) else what  # no verifier
+    run.say(f"\n{what} ± standard error; {decoding(cfg)}")
     for split, suffix in (("test", ""), ("unseen", "_unseen")):
         figures = {phase: results[phase + suffix] for phase in phases}
         if all(figures.values()):
@@ -1608,7 +1664,6 @@ def draw_images(run: Run, before: list[dict], after: list[dict]) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    render = run.task.render
     first = {}
     for i, row in enumerate(before):
         if row["split"] == "test":
@@ -1617,11 +1672,14 @@ def draw_images(run: Run, before: list[dict], after: list[dict]) -> None:
     figure = Figure(figsize=(1.9 * len(chosen), 4.2))
     for axes, rows in zip(figure.subplots(2, len(chosen), squeeze=False), (before, after)):
         for ax, i in zip(axes, chosen):
-            ax.imshow(render([int(code) for code in rows[i]["completion"].split()]))
+            ax.imshow(
+                run.pixels(torch.tensor([[int(code) for code in rows[i]["completion"].split()]]))[0].cpu().numpy()
+            )
             ax.set(xticks=[], yticks=[])
-            verdict = "right" if rows[i]["score"] else "wrong"
+            score = rows[i]["score"]
+            verdict = {1.0: "right", 0.0: "wrong"}.get(score, f"{score:.2f}")
             ax.set_xlabel(f"{'before' if rows is before else 'after'}: {verdict}", fontsize=8)
-            ax.spines[:].set(color="tab:green" if rows[i]["score"] else "tab:red", linewidth=2)
+            ax.spines[:].set(color={1.0: "tab:green", 0.0: "tab:red"}.get(score, "0.5"), linewidth=2)
             if rows is before:
                 ax.set_title(textwrap.fill(rows[i]["prompt"], 24), fontsize=7)
     figure.savefig(run.path / "images.png", dpi=130, bbox_inches="tight")
@@ -1653,7 +1711,7 @@ def train_and_report(run: Run, path: str, cached: bool, data: dict) -> None:
     paired = {split: rewards.paired_p(scores(before, split), scores(after, split)) for split in splits}
     figures = summary(before, "before", cfg.pass_k) | summary(after, "after", cfg.pass_k)
     report(run, figures | {"paired_p": paired, "base_cached": cached})
-    if run.main and run.task.render:
+    if run.main and run.task.codebook:
         draw_images(run, before, after)
 
 

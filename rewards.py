@@ -1,4 +1,4 @@
-"""Completions -> numbers: the tasks, their data, and their verifiable rewards. Text in, numbers out.
+"""Completions -> numbers: the tasks, their data, and their rewards. Text, or an image's codes, in; numbers out.
 
 A task is one row of `TASKS`: where its problems come from, what the model is asked, what it is rewarded
 for, and how much of it is solved. A problem is a dict of its question and its answer, as they are published:
@@ -26,6 +26,8 @@ Departures from the paper and from its official code
     written behind a prompt that holds the puzzle. Reward, as in the paper: the share of right empty cells.
  5. The embedded text-to-image task is a miniature: GenEval's six categories over 4 shapes and 4 colours, drawn in
     65 codes. Its verifier reads the codes, where GenEval runs a detector on pixels.
+ 6. On pixels: CLIP's score is 100 x the cosine, at least 0, where the official code has the bare cosine; remote
+    scorers are asked by JSON and PNG, where it unpickles their answers.
 
     python rewards.py           # problems of each split, and what a few completions earn
 """
@@ -512,9 +514,10 @@ def geneval(things: list[Thing], scene: Scene) -> bool:
 
 
 def t2i_reward(completion: str, problem: Problem) -> Reward:
-    """geneval: 1 if the image shows what the prompt asks for; fidelity: 0.5 if it shows objects and none is broken."""
-    codes, scene = image_codes(completion), scene_of(problem["question"])
-    if codes is None:
+    """geneval: 1 if the image shows what the prompt asks for; fidelity: 0.5 if it shows objects and none is broken.
+    Nothing for an image or a prompt that is not the miniature's."""
+    codes, scene = image_codes(completion), scene_table().get(problem["question"])
+    if codes is None or scene is None:
         return {"geneval": 0.0, "fidelity": 0.0}
     things, broken = find_things(codes)
     return {"geneval": float(geneval(things, scene)), "fidelity": 0.5 * (bool(things) and not broken)}
@@ -557,19 +560,10 @@ def generate_t2i(split: str, n: int, seed: int) -> list[Problem]:
     problems = []
     for i in range(n):
         prompt = rng.choice(prompts[list(prompts)[i % len(prompts)]])
-        problems.append({"question": prompt, "answer": " ".join(map(str, paint(draw_scene(scene_of(prompt), rng))))})
+        scene = scene_of(prompt)
+        image = " ".join(map(str, paint(draw_scene(scene, rng))))
+        problems.append({"question": prompt, "answer": image, "tag": scene.category})
     return problems
-
-
-def load_t2i(path: str | None = None, split: str = "train") -> list[Problem]:
-    """Prompts of the miniature from a text file, one per line, for evaluation and RL: they come without images."""
-    if path is None:
-        raise DataError("t2i: give --data FILE with one prompt per line, or --data generated")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a text file ({error})") from None
-    return [{"question": line.strip(), "answer": ""} for line in lines if line.strip()]
 
 
 @functools.cache
@@ -637,14 +631,14 @@ TASKS = {
     ),
     "t2i": Task(
         generate_t2i,
-        load_t2i,
+        lambda path, split: load_prompts(path),
         lambda problem: [{"role": "user", "content": problem["question"]}],
         lambda problem: problem["answer"],
         t2i_reward,
         lambda completion, problem: t2i_reward(completion, problem)["geneval"],
         codebook=CODEBOOK,
         render=render,
-        category=lambda problem: scene_of(problem["question"]).category,
+        category=lambda problem: problem["tag"],
     ),
 }
 
@@ -1079,12 +1073,14 @@ class PixelReward:
         return [sum(self.weights[name] * score for name, score in zip(scores, row)) for row in rows]
 
 
-def load_prompts(path: str) -> list[Problem]:
+def load_prompts(path: str | None) -> list[Problem]:
     """Prompts from a text file, one per line, or from GenEval's metadata (.jsonl), as problems. Raises DataError.
 
     question is the prompt; answer what GenEval's detector has to find, {"include": [...], "exclude": [...]} as JSON,
     and tag the category (single_object, two_object, counting, colors, position, color_attr): both "" in a text file.
     """
+    if path is None:
+        raise DataError("t2i: give --data FILE, prompts one per line or GenEval's metadata .jsonl, or --data generated")
     problems = []
     if path.endswith(".jsonl"):
         for number, row in read_jsonl(path):

@@ -114,6 +114,8 @@ def test_pixels_show_the_object_where_it_is():
 def test_an_unknown_prompt_is_named():
     with pytest.raises(DataError, match="'a photo of a cat': not one that the embedded t2i task knows"):
         rewards.scene_of("a photo of a cat")
+    codes = rewards.paint([RED_CIRCLE])
+    assert rewards.t2i_reward(spell(codes), {"question": "a photo of a cat"}) == {"geneval": 0.0, "fidelity": 0.0}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """rewards.py, images: the decoder against a slow one, CLIP against cosines, scorers on the loopback address."""
 
 import base64
+import copy
 import itertools
 import json
 import math
@@ -13,8 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from conftest import llada_checkpoint
 from safetensors.torch import save_file
 
+import maskgrpo as m
 import rewards
 from rewards import DataError, MagvitConfig, ScorerError
 
@@ -511,3 +515,77 @@ def test_prompts_of_geneval(tmp_path):
     file.write_text("")
     with pytest.raises(DataError, match="no prompts"):
         rewards.load_prompts(str(file))
+
+
+# ---------------------------------------------------------------------------------------------
+# maskgrpo.py --task t2i on pixels
+# ---------------------------------------------------------------------------------------------
+
+
+def run(*flags):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return m.cli([*map(str, ("--task", "t2i", "--eval_every", 0, "--steps", 2, "--mu", 2, *flags))])
+
+
+def test_mmada_from_prompts_to_pixels_to_rewards(bpe, clip, server, tmp_path):
+    """A random checkpoint, decoder and CLIP in the published formats, prompts in a text file, a remote scorer."""
+    tokenizer = copy.deepcopy(bpe)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(m.IMAGE_MARKS)}, replace_extra_special_tokens=False)
+    mmada = llada_checkpoint(tmp_path / "mmada", tokenizer, codebook=32)
+    decoder = tmp_path / "magvit"
+    magvit(decoder)
+    (tmp_path / "prompts.txt").write_text("".join(f"a {word} in the sun\n" for word in "abcdefghijklmnopqrstuvwxyz"))
+    rewards_flag = f"clip:{clip}=0.01,{server.url}good=0.5"
+    flags = ["--model", mmada, "--data", tmp_path / "prompts.txt", "--decoder", decoder, "--rewards", rewards_flag]
+    flags += ["--gen_length", 17, "--batch_size", 4, "--group_size", 2, "--accumulation", 1, "--max_steps", 2, "--no-bf16"]
+    assert run(*flags, "--output_dir", tmp_path / "run") == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"reward/clip", "reward/good"} <= line.keys() and line["reward"] == pytest.approx(
+        line["reward/clip"] + line["reward/good"], abs=1e-5
+    )
+    assert results["config"]["guidance"] == 3.5 and results["config"]["sampler"] == "emerge"
+    rows = [json.loads(row) for row in (tmp_path / "run" / "completions_after.jsonl").read_text().splitlines()]
+    codes = [[int(code) for code in row["completion"].split()] for row in rows]
+    assert all(len(row) == 16 and max(row) < 32 for row in codes)
+    pictures = rewards.load_magvit(str(decoder)).pixels(torch.tensor(codes))
+    model, processor = rewards.load_clip(str(clip))
+    scores = rewards.clip_score(pictures, [row["prompt"] for row in rows], model, processor)
+    assert [row["terms"]["clip"] for row in rows] == pytest.approx([0.01 * score for score in scores], abs=1e-4)
+    assert (tmp_path / "run" / "images.png").stat().st_size > 1000
+    # the trained model draws again from its own format
+    again = [*flags[2:], "--model", tmp_path / "run", "--eval_only", "--output_dir", tmp_path / "again"]
+    assert run(*again) == 0
+    figures = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert figures["eval_only"]["accuracy"] == pytest.approx(results["after"]["accuracy"], abs=1e-5)
+
+
+def test_a_scorer_that_fails_leaves_a_run_that_goes_on(server, tmp_path, monkeypatch, capfd):
+    """The tiny model's pictures; the scorer answers the first three requests and then nonsense."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--base_steps", 5, "--base_accuracy", 1, "--eval_n", 6, "--batch_size", 8, "--max_steps", 3, "--save_every", 1]
+    flags += ["--rewards", f"{server.url}good=1", "--output_dir", tmp_path / "run"]
+    post, asked = rewards.RemoteScorer.post, []
+
+    def fails_later(self, body):
+        asked.append(1)
+        return post(self, body) if len(asked) < 5 else b"<html>"
+
+    monkeypatch.setattr(rewards.RemoteScorer, "post", fails_later)
+    assert run(*flags) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "nonsense: b'<html>'" in error and f"--resume --output_dir {tmp_path / 'run'} goes on from here" in error
+    monkeypatch.setattr(rewards.RemoteScorer, "post", post)
+    assert run("--resume", "--output_dir", tmp_path / "run") == 0
+    flags[-1] = tmp_path / "whole"
+    assert run(*flags) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_prompts_that_the_tiny_model_cannot_read_are_named(tmp_path, capfd):
+    known = sorted(rewards.scene_table())[:40]
+    (tmp_path / "p.txt").write_text("\n".join([*known, "a photo of a cat"]))
+    assert run("--data", tmp_path / "p.txt", "--output_dir", tmp_path / "run") == 2
+    assert "prompt 'a photo of a cat': not one that the embedded t2i task knows" in capfd.readouterr().err
+    assert run("--rewards", "clip", "--output_dir", tmp_path / "run") == 2
+    assert "reward 'clip'" in capfd.readouterr().err
