@@ -1012,8 +1012,8 @@ def roll_out(
 def judge(run: Run, texts: list[str], problems: list[Problem], pixels: bool) -> list[tuple[dict[str, float], float]]:
     """(the terms of its reward, which is their sum; its score) of each completion. All processes have to ask.
 
-    pixels: by --rewards. Images of a published model have no verifier: their score is their reward. Raises DataError on all processes if
-    a scorer fails on one, when the run's state has been saved.
+    pixels: by --rewards. Images of a published model have no verifier: their score is their reward. Raises DataError
+    on all processes if a scorer fails on one, when the run's state has been saved.
     """
     verdicts = [run.task.score(*pair) for pair in zip(texts, problems)]
     if not pixels:
