@@ -163,10 +163,7 @@ class Config:
     prompt_dropout: float = option("share of ELBO training without prompt, for guidance; images", 0.1, within="[0, 1)")
     sft_lr: float = option("AdamW learning rate of ELBO training", paper=1e-5, tiny=3e-3, within="(0, inf)")
     # images
-    rewards: str = option(
-        "what an image is rewarded for on its pixels: clip=1,http://HOST:PORT/hpsv3=0.5; tiny: by its verifier",
-        paper=None,
-    )
+    rewards: str = option("reward on pixels: clip=1,http://HOST:PORT/hpsv3=0.5; the tiny model has a verifier instead")
     decoder: str = option("MAGVIT-v2's weights: a file, a folder or a hub id", "showlab/magvitv2")
     # rollout (emerge_sampler.py)
     sampler: str = option("text has the first, images the others", "semi_autoregressive", choices=tuple(SAMPLERS))
@@ -229,7 +226,8 @@ def check_ranges(cfg) -> None:
 def check(cfg: Config) -> None:
     """Raise UsageError for a value out of range or a combination that makes no sense, naming its flag."""
     check_ranges(cfg)
-    rewards.parse_scorers(cfg.rewards) if cfg.rewards else []
+    if cfg.rewards:
+        rewards.parse_scorers(cfg.rewards)
     whole_groups = cfg.batch_size % cfg.group_size == 0
     generated = cfg.data == "generated" or (cfg.data is None and is_tiny(cfg.model))
     adapter, image = cfg.model is not None and resolve(cfg.model)[1], bool(TASKS[cfg.task].codebook)
@@ -585,8 +583,8 @@ def prompt_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
 def image_prompt(model: MaskedDiffusionModel, text: str) -> list[int]:
     """MMaDA's prompt of an image: t2i bos text eos, and the token that starts the image."""
     bos, eos = ([i] if i is not None else [] for i in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id))
-    text = [i for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
-    return [model.marks["<|t2i|>"], *bos, *text, *eos, model.marks["<|soi|>"]]
+    words = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [model.marks["<|t2i|>"], *bos, *words, *eos, model.marks["<|soi|>"]]
 
 
 def prompt_of(model: MaskedDiffusionModel, task, problem: Problem) -> list[int]:
