@@ -615,6 +615,7 @@ class Task(NamedTuple):
     codebook: int = 0
     render: Callable[[list[int]], np.ndarray] | None = None
     category: Callable[[Problem], str] | None = None  # what accuracy is reported by, besides overall
+    test_draw: int = 1  # the seed of generated test and unseen problems; a new one once figures on them guided a choice
 
 
 TASKS = {
@@ -628,6 +629,7 @@ TASKS = {
         sudoku_score,
         blanks=lambda problem: grid_text(problem["question"]),
         ceiling=sudoku_ceiling,
+        test_draw=2,
     ),
     "t2i": Task(
         generate_t2i,
@@ -643,13 +645,13 @@ TASKS = {
 }
 
 
-# Held-out problems are the same for every run. validation is for choices; test and unseen are for figures only.
-HELD_OUT = {"validation": 0, "test": 1, "unseen": 1}
-
-
 def generated_splits(task: Task, n: int, seed: int) -> dict[str, list[Problem]]:
-    """Generated problems: train from the run's seed, 256 for validation, n for test and for unseen."""
-    held_out = {split: task.generate(split, 256 if split == "validation" else n, s) for split, s in HELD_OUT.items()}
+    """Generated problems: train from the run's seed, 256 for validation, n for test and for unseen.
+
+    Held-out problems are the same for every run. validation is for choices; test and unseen are for figures only.
+    """
+    held_out = {"validation": task.generate("validation", 256, 0)}
+    held_out |= {split: task.generate(split, n, task.test_draw) for split in ("test", "unseen")}
     return {"train": task.generate("train", 20_000, seed)} | held_out
 
 

@@ -109,7 +109,7 @@ PASS_AT = (1, 2, 4, 8, 16)
 REFERENCES = {
     "max_confidence": dict(init="pretrained", beta=1e-4),
     "softmax_confidence": dict(init="pretrained", beta=1e-4),
-    "topk": dict(init="random", beta=3e-4),
+    "topk": dict(init="random", beta=1e-4),
     "none": dict(init="random", beta=0.0),  # stands for DColT
 }
 
@@ -171,7 +171,7 @@ class Config:
     weight_decay: float = option("AdamW weight decay", paper=0.1, tiny=0.0)
     max_grad_norm: float = option("gradient norm is clipped to this", paper=0.2, tiny=1.0, within="(0, inf)")
     # evaluation
-    eval_n: int = option("held-out problems of the table, 0: all", paper=0, tiny=1000)
+    eval_n: int = option("held-out problems of the table, 0: all", paper=0, tiny=3000)
     eval_every: int = option("steps between looks at 256 validation problems, 0: never", paper=250, tiny=50)
     eval_batch_size: int = option(
         "trajectories per process and batch of evaluation", paper=32, tiny=256, within="[1, inf)"
