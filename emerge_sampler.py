@@ -78,13 +78,13 @@ def confidence_of(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def most_confident(confidence: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """The k most confident candidates of each row, (B, L) bool; fewer where a row has fewer.
+    """The k most confident candidates of each row, the leftmost of equal ones, (B, L) bool; fewer where there are fewer.
 
     confidence (N,) float belongs to the N True positions of candidates (B, L), row-major.
     """
     score = torch.full(candidates.shape, -torch.inf, device=candidates.device)
     score[candidates] = confidence.float()
-    best = score.topk(min(k, score.shape[1]), dim=1).indices  # (B, k)
+    best = score.argsort(dim=1, descending=True, stable=True)[:, :k]  # (B, k); topk breaks ties by a row's width
     return torch.zeros_like(candidates).scatter_(1, best, True) & candidates
 
 
