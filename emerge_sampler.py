@@ -78,7 +78,7 @@ def confidence_of(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def most_confident(confidence: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """The k most confident candidates of each row, the leftmost of equal ones, (B, L) bool; fewer where there are fewer.
+    """The k most confident candidates of each row, (B, L) bool; fewer where a row has fewer. Ties go to the left.
 
     confidence (N,) float belongs to the N True positions of candidates (B, L), row-major.
     """

@@ -1,0 +1,342 @@
+"""What the estimators of MaskGRPO and its rivals see of the exact likelihood, on models small enough to know it.
+
+The tiny gsm8k base draws completions of 15 tokens in blocks of 4, one token per step, most confident first.
+tests/exact.py computes log p(o | c) under that sampler exactly, before RL and after a little of it. Every estimator
+then sees the same completions through the project's own masks and losses. With K forwards, that is with mu = K and
+the mean over its K inner updates:
+
+    bias, std   of the estimated log-ratio, log p_after / p_before, in nats: the mean of estimate - exact, and the
+                standard deviation of a completion's estimate over mask noise
+    corr, slope of the estimate on the exact log-ratio, over completions; both would be 1
+    cosine      of the policy gradient of a batch (128 completions, the policy that drew them) and the exact one;
+                "update" is the gradient of a single one of 4 inner updates
+
+± is half of a 95% bootstrap interval over batches. Problems are training problems.
+
+    python experiments/estimator_audit.py            # makes its models on first use, prints, draws
+    python experiments/estimator_audit.py --quick    # a test of the script; its numbers mean nothing
+"""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import maskgrpo as m  # noqa: E402
+import remask  # noqa: E402
+from tests.exact import log_likelihood  # noqa: E402
+
+QUICK = "--quick" in sys.argv
+SEEDS, BATCHES, DRAWS, FORWARDS = ((0,), 1, 2, (1, 4)) if QUICK else ((0, 1, 2), 2, 2, (1, 2, 4, 12))
+GAMMAS = (0.6,) if QUICK else (0.0, 0.2, 0.4, 0.6, 0.8)
+SAMPLERS = ((4, 4),) if QUICK else ((1, 1), (2, 1), (4, 1), (4, 4), (8, 1))  # block length, tokens per step
+SHARES, NEAR_ROWS = (1, 0.3, 0.1, 0.03, 0.01), 8 if QUICK else 32
+FLAGS = "--task gsm8k --gen_length 15 --tokens_per_step 1 --max_steps 10"
+FLAGS += " --eval_n 64 --pass_k 0 --eval_every 0 --save_every 0"
+FLAGS += " --base_steps 50 --batch_size 16" if QUICK else ""
+
+
+class Estimator(NamedTuple):
+    """A scheme of remask.py and its gamma; inverse: weights of 1 / (each position's own probability) instead of 1/t."""
+
+    scheme: str
+    gamma: float = 0.0
+    inverse: bool = False
+
+
+ESTIMATORS = {
+    "diffu-GRPO (`full`)": Estimator("full"),
+    "full mask, clean prompt": Estimator("uniform", 1.0),
+    "random, (0, 1)": Estimator("whole_range"),
+    "random, gamma .6": Estimator("uniform", 0.6),
+    "AR, gamma 0": Estimator("fading_out", 0.0),
+    "AR, gamma .6 (MaskGRPO)": Estimator("fading_out", 0.6),
+    "AR, gamma .6, inverse": Estimator("fading_out", 0.6, inverse=True),
+    "trace (TraceRL)": Estimator("trace"),
+    "trace, rotated": Estimator("rotated_trace"),
+}
+IN_SWEEP = ("full mask, clean prompt", "random, gamma .6", "AR, gamma 0", "AR, gamma .6 (MaskGRPO)", "trace, rotated")
+
+
+# ---------------------------------------------------------------------------------------------
+# Policies and their completions
+# ---------------------------------------------------------------------------------------------
+
+
+def policies(seed: int) -> tuple[m.Run, list, m.MaskedDiffusionModel, m.MaskedDiffusionModel]:
+    """(run, training problems, the base, the base after 10 steps of RL) of a seed, by the project's own command."""
+    flags = [*FLAGS.split(), "--seed", str(seed), "--output_dir", f"runs/audit-s{seed}" + "-quick" * QUICK]
+    if not Path(flags[-1], "results.json").is_file():
+        subprocess.run([sys.executable, "maskgrpo.py", *flags], check=True)
+    cfg, _ = m.parse(flags)
+    run, data = m.Run(cfg, Accelerator()), m.load_splits(cfg)
+    path, _ = m.base_path(run, data["train"], data["validation"])
+    before, after = (m.load_model(p, cfg, trainable=True).eval() for p in (path, cfg.output_dir))
+    return run, data["train"], before, after
+
+
+def select(e: m.Experience, rows: Tensor) -> m.Experience:
+    """Some rows, (N,) long or (B,) bool, of an experience."""
+    batch = m.Batch(*(v[rows] for v in e.batch))
+    return m.Experience(batch, e.completion[rows], e.unmask_step[rows], e.groups[rows], e.advantages[rows])
+
+
+def roll_out(run: m.Run, problems: list, model, step: int, sampler: tuple[int, int]) -> m.Experience:
+    """One batch of the training loop, but for completions whose EOS is not at the end, which `exact` cannot take."""
+    block_length, tokens_per_step = sampler
+    values = dict(block_length=block_length, tokens_per_step=tokens_per_step, beta=0.0, mu=1)
+    run.cfg = dataclasses.replace(run.cfg, **values)
+    e, _ = m.collect(run, model, model, None, problems, step, 0, lambda: None)
+    return select(e, e.completion.sum(1) == run.cfg.gen_length)
+
+
+# ---------------------------------------------------------------------------------------------
+# Exact and estimated
+# ---------------------------------------------------------------------------------------------
+
+
+def gradient(loss: Tensor, model) -> Tensor:
+    """d loss / d weights as one vector."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def exact(cfg: m.Config, model, e: m.Experience, order: str, with_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    """log p(o | c), (B,) float64; and, if asked for, the gradient of - mean of A log p / |o|. 16 rows at a time."""
+    values, total = [], torch.zeros(())
+    for rows in torch.arange(len(e.completion)).split(16):
+        part = select(e, rows)
+        see = lambda x: part.batch.attention.repeat_interleave(len(x) // len(part.completion), dim=0)
+        settings = {name: getattr(cfg, name) for name in ("block_length", "tokens_per_step", "temperature")}
+        with torch.set_grad_enabled(with_gradient):
+            denoise = lambda x, positions: model(x, see(x), positions)
+            log_p = log_likelihood(denoise, part.batch.x, part.completion, model.mask_id, order=order, **settings)
+        if with_gradient:
+            total = total + gradient(-(part.advantages / part.completion.sum(1) * log_p).sum(), model)
+        values.append(log_p.detach())
+    return torch.cat(values), total / len(e.completion)
+
+
+def estimate(cfg: m.Config, estimator: Estimator, before, after, e: m.Experience, mu: int, draw: int):
+    """(estimated log-ratios (B,), one gradient per inner update) of one draw of the masks."""
+    values = dict(remask=estimator.scheme, gamma=estimator.gamma, mu=mu, managed_randomness=False)
+    cfg = dataclasses.replace(cfg, **values)
+    ratios, gradients, lengths = [], [], e.completion.sum(1).float()
+    for j in range(1, mu + 1):
+        log_p, masks = m.remasked_log_probs(cfg, before, before, e, draw, j)
+        with torch.no_grad():
+            new, _ = m.remasked_log_probs(cfg, after, before, e, draw, j)
+        if estimator.inverse:
+            weight = inverse_weights(e.completion, masks)
+            log_p, new = log_p * weight, new * weight
+        ratios.append(m.sequence_ell(new - log_p.detach(), masks.t))
+        loss = m.policy_loss(
+            log_p, log_p.detach(), None, masks, e.advantages, lengths, ratio="sequence", clip=cfg.clip, beta=0.0
+        )
+        gradients.append(gradient(loss.loss, before))
+    return torch.stack(ratios).mean(0), gradients
+
+
+def inverse_weights(completion: Tensor, masks: remask.Remask) -> Tensor:
+    """What turns the 1/t of `fading_out` into 1 / P(this position is masked), (B, L); 0 where it is not scored."""
+    chance = 1 - remask.keep_probability(completion, masks.t)
+    return torch.where(masks.scored, masks.t[:, None] / chance.clamp(min=1e-9), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches -> figures
+# ---------------------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """One estimator on one batch: log-ratios exact (B,) and estimated (draws, B); cosines with the exact gradient of
+    the whole estimate (draws,) and of its single updates (draws * mu,)."""
+
+    exact: Tensor
+    estimated: Tensor
+    cosines: Tensor
+    single: Tensor
+
+
+FIGURES = {
+    "bias": lambda c: (c.estimated - c.exact).mean(),
+    "std": lambda c: c.estimated.var(0).mean().sqrt(),
+    "corr": lambda c: torch.corrcoef(torch.stack([c.exact.expand_as(c.estimated).flatten(), c.estimated.flatten()]))[
+        0, 1
+    ],
+    "slope": lambda c: FIGURES["corr"](c) * c.estimated.std() / c.exact.std(),
+    "cosine": lambda c: c.cosines.mean(),
+    "update": lambda c: c.single.mean(),
+}
+
+
+def figure(name: str, batches: list[Comparison]) -> tuple[float, float]:
+    """A figure over all batches, and half of its 95% interval: 500 bootstrap samples of whole batches."""
+    pooled = lambda parts: Comparison(*(torch.cat([part[i] for part in parts], dim=-1) for i in range(4)))
+    noise = remask.seeded(0)
+    picks = [torch.randint(len(batches), (len(batches),), generator=noise).tolist() for _ in range(500)]
+    values = torch.tensor([float(FIGURES[name](pooled([batches[i] for i in pick]))) for pick in picks])
+    low, high = values.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return float(FIGURES[name](pooled(batches))), (high - low) / 2
+
+
+def cell(name: str, batches: list[Comparison]) -> str:
+    """A figure and its interval, for a table."""
+    return "{:.2f} ± {:.2f}".format(*figure(name, batches))
+
+
+def table(head: list[str], rows: dict[str, list[str]]) -> None:
+    """A markdown table."""
+    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for name, cells in rows.items():
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# The tables and the picture
+# ---------------------------------------------------------------------------------------------
+
+
+class Audit:
+    """Comparisons by table: main {(estimator, K)}, gamma {(scheme, gamma)}, sampler {(estimator, sampler)}, each a
+    list with one entry per batch; near {(order, s): [std / s of each seed]}."""
+
+    def __init__(self):
+        self.main, self.gamma, self.sampler, self.near = {}, {}, {}, {}
+        for seed in SEEDS:
+            run, problems, before, after = policies(seed)
+            for batch in range(BATCHES):
+                see = Batch(run, problems, before, after, batch, (4, 1))
+                self.main.setdefault(("exact, random order", 0), []).append(see.other_order())
+                for name, estimator in ESTIMATORS.items():
+                    for mu in FORWARDS:
+                        self.main.setdefault((name, mu), []).append(see.compare(estimator, mu))
+                for scheme in ("uniform", "fading_out"):
+                    for gamma in GAMMAS:
+                        found = see.compare(Estimator(scheme, gamma), 4)
+                        self.gamma.setdefault((scheme, gamma), []).append(found)
+            for sampler in SAMPLERS:
+                see = Batch(run, problems, before, after, BATCHES, sampler)
+                for name in IN_SWEEP:
+                    self.sampler.setdefault((name, sampler), []).append(see.compare(ESTIMATORS[name], 4))
+            for key, value in closer(see.cfg, before, after, select(see.e, torch.arange(NEAR_ROWS))).items():
+                self.near.setdefault(key, []).append(value)
+
+
+class Batch:
+    """One batch of completions and what is exactly known of it; `batch` keys its problems and all its noise."""
+
+    def __init__(self, run, problems, before, after, batch: int, sampler: tuple[int, int]):
+        self.e, self.before, self.after, self.batch = (
+            roll_out(run, problems, before, batch, sampler),
+            before,
+            after,
+            batch,
+        )
+        self.cfg = run.cfg
+        self.ratio, self.gradient = self.exact("confident")
+        said = f"{len(self.e.completion)} completions, log-ratio {self.ratio.mean():.2f} ± {self.ratio.std():.2f} (std)"
+        print(f"# seed {run.cfg.seed}, blocks of {sampler[0]}, {sampler[1]} at once: {said}", flush=True)
+
+    def exact(self, order: str) -> tuple[Tensor, Tensor]:
+        """log-ratios (B,) and the policy gradient."""
+        old, policy_gradient = exact(self.cfg, self.before, self.e, order, with_gradient=True)
+        return exact(self.cfg, self.after, self.e, order)[0] - old, policy_gradient
+
+    def compare(self, estimator: Estimator, mu: int) -> Comparison:
+        """DRAWS estimates against the exact values."""
+        keys = [self.batch * DRAWS + d for d in range(DRAWS)]
+        draws = [estimate(self.cfg, estimator, self.before, self.after, self.e, mu, key) for key in keys]
+        whole = torch.stack([cosine(sum(gradients), self.gradient) for _, gradients in draws])
+        single = torch.stack([cosine(g, self.gradient) for _, gradients in draws for g in gradients])
+        return Comparison(self.ratio, torch.stack([ratio for ratio, _ in draws]).double(), whole, single)
+
+    def other_order(self) -> Comparison:
+        """The exact likelihood of random order as if it were an estimate."""
+        ratio, policy_gradient = self.exact("random")
+        cosines = cosine(policy_gradient, self.gradient).expand(1)
+        return Comparison(self.ratio, ratio.expand(2, -1), cosines, cosines)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cosine_similarity(a.float(), b.float(), dim=0)
+
+
+def closer(cfg, before, after, e) -> dict:
+    """Std over completions of the exact log-ratio, divided by s, to weights a share s of the way to `after`; in place.
+
+    Where log p is smooth it converges as s falls; a jump that stays makes it grow.
+    """
+    start = [p.detach().clone() for p in before.parameters()]
+    change = [p.detach() - q for p, q in zip(after.parameters(), start)]
+    old = {order: exact(cfg, before, e, order)[0] for order in ("confident", "random")}
+    found = {}
+    for s in SHARES:
+        with torch.no_grad():
+            for p, q, d in zip(after.parameters(), start, change):
+                p.copy_(q + s * d)
+        for order, log_p in old.items():
+            found[order, s] = float((exact(cfg, after, e, order)[0] - log_p).std()) / s
+    return found
+
+
+def main() -> None:
+    audit = Audit()
+    print("\nCosine with the exact policy gradient, after K forwards")
+    rows = {name: [cell("update", audit.main[name, 4])] for name in ESTIMATORS}
+    rows = {name: row + [cell("cosine", audit.main[name, mu]) for mu in FORWARDS] for name, row in rows.items()}
+    table(["", "update", *(f"K = {mu}" for mu in FORWARDS)], rows)
+    names = ("bias", "std", "corr", "slope")
+    for mu in FORWARDS:
+        print(f"\nLog-ratio, nats, from K = {mu} forwards")
+        table(["", *names], {n: [cell(f, audit.main[n, mu]) for f in names] for n in ESTIMATORS})
+    exactly = audit.main["exact, random order", 0]
+    print("\nThe exact log-ratio and gradient of random order against those of most-confident-first")
+    table(["", *names, "cosine"], {"random order": [cell(f, exactly) for f in (*names, "cosine")]})
+    print("\nCosine over gamma, K = 4 (one update)")
+    both = lambda batches: f"{figure('cosine', batches)[0]:.2f} ({figure('update', batches)[0]:.2f})"
+    rows = {s: [both(audit.gamma[s, g]) for g in GAMMAS] for s in ("uniform", "fading_out")}
+    table(["", *(f"gamma {g}" for g in GAMMAS)], rows)
+    print("\nCosine over the sampler, block length / tokens per step, K = 4 (one update)")
+    rows = {n: [both(audit.sampler[n, sampler]) for sampler in SAMPLERS] for n in IN_SWEEP}
+    table(["", *("{} / {}".format(*sampler) for sampler in SAMPLERS)], rows)
+    print("\nStd of the exact log-ratio over s, to weights a share s of the way to the second policy, by seed")
+    spread = lambda values: " ".join(f"{v:.2f}" for v in values)
+    rows = {order: [spread(audit.near[order, s]) for s in SHARES] for order in ("random", "confident")}
+    table(["", *(f"s = {s:g}" for s in SHARES)], rows)
+    if not QUICK:
+        draw(audit)
+
+
+def draw(audit: Audit) -> None:
+    """assets/estimator_audit.png: the cosine over forwards, and over gamma."""
+    import matplotlib.pyplot as plt
+
+    figure_, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2))
+    for i, name in enumerate(ESTIMATORS):
+        points = [figure("cosine", audit.main[name, mu]) for mu in FORWARDS]
+        x = [mu * 1.03 ** (i - len(ESTIMATORS) / 2) for mu in FORWARDS]  # side by side
+        left.errorbar(x, *zip(*points), marker=".", lw=1.2, capsize=2, label=name, color=f"C{i}")
+    left.set(xscale="log", xticks=FORWARDS, xticklabels=FORWARDS, xlabel="forwards, one per inner update")
+    left.set(ylabel="cosine with the exact policy gradient")
+    left.minorticks_off()
+    for scheme, colour in (("uniform", "C3"), ("fading_out", "C5")):
+        points = [figure("cosine", audit.gamma[scheme, gamma]) for gamma in GAMMAS]
+        right.errorbar(GAMMAS, *zip(*points), marker=".", lw=1.2, capsize=2, color=colour)
+    right.set(xlabel="gamma (4 forwards)")
+    for ax in (left, right):
+        ax.set_ylim(0, 1.02)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure_.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0.0))
+    figure_.savefig("assets/estimator_audit.png", dpi=150, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
