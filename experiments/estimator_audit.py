@@ -44,11 +44,14 @@ FLAGS += " --base_steps 50 --batch_size 16" if QUICK else ""
 
 
 class Estimator(NamedTuple):
-    """A scheme of remask.py and its gamma; inverse: weights of 1 / (each position's own probability) instead of 1/t."""
+    """A scheme of remask.py and its gamma; inverse: weights of 1 / (each position's own probability) instead of 1/t;
+    ratio: of policy_loss; managed: one mask noise for a group."""
 
     scheme: str
     gamma: float = 0.0
     inverse: bool = False
+    ratio: str = "sequence"
+    managed: bool = False
 
 
 ESTIMATORS = {
@@ -62,6 +65,7 @@ ESTIMATORS = {
     "trace (TraceRL)": Estimator("trace"),
     "trace, rotated": Estimator("rotated_trace"),
 }
+VARIANTS = {"token": dict(ratio="token"), "managed": dict(managed=True)}
 IN_SWEEP = ("full mask, clean prompt", "random, gamma .6", "AR, gamma 0", "AR, gamma .6 (MaskGRPO)", "trace, rotated")
 
 
@@ -125,7 +129,7 @@ def exact(cfg: m.Config, model, e: m.Experience, order: str, with_gradient: bool
 
 def estimate(cfg: m.Config, estimator: Estimator, before, after, e: m.Experience, mu: int, draw: int):
     """(estimated log-ratios (B,), one gradient per inner update) of one draw of the masks."""
-    values = dict(remask=estimator.scheme, gamma=estimator.gamma, mu=mu, managed_randomness=False)
+    values = dict(remask=estimator.scheme, gamma=estimator.gamma, mu=mu, managed_randomness=estimator.managed)
     cfg = dataclasses.replace(cfg, **values)
     ratios, gradients, lengths = [], [], e.completion.sum(1).float()
     for j in range(1, mu + 1):
@@ -136,9 +140,8 @@ def estimate(cfg: m.Config, estimator: Estimator, before, after, e: m.Experience
             weight = inverse_weights(e.completion, masks)
             log_p, new = log_p * weight, new * weight
         ratios.append(m.sequence_ell(new - log_p.detach(), masks.t))
-        loss = m.policy_loss(
-            log_p, log_p.detach(), None, masks, e.advantages, lengths, ratio="sequence", clip=cfg.clip, beta=0.0
-        )
+        terms = (log_p, log_p.detach(), None, masks, e.advantages, lengths)
+        loss = m.policy_loss(*terms, ratio=estimator.ratio, clip=cfg.clip, beta=0.0)
         gradients.append(gradient(loss.loss, before))
     return torch.stack(ratios).mean(0), gradients
 
@@ -203,30 +206,36 @@ def table(head: list[str], rows: dict[str, list[str]]) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-class Audit:
-    """Comparisons by table: main {(estimator, K)}, gamma {(scheme, gamma)}, sampler {(estimator, sampler)}, each a
-    list with one entry per batch; near {(order, s): [std / s of each seed]}."""
-
-    def __init__(self):
-        self.main, self.gamma, self.sampler, self.near = {}, {}, {}, {}
-        for seed in SEEDS:
-            run, problems, before, after = policies(seed)
-            for batch in range(BATCHES):
-                see = Batch(run, problems, before, after, batch, (4, 1))
-                self.main.setdefault(("exact, random order", 0), []).append(see.other_order())
-                for name, estimator in ESTIMATORS.items():
-                    for mu in FORWARDS:
-                        self.main.setdefault((name, mu), []).append(see.compare(estimator, mu))
-                for scheme in ("uniform", "fading_out"):
-                    for gamma in GAMMAS:
-                        found = see.compare(Estimator(scheme, gamma), 4)
-                        self.gamma.setdefault((scheme, gamma), []).append(found)
-            for sampler in SAMPLERS:
-                see = Batch(run, problems, before, after, BATCHES, sampler)
-                for name in IN_SWEEP:
-                    self.sampler.setdefault((name, sampler), []).append(see.compare(ESTIMATORS[name], 4))
-            for key, value in closer(see.cfg, before, after, select(see.e, torch.arange(NEAR_ROWS))).items():
-                self.near.setdefault(key, []).append(value)
+def audit(seed: int) -> dict:
+    """The comparisons of a seed, kept in its run directory: (table, row, column) -> one Comparison per batch; and
+    ("near", order, s) -> what `closer` finds."""
+    run, problems, before, after = policies(seed)
+    file = Path(run.cfg.output_dir) / "audit.pt"
+    if file.is_file():
+        return {
+            key: [Comparison(*c) for c in found] if key[0] != "near" else found
+            for key, found in torch.load(file).items()
+        }
+    found = {}
+    add = lambda *key, value: found.setdefault(key, []).append(value)
+    for batch in range(BATCHES):
+        see = Batch(run, problems, before, after, batch, (4, 1))
+        add("order", "random order", 0, value=see.other_order())
+        for name, estimator in ESTIMATORS.items():
+            for mu in FORWARDS:
+                add("main", name, mu, value=see.compare(estimator, mu))
+            for variant, change in VARIANTS.items():
+                add("variant", name, variant, value=see.compare(estimator._replace(**change), 4))
+        for scheme in ("uniform", "fading_out"):
+            for gamma in GAMMAS:
+                add("gamma", scheme, gamma, value=see.compare(Estimator(scheme, gamma), 4))
+    for sampler in SAMPLERS:
+        see = Batch(run, problems, before, after, BATCHES, sampler)
+        for name in IN_SWEEP:
+            add("sampler", name, sampler, value=see.compare(ESTIMATORS[name], 4))
+    found |= closer(run, problems, before, after)
+    torch.save({key: list(map(tuple, v)) if key[0] != "near" else v for key, v in found.items()}, file)
+    return found
 
 
 class Batch:
@@ -268,66 +277,71 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.cosine_similarity(a.float(), b.float(), dim=0)
 
 
-def closer(cfg, before, after, e) -> dict:
-    """Std over completions of the exact log-ratio, divided by s, to weights a share s of the way to `after`; in place.
-
-    Where log p is smooth it converges as s falls; a jump that stays makes it grow.
+def closer(run, problems, before, after) -> dict:
+    """{("near", order, s): std over completions of the exact log-ratio, divided by s}, to weights a share s of the way
+    to `after`, which is changed in place. Where log p is smooth it converges as s falls; a jump lets it grow.
     """
+    e = select(roll_out(run, problems, before, BATCHES, (4, 1)), torch.arange(NEAR_ROWS))
     start = [p.detach().clone() for p in before.parameters()]
     change = [p.detach() - q for p, q in zip(after.parameters(), start)]
-    old = {order: exact(cfg, before, e, order)[0] for order in ("confident", "random")}
+    old = {order: exact(run.cfg, before, e, order)[0] for order in ("random", "confident")}
     found = {}
     for s in SHARES:
         with torch.no_grad():
             for p, q, d in zip(after.parameters(), start, change):
                 p.copy_(q + s * d)
         for order, log_p in old.items():
-            found[order, s] = float((exact(cfg, after, e, order)[0] - log_p).std()) / s
+            found["near", order, s] = [float((exact(run.cfg, after, e, order)[0] - log_p).std()) / s]
     return found
 
 
 def main() -> None:
-    audit = Audit()
-    print("\nCosine with the exact policy gradient, after K forwards")
-    rows = {name: [cell("update", audit.main[name, 4])] for name in ESTIMATORS}
-    rows = {name: row + [cell("cosine", audit.main[name, mu]) for mu in FORWARDS] for name, row in rows.items()}
-    table(["", "update", *(f"K = {mu}" for mu in FORWARDS)], rows)
+    found: dict = {}
+    for seed in SEEDS:
+        for key, values in audit(seed).items():
+            found.setdefault(key, []).extend(values)
     names = ("bias", "std", "corr", "slope")
+    print("\nCosine with the exact policy gradient: of one update of 4, and of K")
+    rows = {n: [cell("update", found["main", n, 4])] for n in ESTIMATORS}
+    rows = {n: row + [cell("cosine", found["main", n, mu]) for mu in FORWARDS] for n, row in rows.items()}
+    table(["", "one of 4", *(f"K = {mu}" for mu in FORWARDS)], rows)
+    print("\nThe same at K = 4: with other losses, or one mask noise for a group")
+    pairs = {n: {"sequence": found["main", n, 4]} | {v: found["variant", n, v] for v in VARIANTS} for n in ESTIMATORS}
+    table(["", "sequence", *VARIANTS], {n: [cell("cosine", c) for c in row.values()] for n, row in pairs.items()})
     for mu in FORWARDS:
         print(f"\nLog-ratio, nats, from K = {mu} forwards")
-        table(["", *names], {n: [cell(f, audit.main[n, mu]) for f in names] for n in ESTIMATORS})
-    exactly = audit.main["exact, random order", 0]
+        table(["", *names], {n: [cell(f, found["main", n, mu]) for f in names] for n in ESTIMATORS})
     print("\nThe exact log-ratio and gradient of random order against those of most-confident-first")
+    exactly = found["order", "random order", 0]
     table(["", *names, "cosine"], {"random order": [cell(f, exactly) for f in (*names, "cosine")]})
-    print("\nCosine over gamma, K = 4 (one update)")
     both = lambda batches: f"{figure('cosine', batches)[0]:.2f} ({figure('update', batches)[0]:.2f})"
-    rows = {s: [both(audit.gamma[s, g]) for g in GAMMAS] for s in ("uniform", "fading_out")}
+    print("\nCosine over gamma, K = 4 (one update)")
+    rows = {s: [both(found["gamma", s, g]) for g in GAMMAS] for s in ("uniform", "fading_out")}
     table(["", *(f"gamma {g}" for g in GAMMAS)], rows)
     print("\nCosine over the sampler, block length / tokens per step, K = 4 (one update)")
-    rows = {n: [both(audit.sampler[n, sampler]) for sampler in SAMPLERS] for n in IN_SWEEP}
+    rows = {n: [both(found["sampler", n, sampler]) for sampler in SAMPLERS] for n in IN_SWEEP}
     table(["", *("{} / {}".format(*sampler) for sampler in SAMPLERS)], rows)
     print("\nStd of the exact log-ratio over s, to weights a share s of the way to the second policy, by seed")
-    spread = lambda values: " ".join(f"{v:.2f}" for v in values)
-    rows = {order: [spread(audit.near[order, s]) for s in SHARES] for order in ("random", "confident")}
+    rows = {o: [" ".join(f"{v:.2f}" for v in found["near", o, s]) for s in SHARES] for o in ("random", "confident")}
     table(["", *(f"s = {s:g}" for s in SHARES)], rows)
     if not QUICK:
-        draw(audit)
+        draw(found)
 
 
-def draw(audit: Audit) -> None:
+def draw(found: dict) -> None:
     """assets/estimator_audit.png: the cosine over forwards, and over gamma."""
     import matplotlib.pyplot as plt
 
     figure_, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2))
     for i, name in enumerate(ESTIMATORS):
-        points = [figure("cosine", audit.main[name, mu]) for mu in FORWARDS]
+        points = [figure("cosine", found["main", name, mu]) for mu in FORWARDS]
         x = [mu * 1.03 ** (i - len(ESTIMATORS) / 2) for mu in FORWARDS]  # side by side
         left.errorbar(x, *zip(*points), marker=".", lw=1.2, capsize=2, label=name, color=f"C{i}")
     left.set(xscale="log", xticks=FORWARDS, xticklabels=FORWARDS, xlabel="forwards, one per inner update")
     left.set(ylabel="cosine with the exact policy gradient")
     left.minorticks_off()
     for scheme, colour in (("uniform", "C3"), ("fading_out", "C5")):
-        points = [figure("cosine", audit.gamma[scheme, gamma]) for gamma in GAMMAS]
+        points = [figure("cosine", found["gamma", scheme, gamma]) for gamma in GAMMAS]
         right.errorbar(GAMMAS, *zip(*points), marker=".", lw=1.2, capsize=2, color=colour)
     right.set(xlabel="gamma (4 forwards)")
     for ax in (left, right):
