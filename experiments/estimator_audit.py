@@ -97,7 +97,7 @@ def roll_out(run: m.Run, problems: list, model, step: int, sampler: tuple[int, i
     block_length, tokens_per_step = sampler
     values = dict(block_length=block_length, tokens_per_step=tokens_per_step, beta=0.0, mu=1)
     run.cfg = dataclasses.replace(run.cfg, **values)
-    e, _ = m.collect(run, model, model, None, problems, step, 0, lambda: None)
+    e, _ = m.collect(run, model, model, None, problems, 1000 + step, 0, lambda: None)  # RL has seen steps 0 to 9
     return select(e, e.completion.sum(1) == run.cfg.gen_length)
 
 
@@ -300,6 +300,13 @@ def main() -> None:
     for seed in SEEDS:
         for key, values in audit(seed).items():
             found.setdefault(key, []).extend(values)
+    report(found)
+    if not QUICK:
+        draw(found)
+
+
+def report(found: dict) -> None:
+    """All tables."""
     names = ("bias", "std", "corr", "slope")
     print("\nCosine with the exact policy gradient: of one update of 4, and of K")
     rows = {n: [cell("update", found["main", n, 4])] for n in ESTIMATORS}
@@ -324,8 +331,6 @@ def main() -> None:
     print("\nStd of the exact log-ratio over s, to weights a share s of the way to the second policy, by seed")
     rows = {o: [" ".join(f"{v:.2f}" for v in found["near", o, s]) for s in SHARES] for o in ("random", "confident")}
     table(["", *(f"s = {s:g}" for s in SHARES)], rows)
-    if not QUICK:
-        draw(found)
 
 
 def draw(found: dict) -> None:
