@@ -18,6 +18,7 @@ the mean over its K inner updates:
 """
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,18 +56,18 @@ class Estimator(NamedTuple):
 
 
 ESTIMATORS = {
-    "diffu-GRPO (`full`)": Estimator("full"),
-    "full mask, clean prompt": Estimator("uniform", 1.0),
-    "random, (0, 1)": Estimator("whole_range"),
+    "full: diffu-GRPO": Estimator("full"),
+    "full, clean prompt": Estimator("uniform", 1.0),
+    "random (0, 1): UniGRPO": Estimator("whole_range"),
     "random, gamma .6": Estimator("uniform", 0.6),
     "AR, gamma 0": Estimator("fading_out", 0.0),
-    "AR, gamma .6 (MaskGRPO)": Estimator("fading_out", 0.6),
+    "AR, gamma .6: MaskGRPO": Estimator("fading_out", 0.6),
     "AR, gamma .6, inverse": Estimator("fading_out", 0.6, inverse=True),
-    "trace (TraceRL)": Estimator("trace"),
+    "trace: TraceRL": Estimator("trace"),
     "trace, rotated": Estimator("rotated_trace"),
 }
 VARIANTS = {"token": dict(ratio="token"), "managed": dict(managed=True)}
-IN_SWEEP = ("full mask, clean prompt", "random, gamma .6", "AR, gamma 0", "AR, gamma .6 (MaskGRPO)", "trace, rotated")
+IN_SWEEP = ("full, clean prompt", "random, gamma .6", "AR, gamma 0", "AR, gamma .6: MaskGRPO", "trace, rotated")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,9 +171,7 @@ class Comparison(NamedTuple):
 FIGURES = {
     "bias": lambda c: (c.estimated - c.exact).mean(),
     "std": lambda c: c.estimated.var(0).mean().sqrt(),
-    "corr": lambda c: torch.corrcoef(torch.stack([c.exact.expand_as(c.estimated).flatten(), c.estimated.flatten()]))[
-        0, 1
-    ],
+    "corr": lambda c: torch.corrcoef(torch.stack([c.exact.repeat(len(c.estimated)), c.estimated.flatten()]))[0, 1],
     "slope": lambda c: FIGURES["corr"](c) * c.estimated.std() / c.exact.std(),
     "cosine": lambda c: c.cosines.mean(),
     "update": lambda c: c.single.mean(),
@@ -190,8 +189,8 @@ def figure(name: str, batches: list[Comparison]) -> tuple[float, float]:
 
 
 def cell(name: str, batches: list[Comparison]) -> str:
-    """A figure and its interval, for a table."""
-    return "{:.2f} ± {:.2f}".format(*figure(name, batches))
+    """A figure and its interval, for a table of 80 columns."""
+    return re.sub(r"\b0\.", ".", "{:.2f} ±{:.2f}".format(*figure(name, batches)))
 
 
 def table(head: list[str], rows: dict[str, list[str]]) -> None:
@@ -219,7 +218,7 @@ def audit(seed: int) -> dict:
     found = {}
     add = lambda *key, value: found.setdefault(key, []).append(value)
     for batch in range(BATCHES):
-        see = Batch(run, problems, before, after, batch, (4, 1))
+        see = Truth(run, problems, before, after, batch, (4, 1))
         add("order", "random order", 0, value=see.other_order())
         for name, estimator in ESTIMATORS.items():
             for mu in FORWARDS:
@@ -230,7 +229,7 @@ def audit(seed: int) -> dict:
             for gamma in GAMMAS:
                 add("gamma", scheme, gamma, value=see.compare(Estimator(scheme, gamma), 4))
     for sampler in SAMPLERS:
-        see = Batch(run, problems, before, after, BATCHES, sampler)
+        see = Truth(run, problems, before, after, BATCHES, sampler)
         for name in IN_SWEEP:
             add("sampler", name, sampler, value=see.compare(ESTIMATORS[name], 4))
     found |= closer(run, problems, before, after)
@@ -238,17 +237,12 @@ def audit(seed: int) -> dict:
     return found
 
 
-class Batch:
-    """One batch of completions and what is exactly known of it; `batch` keys its problems and all its noise."""
+class Truth:
+    """One batch of completions with their exact log-ratios (B,) and policy gradient; `batch` keys all their noise."""
 
     def __init__(self, run, problems, before, after, batch: int, sampler: tuple[int, int]):
-        self.e, self.before, self.after, self.batch = (
-            roll_out(run, problems, before, batch, sampler),
-            before,
-            after,
-            batch,
-        )
-        self.cfg = run.cfg
+        self.e, self.cfg = roll_out(run, problems, before, batch, sampler), run.cfg
+        self.before, self.after, self.batch = before, after, batch
         self.ratio, self.gradient = self.exact("confident")
         said = f"{len(self.e.completion)} completions, log-ratio {self.ratio.mean():.2f} ± {self.ratio.std():.2f} (std)"
         print(f"# seed {run.cfg.seed}, blocks of {sampler[0]}, {sampler[1]} at once: {said}", flush=True)
@@ -274,6 +268,7 @@ class Batch:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Of two vectors, a scalar."""
     return torch.cosine_similarity(a.float(), b.float(), dim=0)
 
 
