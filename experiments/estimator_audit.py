@@ -179,10 +179,10 @@ FIGURES = {
 
 
 def figure(name: str, batches: list[Comparison]) -> tuple[float, float]:
-    """A figure over all batches, and half of its 95% interval: 500 bootstrap samples of whole batches."""
+    """A figure over all batches, and half of its 95% interval: 100 bootstrap samples of whole batches."""
     pooled = lambda parts: Comparison(*(torch.cat([part[i] for part in parts], dim=-1) for i in range(4)))
     noise = remask.seeded(0)
-    picks = [torch.randint(len(batches), (len(batches),), generator=noise).tolist() for _ in range(500)]
+    picks = [torch.randint(len(batches), (len(batches),), generator=noise).tolist() for _ in range(100)]
     values = torch.tensor([float(FIGURES[name](pooled([batches[i] for i in pick]))) for pick in picks])
     low, high = values.quantile(torch.tensor([0.025, 0.975])).tolist()
     return float(FIGURES[name](pooled(batches))), (high - low) / 2
