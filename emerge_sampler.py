@@ -7,10 +7,21 @@ A sampler here takes a callable `denoise(x, positions) -> logits` and knows noth
     logits     (N, V) float       predictions at the N True positions, in row-major order
 
 Logits are computed only where they are read: a 126k-word head over every position is what runs out
-of memory. `semi_autoregressive` is the text rollout of LLaDA, d1 and MaskGRPO: the completion is
-filled block by block from left to right and, inside a block, k tokens per step, most confident first.
+of memory. Three samplers share one loop, `fill`, and differ in where they read and what they reveal:
 
-Departures from LLaDA's generate.py
+    semi_autoregressive   text, of LLaDA, d1 and MaskGRPO: block by block from left to right and, inside
+                          a block, k tokens per step, most confident first
+    emerge                images, MaskGRPO's Alg. 4: every masked token emerges by itself, with the
+                          probability that the schedule gives it, and is drawn from the model
+    maskgit               images, what the paper compares with: a fixed number per step, most confident
+                          first, with Gumbel noise that is annealed
+
+    symbol     shape     meaning
+    t, s       float     time before and after a step, 1 -> 0; 1: all is masked
+    alpha_t    float     share of tokens that are visible at time t
+    pi, q_s    (N, V), (N, V + 1)   the model's distribution; Alg. 4's, whose last outcome is "stays masked"
+
+Departures from LLaDA's generate.py, and from the paper's and MMaDA's code
  1. Noise is drawn per row from a generator of that row, in float64, only at the positions read. A
     row's tokens depend neither on its batch nor on the number of processes. (In bf16, Gumbel noise
     makes a 70% token win 99.6% of the time; float32 still cuts the tail off, arXiv 2409.02908.)
@@ -19,15 +30,19 @@ Departures from LLaDA's generate.py
  3. What lies behind a row's first revealed EOS is not decoded any more: it stays masked while the row
     is finished, is never read, and is returned as the pad token with step -1.
  4. `eos_last=True` lets EOS wait until the rest of its block is filled, against "EOS flooding".
+ 5. q_s is Alg. 4's, normalised. The official code weighs k_s / k_t against probs (k_t - k_s), which do
+    not sum to 1, and leaves a third of the tokens to the last step whatever the number of steps.
 
-    python emerge_sampler.py    # parallel decoding on a distribution known in closed form
+    python emerge_sampler.py    # the three samplers on distributions known in closed form
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -77,15 +92,16 @@ def confidence_of(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
 
-def most_confident(confidence: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """The k most confident candidates of each row, (B, L) bool; fewer where a row has fewer. Ties go to the left.
+def most_confident(confidence: Tensor, candidates: Tensor, k: int | Tensor) -> Tensor:
+    """The k most confident candidates of each row, (B, L) bool, of ties the leftmost; fewer where a row has fewer.
 
-    confidence (N,) float belongs to the N True positions of candidates (B, L), row-major.
+    confidence (N,) float belongs to the N True positions of candidates (B, L), row-major; k int, or (B, 1) long.
     """
     score = torch.full(candidates.shape, -torch.inf, device=candidates.device)
     score[candidates] = confidence.float()
-    best = score.argsort(dim=1, descending=True, stable=True)[:, :k]  # (B, k); topk breaks ties by a row's width
-    return torch.zeros_like(candidates).scatter_(1, best, True) & candidates
+    best = score.sort(dim=1, descending=True, stable=True).indices  # (B, L)
+    first_k = (torch.arange(best.shape[1], device=best.device) < k).expand_as(best)
+    return torch.zeros_like(candidates).scatter_(1, best, first_k) & candidates
 
 
 def through_eos(x: Tensor, completion: Tensor, eos_ids: Sequence[int]) -> Tensor:
@@ -94,21 +110,64 @@ def through_eos(x: Tensor, completion: Tensor, eos_ids: Sequence[int]) -> Tensor
     return completion & (eos.cumsum(1) - eos.long() == 0)  # no EOS strictly before
 
 
-def guided(denoise: Denoise, unconditional: Callable[[Tensor], Tensor], scale: float) -> Denoise:
-    """Classifier-free guidance as a `denoise`: l_u + (1 + scale)(l_c - l_u); scale 0 is no guidance.
-
-    `unconditional(x)` returns x with its prompt hidden. Two calls of the same batch, so that whatever
-    `denoise` closes over (an attention mask, say) fits both.
-    """
+def guided(conditional: Denoise, unconditional: Denoise, scale: float) -> Denoise:
+    """Classifier-free guidance as a `denoise`: l_u + (1 + scale)(l_c - l_u); scale 0 is no guidance, and one call."""
     if scale == 0:
-        return denoise
+        return conditional
 
     def call(x: Tensor, positions: Tensor) -> Tensor:
-        conditional, free = denoise(x, positions), denoise(unconditional(x), positions)
+        c, u = conditional(x, positions), unconditional(x, positions)
         # a token forbidden by a logit of -inf stays forbidden: -inf - -inf would be nan
-        return torch.where(conditional.isneginf(), conditional, free + (1 + scale) * (conditional - free))
+        return torch.where(c.isneginf(), c, u + (1 + scale) * (c - u))
 
     return call
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop of all samplers
+# ---------------------------------------------------------------------------------------------
+
+Read = Callable[[Tensor], Tensor]  # what is unfinished (B, L) bool -> the candidates among it (B, L) bool
+# (step counted from 0, logits (N, V), candidates) -> tokens (N,) long, and which of them to keep (B, L) bool
+Step = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+alone = lambda finished: finished  # one process need not ask the others
+
+
+@torch.no_grad()
+def fill(
+    denoise: Denoise,
+    x: Tensor,
+    completion: Tensor,
+    read: Read,
+    step: Step,
+    *,
+    eos_ids: Sequence[int] = (),
+    pad_id: int = 0,
+    first_id: int = 0,
+    everyone: Callable[[bool], bool] = alone,
+) -> Rollout:
+    """Predict, draw, keep some, until the masked completion of x (B, L) long is full; completion (B, L) bool.
+
+    Every process makes the same number of forwards, so that sharded models cannot hang: before each one
+    `everyone(finished)` is asked, and answers whether all processes have finished. A completion may start
+    anywhere in a row, and have gaps. eos_ids may be empty: then nothing ends early. first_id: the token that
+    the first column of the logits stands for.
+    """
+    x, masked = x.clone(), completion.clone()
+    unmask_step = torch.full_like(x, -1)
+    forwards = 0
+    while True:
+        unfinished = masked & through_eos(x, completion, eos_ids)  # what still has to be decoded, (B, L)
+        if everyone(not bool(unfinished.any())):
+            break
+        candidates = read(unfinished)
+        tokens, reveal = step(forwards, denoise(x, candidates), candidates)
+        x[reveal] = tokens[reveal[candidates]] + first_id
+        unmask_step[reveal] = forwards
+        masked &= ~reveal
+        forwards += 1
+    tail = completion & ~through_eos(x, completion, eos_ids)  # still masked, or revealed together with the EOS
+    return Rollout(x.masked_fill(tail, pad_id), unmask_step.masked_fill(tail, -1), forwards)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -116,7 +175,6 @@ def guided(denoise: Denoise, unconditional: Callable[[Tensor], Tensor], scale: f
 # ---------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def semi_autoregressive(
     denoise: Denoise,
     x: Tensor,
@@ -129,39 +187,116 @@ def semi_autoregressive(
     eos_ids: Sequence[int],
     pad_id: int,
     eos_last: bool = False,
-    everyone: Callable[[bool], bool] = lambda finished: finished,
+    everyone: Callable[[bool], bool] = alone,
 ) -> Rollout:
-    """Fill the masked completion of x (B, L) long block by block; completion (B, L) bool.
+    """Fill the masked completion of x (B, L) long block by block; completion (B, L) bool; `fill` has the rest.
 
-    A row takes ceil(block_length / k) forwards per block, until it has ended. Every process makes the same
-    number, so that sharded models cannot hang: before each one `everyone(finished)` is asked, and answers
-    whether all processes have finished. A completion may start anywhere in a row, and have gaps. eos_ids
-    may be empty: then nothing ends early.
+    A row takes ceil(block_length / k) forwards per block, until it has ended.
     """
-    x, masked = x.clone(), completion.clone()
-    unmask_step = torch.full_like(x, -1)
     block = torch.where(completion, (completion.cumsum(1) - 1) // block_length, -1)  # (B, L)
-    forwards = 0
-    while True:
-        unfinished = masked & through_eos(x, completion, eos_ids)  # what still has to be decoded, (B, L)
-        if everyone(not bool(unfinished.any())):
-            break
-        current = block.masked_fill(~unfinished, x.shape[1]).amin(1, keepdim=True)  # each row's block, (B, 1)
-        candidates = unfinished & (block == current)
-        logits = denoise(x, candidates)  # (N, V)
+
+    def read(unfinished: Tensor) -> Tensor:
+        return unfinished & (block == block.masked_fill(~unfinished, x.shape[1]).amin(1, keepdim=True))
+
+    def step(n: int, logits: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         noise = exponential_noise(candidates, logits.shape[-1], generator) if temperature > 0 else None
         tokens = draw(logits, temperature, noise)
         confidence = confidence_of(logits, tokens)
         if eos_last:
             is_eos = torch.isin(tokens, torch.tensor(list(eos_ids), device=x.device))
             confidence = confidence - 1e4 * is_eos  # behind every other token of the block
-        reveal = most_confident(confidence, candidates, tokens_per_step)
-        x[reveal] = tokens[reveal[candidates]]
-        unmask_step[reveal] = forwards
-        masked &= ~reveal
-        forwards += 1
-    tail = completion & ~through_eos(x, completion, eos_ids)  # still masked, or revealed together with the EOS
-    return Rollout(x.masked_fill(tail, pad_id), unmask_step.masked_fill(tail, -1), forwards)
+        return tokens, most_confident(confidence, candidates, tokens_per_step)
+
+    return fill(denoise, x, completion, read, step, eos_ids=eos_ids, pad_id=pad_id, everyone=everyone)
+
+
+# ---------------------------------------------------------------------------------------------
+# Images: emerge (Alg. 4) and MaskGIT, over all of the completion at once
+# ---------------------------------------------------------------------------------------------
+
+# alpha_t, the share of visible tokens, of the time t that falls from 1 to 0. Cosine reveals few at first.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda t: 1 - math.sin(math.pi / 2 * t),
+    "linear": lambda t: 1 - t,
+}
+
+
+def alphas(schedule: str, n: int, steps: int) -> tuple[float, float]:
+    """(alpha_t, alpha_s) of step n = 0 ... steps - 1; the last step's alpha_s is 1 exactly."""
+    alpha = SCHEDULES[schedule]
+    return alpha(1 - n / steps), alpha(1 - (n + 1) / steps) if n + 1 < steps else 1.0
+
+
+def emerge_probabilities(pi: Tensor, alpha_t: float, alpha_s: float) -> Tensor:
+    """Alg. 4: q_s = (alpha_s - alpha_t) / (1 - alpha_t) pi + delta_m (1 - alpha_s) / (1 - alpha_t).
+
+    pi (N, V) float -> (N, V + 1) of the same dtype, rows summing to 1; the last column is m, "stays masked".
+    """
+    stays = (1 - alpha_s) / (1 - alpha_t)
+    return torch.cat([(1 - stays) * pi, pi.new_full((len(pi), 1), stays)], dim=-1)
+
+
+def emerge_step(logits: Tensor, alpha_t: float, alpha_s: float, temperature: float, noise: Tensor):
+    """One step of Alg. 4: (tokens (N,) long, emerged (N,) bool), drawn from q_s; logits (N, V), noise (N, V + 1)."""
+    pi = (logits.to(noise.dtype) / temperature).softmax(-1)  # float64: see departure 1
+    outcome = draw(emerge_probabilities(pi, alpha_t, alpha_s).log(), 1.0, noise)
+    return outcome, outcome < logits.shape[-1]
+
+
+def maskgit_step(logits: Tensor, candidates: Tensor, kept: Tensor, temperature: float, gumbel: float, noise: Tensor):
+    """One step of MaskGIT: (tokens (N,) long, reveal (B, L) bool). Of each row's candidates all but `kept` (B, 1) long
+    are revealed, at least one, those of the highest log pi(token) + gumbel x Gumbel noise; noise (N, V + 1)."""
+    tokens = draw(logits, temperature, noise[:, :-1])
+    confidence = confidence_of(logits, tokens) - gumbel * noise[:, -1].log()
+    return tokens, most_confident(confidence, candidates, (candidates.sum(1, keepdim=True) - kept).clamp(min=1))
+
+
+def emerge(
+    denoise: Denoise,
+    x: Tensor,
+    completion: Tensor,
+    *,
+    steps: int,
+    schedule: str,
+    temperature: float,
+    generator: Noise,
+    first_id: int = 0,
+    everyone: Callable[[bool], bool] = alone,
+) -> Rollout:
+    """Fill the completion in at most `steps` forwards by Alg. 4: each token emerges by itself, the last step reveals
+    the rest. schedule: a row of SCHEDULES; temperature > 0; `fill` has the rest."""
+
+    def step(n: int, logits: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        noise = exponential_noise(candidates, logits.shape[-1] + 1, generator)
+        tokens, emerged = emerge_step(logits, *alphas(schedule, n, steps), temperature, noise)
+        return tokens, candidates.masked_scatter(candidates, emerged)
+
+    return fill(denoise, x, completion, lambda unfinished: unfinished, step, first_id=first_id, everyone=everyone)
+
+
+def maskgit(
+    denoise: Denoise,
+    x: Tensor,
+    completion: Tensor,
+    *,
+    steps: int,
+    schedule: str,
+    temperature: float,
+    generator: Noise,
+    gumbel: float = 4.5,
+    first_id: int = 0,
+    everyone: Callable[[bool], bool] = alone,
+) -> Rollout:
+    """Fill the completion in at most `steps` forwards as MaskGIT does: after step n, floor((1 - alpha_s) |o|) tokens
+    are still masked. gumbel: of the choice, falls linearly to 0 (MaskGIT has 4.5); the rest as in `emerge`."""
+    length = completion.sum(1, keepdim=True)  # |o|, (B, 1)
+
+    def step(n: int, logits: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        noise = exponential_noise(candidates, logits.shape[-1] + 1, generator)
+        kept = ((1 - alphas(schedule, n, steps)[1]) * length).floor().long()
+        return maskgit_step(logits, candidates, kept, temperature, gumbel * (1 - (n + 1) / steps), noise)
+
+    return fill(denoise, x, completion, lambda unfinished: unfinished, step, first_id=first_id, everyone=everyone)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,15 +305,22 @@ def semi_autoregressive(
 
 
 class Joint:
-    """A distribution over all sequences of n tokens from v words, and its exact conditionals as a denoiser."""
+    """A distribution over all sequences of n tokens from v words, and its exact conditionals as a denoiser.
 
-    def __init__(self, log_joint: Tensor):
-        """log_joint: (v, ..., v) float64, n dimensions, normalised. The mask token is v."""
+    With variants (one int per word) each word is spelled by so many interchangeable codes, as a picture's patch is in
+    a large codebook; the tokens are codes then, and `word` (codes + 1,) long maps them to words. The mask comes last.
+    """
+
+    def __init__(self, log_joint: Tensor, variants: Sequence[int] | None = None):
+        """log_joint: (v, ..., v) float64, n dimensions, normalised."""
         self.log_joint, self.n, self.v = log_joint, log_joint.dim(), log_joint.shape[0]
+        self.variants = torch.tensor(variants or [1] * self.v)
+        self.word = torch.arange(self.v + 1).repeat_interleave(torch.cat([self.variants, torch.ones(1, dtype=int)]))
+        self.mask = len(self.word) - 1
         self.cache: dict[tuple[int, ...], Tensor] = {}
 
     def conditionals(self, row: tuple[int, ...]) -> Tensor:
-        """log p(token at n | visible tokens of row) at every position, (n, v) float64."""
+        """log p(word at n | visible words of row) at every position, (n, v) float64."""
         if row not in self.cache:
             seen = self.log_joint[tuple(slice(None) if w == self.v else slice(w, w + 1) for w in row)]
             tables = []
@@ -190,7 +332,9 @@ class Joint:
         return self.cache[row]
 
     def denoise(self, x: Tensor, positions: Tensor) -> Tensor:
-        return torch.stack([self.conditionals(tuple(row)) for row in x.tolist()])[positions]
+        rows, same = self.word[x].unique(dim=0, return_inverse=True)
+        log_p = torch.stack([self.conditionals(tuple(row)) for row in rows.tolist()])[same][positions]
+        return (log_p - self.variants.log())[:, self.word[:-1]]  # (N, codes)
 
 
 def markov_chain(n: int, v: int) -> Tensor:
@@ -202,15 +346,97 @@ def markov_chain(n: int, v: int) -> Tensor:
     return log_joint - log_joint.flatten().logsumexp(0)
 
 
-def compare(joint: Joint, rows: int, **settings) -> tuple[float, float, int]:
-    """Total variation to the true joint, entropy in bits of what was drawn, and forwards, over `rows` samples."""
-    x = torch.full((rows, joint.n), joint.v)
-    settings = dict(temperature=1.0, generator=torch.Generator().manual_seed(0), eos_ids=(), pad_id=0) | settings
-    out = semi_autoregressive(joint.denoise, x, torch.ones_like(x, dtype=torch.bool), **settings)
-    flat = (out.x * joint.v ** torch.arange(joint.n - 1, -1, -1)).sum(1)
+def compare(joint: Joint, rows: int, sampler: Callable, **settings) -> tuple[float, float, list[float]]:
+    """Total variation of the drawn words to the truth, their entropy in bits, tokens revealed per step and row."""
+    x = torch.full((rows, joint.n), joint.mask)
+    settings = dict(temperature=1.0, generator=torch.Generator().manual_seed(0)) | settings
+    out = sampler(joint.denoise, x, torch.ones_like(x, dtype=torch.bool), **settings)
+    flat = (joint.word[out.x] * joint.v ** torch.arange(joint.n - 1, -1, -1)).sum(1)
     drawn = flat.bincount(minlength=joint.v**joint.n) / rows
     distance = 0.5 * (drawn - joint.log_joint.flatten().exp()).abs().sum()
-    return float(distance), float(-(drawn * drawn.clamp(min=1e-12).log2()).sum()), out.forwards
+    entropy = -(drawn * drawn.clamp(min=1e-12).log2()).sum()
+    return float(distance), float(entropy), (out.unmask_step.flatten().bincount() / rows).tolist()
+
+
+def show_text(joint: Joint, rows: int) -> None:
+    """Blocks and tokens per step of the text sampler."""
+    print(f"{'block':>5} {'tokens/step':>11} {'forwards':>8} {'total variation':>15} {'entropy, bits':>13}")
+    for block_length, k in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)):
+        settings = dict(block_length=block_length, tokens_per_step=k, eos_ids=(), pad_id=0)
+        distance, entropy, revealed = compare(joint, rows, semi_autoregressive, **settings)
+        print(f"{block_length:>5} {k:>11} {len(revealed):>8} {distance:>15.3f} {entropy:>13.2f}")
+    print(
+        "\nBlocks of 1 draw left to right and are exact. Most-confident-first is not, even at one token"
+        "\nper step: it draws everywhere and keeps what came out likely, so likely words win too often."
+        "\nSeveral tokens per step ignore each other: neighbours stop agreeing and the entropy rises.\n"
+    )
+
+
+def show_images(log_joint: Tensor, rows: int) -> None:
+    """The two image samplers by number of steps, and on larger and larger codebooks."""
+    print("Images, cosine schedule: total variation, entropy, tokens revealed per step")
+    for name, sampler in (("emerge", emerge), ("maskgit", maskgit)):
+        for steps in (1, 2, 4, 8, 32):
+            distance, entropy, revealed = compare(Joint(log_joint), rows, sampler, steps=steps, schedule="cosine")
+            shown = " ".join(f"{n:.2f}" for n in revealed[:8]) + (" ..." if len(revealed) > 8 else "")
+            print(f"{name:<8} {steps:>3} steps {distance:>7.3f} {entropy:>6.2f} bits   {shown}")
+    print(
+        "\nEmerge converges to the truth as the steps grow; MaskGIT reveals one token per step at least, stops"
+        "\nchanging, and stays too sure. Total variation on larger codebooks, 8 steps: m codes spell a word."
+    )
+    kinds = [f"{name}, {kind}" for name in ("emerge", "maskgit") for kind in ("every word", "all but one")]
+    print(f"{'m':>3}" + "".join(f"{kind:>22}" for kind in kinds))
+    for m in (1, 8, 64):
+        cells = []
+        for sampler in (emerge, maskgit):
+            for variants in ([m, m, m], [1, m, m]):
+                cells.append(compare(Joint(log_joint, variants), rows, sampler, steps=8, schedule="cosine")[0])
+        print(f"{m:>3}" + "".join(f"{value:>22.3f}" for value in cells))
+    print(
+        "\nEmerge does not look at confidence. MaskGIT prefers what one code spells to what many share, however"
+        "\nlikely: flat patches over textured ones. Where all words have as many codes it does not matter."
+    )
+
+
+def streaks(x: Tensor, positions: Tensor, v: int = 6, stay: float = 0.85) -> Tensor:
+    """The exact `denoise` of rows that are Markov chains as in markov_chain, of any length; the mask token is v.
+
+    p(x_i | nearest visible neighbours a and b) = P^d[a, x_i] P^e[x_i, b] / Z with their distances d and e.
+    """
+    change = (1 - stay) / (v - 1)
+    # P^d has stay_d on its diagonal, the rest is shared; d = infinity, nothing visible there: uniform
+    power = lambda d: (stay - change) ** d
+    log_p = torch.zeros(*x.shape, v)
+    place = torch.arange(x.shape[1]).expand_as(x)
+    for reverse in (False, True):
+        tokens, at = (x.flip(1), place) if reverse else (x, place)
+        last = torch.where(tokens < v, at, -1).cummax(1).values  # the nearest visible one at or before i
+        same = F.one_hot(tokens.gather(1, last.clamp(min=0)), v + 1)[..., :v] * power((at - last).float())[..., None]
+        side = (same + (1 - same.sum(-1, keepdim=True)) / v).where(last[..., None] >= 0, 1 / v).log()
+        log_p += side.flip(1) if reverse else side
+    return log_p[positions]
+
+
+def draw_emerging(path: str = "emerge_sampler.png", size: int = 48, steps: int = 12, v: int = 6) -> None:
+    """A picture appearing under both samplers: each row is a chain whose neighbours agree with probability .85."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("\n(pip install matplotlib, and this also draws emerge_sampler.png)")
+        return
+    shown = (0, 2, 5, 8, 10, 11)
+    figure, axes = plt.subplots(2, len(shown), figsize=(1.7 * len(shown), 3.9))
+    for row, (name, sampler) in zip(axes, (("emerge", emerge), ("MaskGIT", maskgit))):
+        x = torch.full((size, size), v)
+        settings = dict(steps=steps, schedule="cosine", temperature=1.0, generator=torch.Generator().manual_seed(0))
+        out = sampler(streaks, x, torch.ones_like(x, dtype=torch.bool), **settings)
+        for ax, n in zip(row, shown):
+            picture = out.x.float().masked_fill(out.unmask_step > n, torch.nan)
+            ax.imshow(picture, cmap="viridis", vmin=0, vmax=v - 1)
+            ax.set_title(f"{name}, step {n + 1}", fontsize=8)
+            ax.axis("off")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    print(f"\npicture: {path}")
 
 
 def main() -> None:
@@ -223,15 +449,9 @@ def main() -> None:
     print(
         f"Entropy of the truth {float(-(p * p.log2()).sum()):.2f} bits; distance of as many exact samples {floor:.3f}\n"
     )
-    print(f"{'block':>5} {'tokens/step':>11} {'forwards':>8} {'total variation':>15} {'entropy, bits':>13}")
-    for block_length, k in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)):
-        distance, entropy, forwards = compare(joint, rows, block_length=block_length, tokens_per_step=k)
-        print(f"{block_length:>5} {k:>11} {forwards:>8} {distance:>15.3f} {entropy:>13.2f}")
-    print(
-        "\nBlocks of 1 draw left to right and are exact. Most-confident-first is not, even at one token"
-        "\nper step: it draws everywhere and keeps what came out likely, so likely words win too often."
-        "\nSeveral tokens per step ignore each other: neighbours stop agreeing and the entropy rises."
-    )
+    show_text(joint, rows)
+    show_images(joint.log_joint, rows)
+    draw_emerging()
 
 
 if __name__ == "__main__":

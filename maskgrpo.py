@@ -52,6 +52,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -72,9 +73,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 import remask
 import rewards
-from emerge_sampler import guided, semi_autoregressive, through_eos
+from emerge_sampler import SCHEDULES, Rollout, emerge, guided, maskgit, semi_autoregressive, through_eos
 from remask import Remask, seeded
-from rewards import TASKS, DataError, Problem
+from rewards import TASKS, DataError, Problem, first_line
 
 
 class UsageError(ValueError):
@@ -102,16 +103,38 @@ METHODS = {
     "unigrpo": dict(remask="whole_range", gamma=0.0, managed_randomness=False, ratio="token", advantage="std"),
     # TraceRL: the recorded order of generation, in mu slices
     "tracerl": dict(remask="trace", gamma=0.0, managed_randomness=False, ratio="token", advantage="std"),
+    # the paper's ablation on images: UniGRPO and truncation, but no emerge sampler
+    "truncation": dict(remask="uniform", gamma=0.6, managed_randomness=True, ratio="token", advantage="std"),
     # not of a paper: each completion begins with another slice, and every update sees a sample of the whole
     "rotated-trace": dict(remask="rotated_trace", gamma=0.0, managed_randomness=False, ratio="token", advantage="std"),
+}
+# What these rows have instead where the completion is an image.
+IMAGE_METHODS = {
+    "maskgrpo": dict(remask="uniform", gamma=0.8, sampler="emerge"),
+    "unigrpo": dict(sampler="maskgit"),
+    "truncation": dict(gamma=0.8, sampler="maskgit"),
 }
 # What a task sets instead of the columns of Config, this one's or upo.py's: (with --model, for the tiny model).
 TASK_SETTINGS = {
     "gsm8k": dict(topk=(None, 3)),  # its tiny blocks have 4 tokens
     # the grid, five clues at least: most confident cell first, one by one; "accuracy" is the share of right cells
     "sudoku": dict(gen_length=(64, 20), block_length=(16, 16), tokens_per_step=(1, 1), base_accuracy=(None, 0.73)),
+    # all codes and one end-of-image token; the tiny model's images have 8 x 8 codes
+    "t2i": dict(
+        sampler=("maskgit", "maskgit"),
+        gen_length=(1025, 65),
+        guidance=(3.5, 1.0),
+        temperature=(1.0, 1.0),
+        base_accuracy=(None, 0.5),
+        pass_k=(0, 0),
+        eval_n=(0, 500),
+        rewards=("clip=1", None),
+    ),
 }
 BETAS = (0.9, 0.99)  # AdamW: a shorter memory than 0.999 for the spikes of the 1/t weight
+
+
+SAMPLERS = {"semi_autoregressive": semi_autoregressive, "emerge": emerge, "maskgit": maskgit}
 
 
 @dataclasses.dataclass
@@ -139,8 +162,15 @@ class Config:
     base_steps: int = option("tiny: training ends after this many steps at the latest", 4000, within="[1, inf)")
     sft_steps: int = option("steps of supervised ELBO training before RL (SFT + MaskGRPO)", 0)
     sft_batch_size: int = option("sequences per process and step of ELBO training", paper=8, tiny=64, within="[1, inf)")
+    prompt_dropout: float = option("share of ELBO training without prompt, for guidance; images", 0.1, within="[0, 1)")
     sft_lr: float = option("AdamW learning rate of ELBO training", paper=1e-5, tiny=3e-3, within="(0, inf)")
+    # images
+    rewards: str = option("reward on pixels: clip=1,http://HOST:PORT/hpsv3=0.5; the tiny model has a verifier instead")
+    decoder: str = option("MAGVIT-v2's weights: a file, a folder or a hub id", "showlab/magvitv2")
     # rollout (emerge_sampler.py)
+    sampler: str = option("text has the first, images the others", "semi_autoregressive", choices=tuple(SAMPLERS))
+    steps: int = option("steps of an image", 12, within="[1, inf)")
+    schedule: str = option("how fast an image's tokens are revealed", "cosine", choices=tuple(SCHEDULES))
     gen_length: int = option("completion length, tokens", paper=256, tiny=16, within="[1, inf)")
     block_length: int = option("tokens per semi-autoregressive block", paper=16, tiny=4, within="[1, inf)")
     tokens_per_step: int = option(
@@ -198,9 +228,11 @@ def check_ranges(cfg) -> None:
 def check(cfg: Config) -> None:
     """Raise UsageError for a value out of range or a combination that makes no sense, naming its flag."""
     check_ranges(cfg)
+    if cfg.rewards:
+        rewards.parse_scorers(cfg.rewards)
     whole_groups = cfg.batch_size % cfg.group_size == 0
     generated = cfg.data == "generated" or (cfg.data is None and is_tiny(cfg.model))
-    adapter = cfg.model is not None and resolve(cfg.model)[1]
+    adapter, image = cfg.model is not None and resolve(cfg.model)[1], bool(TASKS[cfg.task].codebook)
     rules = {
         f"--lora {cfg.lora}: {adapter} is an adapter already, and trains as it is": not (cfg.lora and adapter),
         "--eval_data needs published problems; generated ones have their own": not (cfg.eval_data and generated),
@@ -208,6 +240,9 @@ def check(cfg: Config) -> None:
         "--eval_only needs --model: a hub id, or a model, adapter or run directory": cfg.model or not cfg.eval_only,
         "--lora needs --model: the tiny default trains all its weights": cfg.model or not cfg.lora,
         "--sft_steps needs --model: the tiny default has its own ELBO training": cfg.model or not cfg.sft_steps,
+        f"--sampler {cfg.sampler}: not for {'an image' if image else 'text'}, which --task {cfg.task} asks for": image
+        == (cfg.sampler != "semi_autoregressive"),
+        "--rewards scores images: --task t2i": image or not cfg.rewards,
     }
     require(rules)
 
@@ -239,6 +274,8 @@ LLADA_KEYS = {
     r"\.up_proj\.": ".mlp.up_proj.",
     r"\.ff_out\.": ".mlp.down_proj.",  # a block's; the top-level one is renamed above
 }
+# The tokens around an image. MMaDA's tokenizer does not spell its own: these are the ids it reserves for them.
+IMAGE_MARKS = {"<|t2i|>": 126088, "<|soi|>": 126084, "<|eoi|>": 126085, "<|pad|>": 126093}
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # what a chat model ends its turn with, where its vocabulary has it
 BIDIRECTIONAL = dict(is_causal=False, use_cache=False)
 TINY = dict(
@@ -274,6 +311,7 @@ def llada_config(raw: dict) -> LlamaConfig:
         bos_token_id=None,
         pad_token_id=None,
         mask_token_id=raw.get("mask_token_id"),
+        codebook_size=raw.get("codebook_size"),  # of MMaDA's images
         **BIDIRECTIONAL,
     )
 
@@ -293,10 +331,12 @@ class MaskedDiffusionModel(nn.Module):
     """(x_t, attention, positions) -> logits at those positions, for every kind of base.
 
     hf: the transformers model (or its PEFT wrapper); mask_id, pad_id, end_id: int; eos_ids: every id that
-    ends a completion. The vocabulary head runs at the positions asked for and nowhere else.
+    ends a completion. The vocabulary head runs at the positions asked for and nowhere else. Where the completion is
+    an image (codebook > 0) it also runs for the image's codes alone, ids first_id ... first_id + codebook - 1, which
+    follow the tokenizer's own.
     """
 
-    def __init__(self, hf: nn.Module, tokenizer):
+    def __init__(self, hf: nn.Module, tokenizer, image: bool = False):
         super().__init__()
         self.hf, self.tokenizer, config = hf, tokenizer, hf.config
         self.mask_id = getattr(config, "mask_token_id", None)
@@ -327,11 +367,27 @@ class MaskedDiffusionModel(nn.Module):
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
-        hf.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0][self.read],))
+        head = hf.get_output_embeddings()
+        head.register_forward_pre_hook(lambda head, args: (args[0][self.read],))
+        self.first_id, self.codebook = 0, 0
+        if image:
+            self.first_id, self.codebook = len(tokenizer), getattr(config, "codebook_size", None) or 0
+            self.marks = {word: vocabulary.get(word, i) for word, i in IMAGE_MARKS.items()}
+            last = max(self.first_id + self.codebook - 1, *self.marks.values())
+            if not self.codebook or last >= config.vocab_size:
+                raise UsageError(
+                    f"{config.name_or_path or 'the model'}: draws no images: its config.json has codebook_size "
+                    f"{self.codebook or 'missing'}, its tokenizer {self.first_id} tokens, its embedding "
+                    f"{config.vocab_size}; --task t2i needs MMaDA or the tiny default"
+                )
+            self.pad_id = self.marks["<|pad|>"]
+            codes = slice(self.first_id, self.first_id + self.codebook)
+            head.forward = lambda h: nn.functional.linear(h, head.weight[codes])
 
     def forward(self, x: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True.
-        Returns (N, V) float32, row-major; the mask token's logit is -inf: x0 never holds a mask."""
+        Returns (N, V) float32, row-major, column 0 being token first_id; the mask token's logit is -inf: x0 never
+        holds a mask."""
         # Dream reads the prediction of position i at i - 1; position 0 is a prompt's, so nothing wraps round
         self.read = positions.roll(-1, dims=1) if self.shifted else positions
         places = (
@@ -340,12 +396,9 @@ class MaskedDiffusionModel(nn.Module):
             else {}
         )
         logits = self.hf(input_ids=x, attention_mask=attention.long(), **places).logits.float()
-        logits[:, self.mask_id] = -torch.inf  # in place: (N, V) is the largest tensor of a step
+        if not self.codebook:
+            logits[:, self.mask_id] = -torch.inf  # in place: (N, V) is the largest tensor of a step
         return logits
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def native_class(path: str) -> tuple[type, dict]:
@@ -461,7 +514,7 @@ def load_model(path: str, cfg: Config, trainable: bool) -> MaskedDiffusionModel:
         hf.requires_grad_(False)
     if trainable and cfg.gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
-    return MaskedDiffusionModel(hf, load_tokenizer(adapter or base))
+    return MaskedDiffusionModel(hf, load_tokenizer(adapter or base), bool(TASKS[cfg.task].codebook))
 
 
 def save_model(model: MaskedDiffusionModel, path: Path) -> None:
@@ -470,13 +523,14 @@ def save_model(model: MaskedDiffusionModel, path: Path) -> None:
     model.tokenizer.save_pretrained(path)
 
 
-def tiny_tokenizer(texts: list[str]):
-    """A tokenizer of words and whole numbers that spells `texts` without loss, with LLaDA's special tokens."""
+def tiny_tokenizer(texts: list[str], marks: tuple[str, ...] = ()):
+    """A tokenizer of words and whole numbers that spells `texts` without loss, with LLaDA's special tokens, and with
+    `marks` as further ones."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(r" ?\d+| ?[^\s\d]+ ?|\s"), "isolated")
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
-    special = ["<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>", "<|unknown|>"]
+    special = ["<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>", "<|unknown|>", *marks]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<|unknown|>"))
     raw.pre_tokenizer, raw.decoder = split, decoders.Fuse()
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -485,7 +539,7 @@ def tiny_tokenizer(texts: list[str]):
         pad_token=special[0],
         mask_token=special[2],
         unk_token=special[3],
-        additional_special_tokens=[special[1]],
+        additional_special_tokens=[special[1], *marks],
     )
     # the question and a line break; instructions are for models that can read them
     tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}\n{% endfor %}"
@@ -495,10 +549,12 @@ def tiny_tokenizer(texts: list[str]):
 def tiny_model(tokenizer, seed: int, task: str = "gsm8k") -> MaskedDiffusionModel:
     """The embedded default: the class that LLaDA is loaded into, 150k parameters, random weights from the seed."""
     names = {"eos_token_id": tokenizer.eos_token_id, "mask_token_id": tokenizer.mask_token_id}
-    config = LlamaConfig(vocab_size=len(tokenizer), **TINY | TINY_OF.get(task, {}), **names, **BIDIRECTIONAL)
+    codes = TASKS[task].codebook
+    sizes = TINY | TINY_OF.get(task, {}) | dict(vocab_size=len(tokenizer) + codes, codebook_size=codes)
+    config = LlamaConfig(**sizes, **names, **BIDIRECTIONAL)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return MaskedDiffusionModel(LlamaForCausalLM(config), tokenizer)
+        return MaskedDiffusionModel(LlamaForCausalLM(config), tokenizer, image=bool(codes))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -526,6 +582,19 @@ def prompt_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
         return tokenizer.apply_chat_template(merged, add_generation_prompt=True, return_dict=False)
 
 
+def image_prompt(model: MaskedDiffusionModel, text: str) -> list[int]:
+    """MMaDA's prompt of an image: t2i bos text eos, and the token that starts the image."""
+    bos, eos = ([i] if i is not None else [] for i in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id))
+    words = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [model.marks["<|t2i|>"], *bos, *words, *eos, model.marks["<|soi|>"]]
+
+
+def prompt_of(model: MaskedDiffusionModel, task, problem: Problem) -> list[int]:
+    """The ids in front of a problem's completion."""
+    messages = task.messages(problem)
+    return image_prompt(model, messages[-1]["content"]) if task.codebook else prompt_ids(model.tokenizer, messages)
+
+
 def make_batch(model: MaskedDiffusionModel, prompts: list, starts: list, device, targets: list | None = None) -> Batch:
     """Prompts of any length beside starts of one length, which hold the mask token where the completion is open.
 
@@ -542,16 +611,22 @@ def make_batch(model: MaskedDiffusionModel, prompts: list, starts: list, device,
     return Batch(x, place >= width - lengths, completion)
 
 
-def texts_of(tokenizer, batch: Batch, completion: Tensor, gen_length: int) -> list[str]:
+def texts_of(model: MaskedDiffusionModel, batch: Batch, completion: Tensor, gen_length: int) -> list[str]:
     """What stands in the last gen_length columns of batch.x, without special tokens and what lies behind the first
-    EOS; completion (B, L) bool ends there. Where blanks were filled in, the text around them belongs to it."""
+    EOS; completion (B, L) bool ends there. Where blanks were filled in, the text around them belongs to it. Of an
+    image: its codes, with spaces between."""
+    if model.codebook:
+        return [" ".join(map(str, codes)) for codes in (batch.x[:, -gen_length:-1] - model.first_id).tolist()]
     kept = ~(batch.completion & ~completion)[:, -gen_length:]
     rows = [row[keep].tolist() for row, keep in zip(batch.x[:, -gen_length:], kept)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return model.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
 def start_of(model: MaskedDiffusionModel, task, problem: Problem, gen_length: int) -> list[int]:
-    """The gen_length ids that a completion starts from: all masks, or the given text with masks in its blanks."""
+    """The gen_length ids that a completion starts from: all masks, or the given text with masks in its blanks; an
+    image's masks end with its end-of-image token."""
+    if task.codebook:
+        return [model.mask_id] * (gen_length - 1) + [model.marks["<|eoi|>"]]
     if task.blanks is None:
         return [model.mask_id] * gen_length
     target, blanks = task.target(problem), task.blanks(problem)
@@ -567,8 +642,8 @@ def start_of(model: MaskedDiffusionModel, task, problem: Problem, gen_length: in
 
 
 def ends_of(model: MaskedDiffusionModel, task) -> list[int]:
-    """The ids that end a completion. Where blanks are filled in nothing does: every blank is wanted."""
-    return model.eos_ids if task.blanks is None else []
+    """The ids that end a completion. Where blanks are filled in, or an image's codes, nothing does: all are wanted."""
+    return [] if task.blanks or task.codebook else model.eos_ids
 
 
 class Lesson(NamedTuple):
@@ -583,9 +658,12 @@ def encode_targets(model: MaskedDiffusionModel, task, problems: list[Problem], g
     """The problems whose solutions, ended and padded with EOS as in LLaDA's SFT, fit into gen_length."""
     lesson = Lesson([], [], [])
     for problem in problems:
-        target = model.tokenizer(task.target(problem), add_special_tokens=False)["input_ids"] + [model.end_id]
-        if len(target) <= gen_length:
-            lesson.prompts.append(prompt_ids(model.tokenizer, task.messages(problem)))
+        if task.codebook:
+            target = [model.first_id + int(code) for code in task.target(problem).split()] + [model.marks["<|eoi|>"]]
+        else:
+            target = model.tokenizer(task.target(problem), add_special_tokens=False)["input_ids"] + [model.end_id]
+        if len(target) == gen_length or (len(target) < gen_length and not task.codebook):
+            lesson.prompts.append(prompt_of(model, task, problem))
             lesson.starts.append(start_of(model, task, problem, gen_length))
             lesson.targets.append(target + [model.pad_id] * (gen_length - len(target)))
     return lesson
@@ -606,13 +684,20 @@ def shuffled(n: int, count: int, start: int, *key: int) -> list[int]:
 
 
 def token_log_probs(
-    model: nn.Module, batch: Batch, hidden: Tensor, scored: Tensor, mask_id: int, temperature: float = 1.0
+    model: nn.Module,
+    batch: Batch,
+    hidden: Tensor,
+    scored: Tensor,
+    mask_id: int,
+    temperature: float = 1.0,
+    first_id: int = 0,
 ) -> Tensor:
-    """log pi(x0^n | c, x_t) where scored (B, L) bool, else 0; (B, L) float32. x_t hides `hidden` (B, L) bool."""
+    """log pi(x0^n | c, x_t) where scored (B, L) bool, else 0; (B, L) float32. x_t hides `hidden` (B, L) bool; first_id
+    is the token that column 0 of the logits stands for."""
     x_t = batch.x.masked_fill(hidden, mask_id)
     logits = model(x_t, batch.attention, scored)  # (N, V)
     logits = logits if temperature == 1 else logits / temperature
-    chosen = logits.gather(-1, batch.x[scored][:, None])[:, 0]
+    chosen = logits.gather(-1, batch.x[scored][:, None] - first_id)[:, 0]
     log_p = chosen - logits.logsumexp(-1)  # (N,), without a second (N, V) tensor
     return torch.zeros(batch.x.shape, device=log_p.device).masked_scatter(scored, log_p)
 
@@ -622,10 +707,10 @@ def sequence_ell(log_p: Tensor, t: Tensor) -> Tensor:
     return log_p.sum(1) / t
 
 
-def elbo_loss(model: nn.Module, batch: Batch, r: Tensor, u: Tensor, mask_id: int) -> Tensor:
+def elbo_loss(model: nn.Module, batch: Batch, r: Tensor, u: Tensor, mask_id: int, first_id: int = 0) -> Tensor:
     """- E ell / |o|, the masked ELBO per token (Eq. 2). r (B,) mask ratios, u (B, L) noise."""
     masks = remask.uniform(batch.completion, r, u)
-    log_p = token_log_probs(model, batch, masks.masked, masks.scored, mask_id)
+    log_p = token_log_probs(model, batch, masks.masked, masks.scored, mask_id, first_id=first_id)
     return -(sequence_ell(log_p, masks.t) / batch.completion.sum(1)).mean()
 
 
@@ -760,6 +845,18 @@ class Run:
         stacked = torch.tensor(list(values.values()), device=self.device)
         return dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist()))
 
+    @functools.cached_property
+    def pixels(self) -> Callable[[Tensor], Tensor]:
+        """Codes (B, L) long -> pixels (B, H, W, 3) uint8: the tiny model's own pictures, or MAGVIT-v2's decoder."""
+        if is_tiny(self.cfg.model):
+            return lambda codes: torch.stack([torch.from_numpy(self.task.render(row)) for row in codes.tolist()])
+        return rewards.load_magvit(self.cfg.decoder, self.device).pixels
+
+    @functools.cached_property
+    def pixel_reward(self) -> rewards.PixelReward:
+        """The reward of --rewards."""
+        return rewards.PixelReward(self.pixels, self.cfg.rewards, self.device)
+
     def everyone(self, flag: bool) -> bool:
         """Whether the flag holds on all processes, which all have to ask."""
         return self.average({"flag": float(flag)})["flag"] == 1.0
@@ -860,17 +957,31 @@ def keep_trainable_only(models: list, weights: list, output_dir: str) -> None:
 
 def open_batch(run: Run, base: MaskedDiffusionModel, problems: list[Problem]) -> Batch:
     """Prompts and open completions of the problems, on the run's device."""
-    prompts = [prompt_ids(base.tokenizer, run.task.messages(p)) for p in problems]
+    prompts = [prompt_of(base, run.task, p) for p in problems]
     return make_batch(base, prompts, [start_of(base, run.task, p, run.cfg.gen_length) for p in problems], run.device)
 
 
+def unprompted(base: MaskedDiffusionModel, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, attention) for guidance: with its prompt masked, or, of an image, with the prompt of no text at all."""
+    if not base.codebook:
+        return x.masked_fill(batch.attention & ~batch.completion, base.mask_id), batch.attention
+    width = int(batch.completion.long().argmax(1)[0])  # of prompt and padding
+    empty = image_prompt(base, "")
+    padding = width - len(empty)
+    x, attention = x.clone(), batch.attention.clone()
+    x[:, :width] = torch.tensor([base.pad_id] * padding + empty, device=x.device)
+    attention[:, :width] = torch.arange(width, device=x.device) >= padding
+    return x, attention
+
+
 def roll_out(
-    run: Run, model: nn.Module, base: MaskedDiffusionModel, problems, keys, temperature: float, tick=lambda: None
-):
+    run: Run, model: nn.Module, base: MaskedDiffusionModel, problems, keys, temperature: float, tick=lambda: None,
+    sampler: str | None = None,
+):  # fmt: skip
     """One completion per problem: (Batch with the finished x, unmask_step (B, L) long, forwards).
 
-    keys: B keys of the rows' noise; tick is called once per forward. `model` is the wrapped model: every
-    process makes the same number of forwards, so nothing is unwrapped.
+    keys: B keys of the rows' noise; tick is called once per forward; sampler: cfg's, unless another is named. `model`
+    is the wrapped model: every process makes the same number of forwards, so nothing is unwrapped.
     """
     cfg, batch = run.cfg, open_batch(run, base, problems)
 
@@ -878,31 +989,61 @@ def roll_out(
         tick()
         return model(x, batch.attention, positions)
 
+    def without_prompt(x: Tensor, positions: Tensor) -> Tensor:
+        tick()
+        return model(*unprompted(base, batch, x), positions)
+
     def everyone(finished: bool) -> bool:
         run.leave_if_stopped()  # a rollout of an 8B model takes longer than a scheduler's grace
         return run.everyone(finished)
 
-    x, unmask_step, forwards = semi_autoregressive(
-        guided(predict, lambda x: x.masked_fill(batch.attention & ~batch.completion, base.mask_id), cfg.guidance),
-        batch.x,
-        batch.completion,
-        block_length=cfg.block_length,
-        tokens_per_step=cfg.tokens_per_step,
-        temperature=temperature,
-        generator=[seeded(*key, device=run.device) for key in keys],
-        eos_ids=ends_of(base, run.task),
-        pad_id=base.pad_id,
-        eos_last=cfg.eos_last,
-        everyone=everyone,
-    )
-    return batch._replace(x=x), unmask_step, forwards
+    if base.codebook:
+        options = dict(steps=cfg.steps, schedule=cfg.schedule, first_id=base.first_id)
+    else:
+        options = dict(block_length=cfg.block_length, tokens_per_step=cfg.tokens_per_step, eos_last=cfg.eos_last)
+        options |= dict(eos_ids=ends_of(base, run.task), pad_id=base.pad_id)
+    generator = [seeded(*key, device=run.device) for key in keys]
+    options |= dict(temperature=temperature, generator=generator, everyone=everyone)
+    denoise = guided(predict, without_prompt, cfg.guidance)
+    done: Rollout = SAMPLERS[sampler or cfg.sampler](denoise, batch.x, batch.completion, **options)
+    return batch._replace(x=done.x), done.unmask_step, done.forwards
 
 
-def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, label="evaluation") -> list[dict]:
-    """Completions of every problem, greedy, or `samples` of each at --temperature; the same on all processes.
+def judge(run: Run, texts: list[str], problems: list[Problem], pixels: bool) -> list[tuple[dict[str, float], float]]:
+    """(the terms of its reward, which is their sum; its score) of each completion. All processes have to ask.
 
-    One dict per completion, in order: sample (None if greedy), score, prompt, completion, answer. A row's
-    noise is keyed by its problem, so the result depends on no batch size.
+    pixels: by --rewards. Images of a published model have no verifier: their score is their reward. Raises DataError
+    on all processes if a scorer fails on one, when the run's state has been saved.
+    """
+    verdicts = [run.task.score(*pair) for pair in zip(texts, problems)]
+    if not pixels:
+        return [(run.task.reward(*pair), verdict) for pair, verdict in zip(zip(texts, problems), verdicts)]
+    failed, terms = None, []
+    try:
+        if texts:
+            codes = torch.tensor([[int(code) for code in text.split()] for text in texts])
+            found = run.pixel_reward(codes, [p["question"] for p in problems])
+            weights = run.pixel_reward.weights
+            terms = [{name: weights[name] * found[name][i] for name in found} for i in range(len(texts))]
+    except DataError as error:
+        failed = str(error)
+    if not run.everyone(failed is None):
+        run.save()
+        kept = f"; --resume --output_dir {run.path} goes on from here" if newest_slot(run.path) else ""
+        raise DataError((failed or "a scorer failed on another process") + kept)
+    tiny = is_tiny(run.cfg.model)
+    return [(term, verdict if tiny else sum(term.values())) for term, verdict in zip(terms, verdicts)]
+
+
+def evaluate(
+    run: Run, model, base, problems: list[Problem], samples: int = 0, label="evaluation", base_training: bool = False
+) -> list[dict]:
+    """Completions of every problem, greedy, or `samples` of each at --temperature; the same on all processes. Images
+    are never greedy: without noise one prompt has one image. While a base is trained they are drawn by MaskGIT, so that
+    every method starts from the same one, and the tiny model's are judged by its verifier alone.
+
+    One dict per completion, in order: sample (None if it is the only one), score, the terms of its reward, prompt,
+    completion, answer. A row's noise is keyed by its problem, so the result depends on no batch size.
     """
     todo = [(i, s) for i in range(len(problems)) for s in range(max(samples, 1))]
     size, mine, done = run.cfg.eval_batch_size, todo[run.rank :: run.world], []
@@ -913,27 +1054,35 @@ def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, l
             part = mine[b * size : (b + 1) * size]
             rows = part or todo[:1]  # a process without a share still makes its forwards
             keys = [(run.cfg.seed, EVALUATION, i, s) for i, s in rows]
-            temperature = run.cfg.temperature if samples else 0.0
-            batch, _, _ = roll_out(run, model, base, [problems[i] for i, _ in rows], keys, temperature)
+            temperature = run.cfg.temperature if samples or run.task.codebook else 0.0
+            asked = [problems[i] for i, _ in rows]
+            sampler = "maskgit" if base_training and base.codebook else run.cfg.sampler
+            batch, _, _ = roll_out(run, model, base, asked, keys, temperature, sampler=sampler)
             completion = through_eos(batch.x, batch.completion, ends_of(base, run.task))
-            texts = texts_of(base.tokenizer, batch, completion, run.cfg.gen_length)
-            done += [(i, s, text) for (i, s), text in zip(part, texts)]
+            texts = texts_of(base, batch, completion, run.cfg.gen_length)
+            texts = texts[: len(part)]
+            pixels = bool(run.cfg.rewards) and not (base_training and is_tiny(run.cfg.model))
+            judged = judge(run, texts, asked[: len(part)], pixels)
+            done += [(i, s, text, *verdict) for (i, s), text, verdict in zip(part, texts, judged)]
             bar.update()
     return [
         {
             "sample": s if samples else None,
-            "score": run.task.score(text, problems[i]),
+            "score": score,
+            "terms": terms,
+            "category": (run.task.category and run.task.category(problems[i])) or None,
             "prompt": problems[i]["question"],
             "completion": text,
             "answer": problems[i]["answer"],
         }
-        for i, s, text in sorted(gather_object(done) if run.world > 1 else done)
+        for i, s, text, terms, score in sorted(gather_object(done) if run.world > 1 else done, key=lambda row: row[:2])
     ]
 
 
-def validate(run: Run, model, base, problems: list[Problem]) -> float:
-    """Greedy accuracy on the validation problems."""
-    return rewards.accuracy([row["score"] for row in evaluate(run, model, base, problems)])["accuracy"]
+def validate(run: Run, model, base, problems: list[Problem], base_training: bool = False) -> float:
+    """Accuracy on the validation problems."""
+    rows = evaluate(run, model, base, problems, base_training=base_training)
+    return rewards.accuracy([row["score"] for row in rows])["accuracy"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -963,10 +1112,10 @@ def train_elbo(run: Run, base, train, validation, steps: int, target: float, roo
             run.save = functools.partial(save_checkpoint, run, root, {"step": step})
             run.leave_if_stopped()
             if step and (step % 50 == 0 or step == steps):
-                accuracy = validate(run, model, base, validation)
+                accuracy = validate(run, model, base, validation, base_training=True)
                 bar.set_postfix(validation=f"{accuracy:.3f}")
                 if step % 200 == 0 or step == steps or accuracy >= target:
-                    run.say(f"  step {step:>5}  greedy validation accuracy {accuracy:.3f}")
+                    run.say(f"  step {step:>5}  validation accuracy {accuracy:.3f}")
                 if accuracy >= target:
                     break
             if step < steps:
@@ -984,13 +1133,16 @@ def elbo_step(run: Run, model, base, optimizer, lesson: Lesson, step: int) -> No
     size = cfg.sft_batch_size
     chosen = shuffled(len(lesson.prompts), size, (step * run.world + run.rank) * size, cfg.seed, DATA, 0)
     prompts, starts, targets = ([rows[i] for i in chosen] for rows in lesson)
-    batch = make_batch(base, prompts, starts, run.device, targets)
     noise = seeded(cfg.seed, ELBO, step, run.rank)
+    if run.task.codebook:  # some images without a prompt: guidance needs to know what there is without one
+        dropped = torch.rand(size, generator=noise) < cfg.prompt_dropout
+        prompts = [image_prompt(base, "") if drop else ids for drop, ids in zip(dropped.tolist(), prompts)]
+    batch = make_batch(base, prompts, starts, run.device, targets)
     # t is stratified over the batch, r_b = 1 - (b + u) / B: the same expectation at less variance
     r = 1 - (torch.arange(size) + torch.rand(1, generator=noise)) / size
     u = torch.rand(batch.x.shape, generator=noise)
     model.train()
-    loss = elbo_loss(model, batch, r.to(run.device), u.to(run.device), base.mask_id)
+    loss = elbo_loss(model, batch, r.to(run.device), u.to(run.device), base.mask_id, base.first_id)
     if not run.everyone(bool(loss.isfinite())):
         run.save()
         raise UsageError(
@@ -1013,6 +1165,7 @@ def base_path(run: Run, train: list[Problem], validation: list[Problem]) -> tupl
     root = cache = run.path / "sft"
     if cfg.model is None:
         names = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed".split()
+        names += "temperature guidance steps schedule prompt_dropout".split() if run.task.codebook else []
         settings = [run.world, train, TINY | TINY_OF.get(cfg.task, {}), [getattr(cfg, name) for name in names]]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         root, cache = run.path / "base", Path("runs") / f"base-{cfg.task}-s{cfg.seed}-{key}"
@@ -1022,8 +1175,10 @@ def base_path(run: Run, train: list[Problem], validation: list[Problem]) -> tupl
         return str(cache), True
     run.say(f"base      training it, at most {cfg.sft_steps or cfg.base_steps} steps; it will be kept in {cache}")
     if cfg.model is None:
-        texts = [run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) for p in train]
-        base = tiny_model(tiny_tokenizer(texts), cfg.seed, cfg.task).to(run.device)
+        completions = [run.task.target(p) for p in train] if not run.task.codebook else [""] * len(train)
+        texts = [run.task.messages(p)[-1]["content"] + "\n" + text for p, text in zip(train, completions)]
+        tokenizer = tiny_tokenizer(texts, tuple(IMAGE_MARKS) if run.task.codebook else ())
+        base = tiny_model(tokenizer, cfg.seed, cfg.task).to(run.device)
     else:
         base = load_model(cfg.model, cfg, trainable=True).to(run.device)
     run.say("memory    " + memory_expected(cfg, base))
@@ -1095,7 +1250,8 @@ def remask_experience(cfg: Config, e: Experience, step: int, j: int) -> tuple[Re
 def remasked_log_probs(cfg: Config, model, base, e: Experience, step: int, j: int) -> tuple[Tensor, Remask]:
     """Token log-probabilities (B, L) of the rollouts under `model` on the masks of update j, and the masks."""
     masks, hidden = remask_experience(cfg, e, step, j)
-    return token_log_probs(model, e.batch, hidden, masks.scored, base.mask_id, cfg.temperature), masks
+    log_p = token_log_probs(model, e.batch, hidden, masks.scored, base.mask_id, cfg.temperature, base.first_id)
+    return log_p, masks
 
 
 class Reference:
@@ -1129,8 +1285,8 @@ def collect(run: Run, model, base, reference: Reference, train, step: int, micro
         keys = [(cfg.seed, ROLLOUT, step, group, k) for group in groups for k in range(g)]
         batch, unmask_step, forwards = roll_out(run, model, base, problems, keys, cfg.temperature, tick)
         completion = through_eos(batch.x, batch.completion, ends_of(base, run.task))
-        texts = texts_of(base.tokenizer, batch, completion, cfg.gen_length)
-        terms = [run.task.reward(text, problem) for text, problem in zip(texts, problems)]
+        texts = texts_of(base, batch, completion, cfg.gen_length)
+    terms = [terms for terms, _ in judge(run, texts, problems, bool(cfg.rewards))]
     reward = torch.tensor([sum(term.values()) for term in terms])
     advantages = group_advantages(reward, g, cfg.advantage).to(run.device)
     e = Experience(batch, completion, unmask_step, torch.tensor(groups).repeat_interleave(g), advantages)
@@ -1310,8 +1466,9 @@ def parse(argv=None, kind: type = Config, about: str = __doc__, name: str = "mas
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     tiny = is_tiny(given.get("model"))
     values, source = {}, {}
-    settings = {name: pair[tiny] for name, pair in TASK_SETTINGS[given.get("task", kind.task)].items()}
-    between = {"task": settings, row: rows[given.get(row, getattr(kind, row))]}
+    task, chosen = given.get("task", kind.task), given.get(row, getattr(kind, row))
+    settings = {name: pair[tiny] for name, pair in TASK_SETTINGS.get(task, {}).items()}
+    between = {"task": settings, row: rows[chosen] | (IMAGE_METHODS.get(chosen, {}) if TASKS[task].codebook else {})}
     for field in fields:
         layers = {"default": field.default, "tiny" if tiny else "paper": field.metadata["tiny" if tiny else "paper"]}
         layers |= {origin: table.get(field.name) for origin, table in between.items()} | {"flag": given.get(field.name)}
@@ -1356,19 +1513,31 @@ def load_splits(cfg: Config) -> dict[str, list[Problem]]:
     """train, validation, test and unseen problems; unseen is empty for published data."""
     if cfg.data == "generated" or (cfg.data is None and is_tiny(cfg.model)):
         return rewards.generated_splits(TASKS[cfg.task], cfg.eval_n or 1000, cfg.seed)
-    return rewards.published_splits(TASKS[cfg.task], cfg.data, cfg.eval_data, cfg.eval_n)
+    splits = rewards.published_splits(TASKS[cfg.task], cfg.data, cfg.eval_data, cfg.eval_n)
+    if TASKS[cfg.task].codebook and is_tiny(cfg.model):
+        for problem in sum(splits.values(), []):
+            rewards.scene_of(problem["question"])  # DataError for what the tiny model cannot read
+    return splits
 
 
 def forwards_of(cfg: Config) -> int:
     """Forwards of one rollout that no EOS cuts short."""
-    steps = -(-cfg.gen_length // cfg.block_length) * -(-cfg.block_length // cfg.tokens_per_step)
+    steps = (
+        cfg.steps
+        if TASKS[cfg.task].codebook
+        else -(-cfg.gen_length // cfg.block_length) * -(-cfg.block_length // cfg.tokens_per_step)
+    )
     return steps * (2 if cfg.guidance else 1)
 
 
 def decoding(cfg: Config) -> str:
     """The decoding settings that every accuracy depends on."""
     extra = (f", guidance {cfg.guidance:g}" if cfg.guidance else "") + (", EOS last" if cfg.eos_last else "")
-    return f"{cfg.gen_length} tokens in {forwards_of(cfg)} forwards, blocks of {cfg.block_length}{extra}"
+    if TASKS[cfg.task].codebook:
+        how = f"{cfg.sampler}, {cfg.schedule} schedule, temperature {cfg.temperature:g}{extra}"
+        return f"{cfg.gen_length - 1} codes in {forwards_of(cfg)} forwards, {how}"
+    most = "at most " if TASKS[cfg.task].blanks else ""  # what is given is not computed
+    return f"{cfg.gen_length} tokens in {most}{forwards_of(cfg)} forwards, blocks of {cfg.block_length}{extra}"
 
 
 def describe(run: Run, source: dict[str, str], data: dict) -> None:
@@ -1377,10 +1546,11 @@ def describe(run: Run, source: dict[str, str], data: dict) -> None:
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
     tiny = "the tiny default, trained here first on generated problems" if cfg.model is None else cfg.model
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
+    greedy = "" if run.task.codebook else f"; greedy for accuracy, temperature {cfg.temperature:g} in rollouts"
     run.say(f"MaskGRPO  task {cfg.task}, method {cfg.method}, seed {cfg.seed} -> {run.path}")
     run.say(f"model     {tiny}" + (f", LoRA rank {cfg.lora}" if cfg.lora else ""))
     run.say(f"data      {cfg.data or ('generated' if data['unseen'] else 'published')}: {sizes}")
-    run.say(f"decoding  {decoding(cfg)}; greedy for accuracy, temperature {cfg.temperature:g} in rollouts")
+    run.say(f"decoding  {decoding(cfg)}{greedy}")
     run.say(f"device    {run.device}, {run.world} process{'es' * (run.world > 1)}{threads}")
     if run.world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         run.say(
@@ -1441,11 +1611,18 @@ def summary(rows: list[dict], phase: str, k: int) -> dict:
     """The figures of one phase under their names in results.json; None where there is nothing to report."""
     sampled = [row["score"] for row in rows if row["sample"] is not None]
     groups = [sampled[i : i + k] for i in range(0, len(sampled), k)] if k else []
-    unseen = scores(rows, "unseen")
+    of = {split: [r for r in rows if r["split"] == split and r["sample"] is None] for split in ("test", "unseen")}
+    by_category = {}
+    for row in of["test"]:
+        by_category.setdefault(row["category"], []).append(row["score"])
     return {
         phase: rewards.accuracy(scores(rows, "test")),
-        f"{phase}_unseen": rewards.accuracy(unseen) if unseen else None,
+        f"{phase}_unseen": rewards.accuracy(scores(rows, "unseen")) if of["unseen"] else None,
         f"{phase}_pass_at": {n: round(rewards.pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k} or None,
+        f"{phase}_rewards": {split: mean_of([row["terms"] for row in part]) for split, part in of.items() if part},
+        f"{phase}_categories": None
+        if None in by_category
+        else {c: rewards.accuracy(v) for c, v in by_category.items()},
     }
 
 
@@ -1460,7 +1637,9 @@ def report(run: Run, results: dict) -> None:
     results |= {"seconds": seconds, "config": dataclasses.asdict(cfg), "versions": versions}
     if run.main:
         write_atomically(run.path / "results.json", json.dumps(results, indent=1))
-    run.say(f"\ngreedy accuracy ± standard error; {decoding(cfg)}")
+    what = "accuracy" if run.task.codebook else "greedy accuracy"
+    what = "mean reward" if cfg.rewards and not is_tiny(cfg.model) else what  # no verifier
+    run.say(f"\n{what} ± standard error; {decoding(cfg)}")
     for split, suffix in (("test", ""), ("unseen", "_unseen")):
         figures = {phase: results[phase + suffix] for phase in phases}
         if all(figures.values()):
@@ -1468,11 +1647,44 @@ def report(run: Run, results: dict) -> None:
             paired = f"   paired p = {results['paired_p'][split]:.1e}" if "paired_p" in results else ""
             run.say(f"  {split:<7} {cells}{paired}   n = {figures[phases[0]]['n']}")
     for phase in phases:
+        if results[f"{phase}_categories"]:
+            cells = "  ".join(f"{c} {f['accuracy']:.3f}" for c, f in results[f"{phase}_categories"].items())
+            run.say(f"  {phase:<7} {cells}")
+        terms = "  ".join(f"{name} {value:.3f}" for name, value in results[f"{phase}_rewards"]["test"].items())
+        run.say(f"  reward  {terms}   {phase}, test")
         if results[f"{phase}_pass_at"]:
             cells = "  ".join(f"@{k} {v:.3f}" for k, v in results[f"{phase}_pass_at"].items())
             run.say(f"  pass {cells}   {phase}, test, temperature {cfg.temperature:g}")
     run.say("seconds   " + "  ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     run.say(f"results   {run.path / 'results.json'}")
+
+
+def draw_images(run: Run, before: list[dict], after: list[dict]) -> None:
+    """images.png: the first test prompt of each category and two more, before and after RL, right ones framed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    first = {}
+    for i, row in enumerate(before):
+        if row["split"] == "test":
+            first.setdefault((row["category"], row["prompt"]), i)
+    chosen = sorted(first.values(), key=lambda i: [c for c, _ in first].count(before[i]["category"]))[:8]
+    figure = Figure(figsize=(1.9 * len(chosen), 4.2))
+    for axes, rows in zip(figure.subplots(2, len(chosen), squeeze=False), (before, after)):
+        for ax, i in zip(axes, chosen):
+            ax.imshow(
+                run.pixels(torch.tensor([[int(code) for code in rows[i]["completion"].split()]]))[0].cpu().numpy()
+            )
+            ax.set(xticks=[], yticks=[])
+            score = rows[i]["score"]
+            verdict = {1.0: "right", 0.0: "wrong"}.get(score, f"{score:.2f}")
+            ax.set_xlabel(f"{'before' if rows is before else 'after'}: {verdict}", fontsize=8)
+            ax.spines[:].set(color={1.0: "tab:green", 0.0: "tab:red"}.get(score, "0.5"), linewidth=2)
+            if rows is before:
+                ax.set_title(textwrap.fill(rows[i]["prompt"], 24), fontsize=7)
+    figure.savefig(run.path / "images.png", dpi=130, bbox_inches="tight")
+    run.say(f"picture   {run.path / 'images.png'}")
 
 
 def train_and_report(run: Run, path: str, cached: bool, data: dict) -> None:
@@ -1491,7 +1703,7 @@ def train_and_report(run: Run, path: str, cached: bool, data: dict) -> None:
         run.say(f"resumed   after {progress['step']} steps and {progress['j'] - 1} inner updates")
     before = measure(run, model, base, data, "before")
     figures = rewards.accuracy(scores(before, "test"))
-    run.say(f"before    greedy accuracy {figures['accuracy']:.3f} on {figures['n']} test problems; {decoding(cfg)}")
+    run.say(f"before    accuracy {figures['accuracy']:.3f} on {figures['n']} test problems; {decoding(cfg)}")
     train_policy(run, model, base, optimizer, reference, data, progress, unpack(held, run.device))
     after = measure(run, model, base, data, "after")
     if run.main:
@@ -1500,6 +1712,8 @@ def train_and_report(run: Run, path: str, cached: bool, data: dict) -> None:
     paired = {split: rewards.paired_p(scores(before, split), scores(after, split)) for split in splits}
     figures = summary(before, "before", cfg.pass_k) | summary(after, "after", cfg.pass_k)
     report(run, figures | {"paired_p": paired, "base_cached": cached})
+    if run.main and run.task.codebook:
+        draw_images(run, before, after)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -119,7 +119,9 @@ class Config:
     """Every setting of a run. Published checkpoints default to the paper's values, the tiny model to its own."""
 
     # what runs
-    task: str = option("task, a row of rewards.TASKS", "sudoku", choices=tuple(TASKS))
+    task: str = option(
+        "task, a row of rewards.TASKS", "sudoku", choices=tuple(t for t in TASKS if not TASKS[t].codebook)
+    )
     ref: str = option("reference order, a row of REFERENCES", "topk", choices=tuple(REFERENCES))
     model: str = option("frozen base: hub id, or path of a model or run; default: the tiny one, trained here")
     data: str = option('training problems, a FILE or "generated"; default: published, for tiny generated')
@@ -269,8 +271,12 @@ class State(NamedTuple):
 
 
 def sinusoids(position: Tensor, width: int) -> Tensor:
-    """Sines and cosines of position (U, W) long at wavelengths from 2 pi to 20,000 pi, (U, W, width) float32."""
-    rate = torch.exp(torch.arange(0, width, 2, device=position.device) * (-math.log(10_000) / width))
+    """Sines and cosines of position (U, W) long at width / 2 frequencies spaced evenly up to pi, (U, W, width) float32.
+
+    Positions less than width / 2 apart have orthogonal codes, so that one linear map can point attention at any of
+    them. The usual geometric spacing spends most of a narrow width on wavelengths far beyond the sequence.
+    """
+    rate = math.pi * (torch.arange(width // 2, device=position.device) + 0.5) / (width // 2)
     angle = position[..., None] * rate
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
@@ -629,7 +635,7 @@ def complete(run: Run, base: FrozenBase, problems: list[Problem], order: Order, 
     ends, batch = ends_of(base.model, run.task), open_batch(run, base.model, problems)
     e = unmask(base, batch, order, run.cfg, keys, ends, weights)
     shown = through_eos(e.batch.x, batch.completion, ends)
-    return e, texts_of(base.model.tokenizer, e.batch, shown, run.cfg.gen_length)
+    return e, texts_of(base.model, e.batch, shown, run.cfg.gen_length)
 
 
 def collect(t: Trainer, train: list[Problem], step: int, order: Order, use: int) -> tuple[Trajectories, Tensor, dict]:
@@ -823,7 +829,7 @@ def cells_of(run: Run, base: FrozenBase, row: dict, problem: Problem) -> list[li
     tokenizer, lines = base.model.tokenizer, [[]]
     target = tokenizer(run.task.target(problem), add_special_tokens=False)["input_ids"] if run.task.blanks else []
     for i, (token, step) in enumerate(zip(row["tokens"], row["steps"])):
-        text = tokenizer.decode([token])
+        text = "".join(c for c in tokenizer.decode([token]) if c.isprintable() or c == "\n")  # no control characters
         if token in base.model.eos_ids:
             break
         if text.strip():

@@ -20,11 +20,12 @@ import rewards  # noqa: E402
 
 
 def llada_checkpoint(
-    path: Path, tokenizer, *, drop: str = "", extra: str = "", mask_token_id: int | None = None
+    path: Path, tokenizer, *, drop: str = "", extra: str = "", mask_token_id: int | None = None, codebook: int = 0
 ) -> Path:
-    """A random checkpoint with LLaDA's config.json and weight names: hidden 32, 2 layers, 4 heads."""
+    """A random checkpoint with LLaDA's config.json and weight names: hidden 32, 2 layers, 4 heads. With a codebook:
+    MMaDA's, whose image codes follow the tokenizer's tokens."""
     torch.manual_seed(0)
-    d, f, v, layers = 32, 48, len(tokenizer), 2
+    d, f, v, layers = 32, 48, len(tokenizer) + codebook, 2
     config = {
         "architectures": ["LLaDAModelLM"], "model_type": "llada", "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"},
         "d_model": d, "mlp_hidden_size": f, "n_layers": layers, "n_heads": 4, "n_kv_heads": 4, "vocab_size": v, "embedding_size": v,
@@ -32,6 +33,9 @@ def llada_checkpoint(
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
         "mask_token_id": tokenizer.convert_tokens_to_ids("<|mdm_mask|>") if mask_token_id is None else mask_token_id,
     }  # fmt: skip
+    if codebook:
+        config |= {"architectures": ["MMadaModelLM"], "model_type": "mmada", "codebook_size": codebook}
+        config |= {"num_vq_tokens": 16, "new_vocab_size": v}
     if mask_token_id == -1:
         del config["mask_token_id"]
     shapes = {"wte.weight": (v, d), "ln_f.weight": (d,), "ff_out.weight": (v, d)}

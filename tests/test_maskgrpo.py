@@ -1004,7 +1004,7 @@ def test_blanks_are_masked_and_the_rest_is_given(bpe):
         batch = m.make_batch(model, lesson.prompts, lesson.starts, "cpu", lesson.targets)
         assert batch.completion.sum(1).tolist() == [p["question"].count("0") for p in problems]
         assert (batch.x != model.mask_id).all()
-        texts = m.texts_of(model.tokenizer, batch, batch.completion, 40)
+        texts = m.texts_of(model, batch, batch.completion, 40)
         assert [task.score(text, p) for text, p in zip(texts, problems)] == [1.0] * len(problems)
         with pytest.raises(m.UsageError, match="--gen_length 10: this task's completions have"):
             m.start_of(model, task, problems[0], 10)

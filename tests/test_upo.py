@@ -761,7 +761,7 @@ def test_published_formats_on_published_data(kind, head, request, data_file, tmp
     flags = flags_of(tmp_path / "run", **values)
     assert upo_cli([*flags, "--bf16", "--offload"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and lines[0]["log_ratio"] < 0.1
+    assert len(lines) == 2 and lines[0]["log_ratio"] < 0.2
 
 
 def test_offloaded_features_are_the_same(tiny_base, whole, tmp_path):
