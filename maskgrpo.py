@@ -105,6 +105,8 @@ METHODS = {
     "tracerl": dict(remask="trace", gamma=0.0, managed_randomness=False, ratio="token", advantage="std"),
     # the paper's ablation on images: UniGRPO and truncation, but no emerge sampler
     "truncation": dict(remask="uniform", gamma=0.6, managed_randomness=True, ratio="token", advantage="std"),
+    # not of a paper: each completion begins with another slice, and every update sees a sample of the whole
+    "rotated-trace": dict(remask="rotated_trace", gamma=0.0, managed_randomness=False, ratio="token", advantage="std"),
 }
 # What these rows have instead where the completion is an image.
 IMAGE_METHODS = {
@@ -1238,7 +1240,8 @@ def mask_noise(cfg: Config, e: Experience, step: int, j: int) -> tuple[Tensor, T
 
 def remask_experience(cfg: Config, e: Experience, step: int, j: int) -> tuple[Remask, Tensor]:
     """(masks of inner update j, what x_t hides (B, L) bool): the tail behind EOS stays hidden, as in the rollout."""
-    u, u_ratio = (noise.to(e.completion.device) for noise in mask_noise(cfg, e, step, j))
+    noise = mask_noise(cfg, e, step, 0 if cfg.remask in remask.ONE_RATIO else j)
+    u, u_ratio = (v.to(e.completion.device) for v in noise)
     prompt = e.batch.attention & ~e.batch.completion
     masks = remask.by_name(cfg.remask, e.completion, prompt, e.unmask_step, u, u_ratio, j, cfg.mu, cfg.gamma)
     return masks, masks.masked | (e.batch.completion & ~e.completion)

@@ -9,6 +9,7 @@ re-masks the completion, lets the model predict what was hidden, and compares po
     full             diffu-GRPO: the whole completion, and 15% of the prompt
     whole_range      UniGRPO: uniform, at a ratio drawn from all of (0, 1)
     trace            TraceRL: the recorded order of generation, replayed slice by slice
+    rotated_trace    not of a paper: the same slices, but each completion begins with another one
 
 Each is a pure function of tensors and returns a `Remask`: what to hide, what to score, at which t.
 
@@ -135,8 +136,8 @@ def whole_range(completion: Tensor, u: Tensor, u_ratio: Tensor) -> Remask:
     return uniform(completion, 1 - u_ratio, u)
 
 
-def trace(completion: Tensor, unmask_step: Tensor, j: int, mu: int) -> Remask:
-    """TraceRL: replay of the recorded order. unmask_step (B, L) long, as the sampler returns it.
+def trace(completion: Tensor, unmask_step: Tensor, j: int | Tensor, mu: int) -> Remask:
+    """TraceRL: replay of the recorded order. unmask_step (B, L) long, as the sampler returns it; j may be (B, 1) long.
 
     Each row's steps are cut into mu slices of equal length. Update j hides what had not been revealed
     before slice j, and scores what slice j revealed: over j = 1 ... mu each token is scored exactly
@@ -150,7 +151,19 @@ def trace(completion: Tensor, unmask_step: Tensor, j: int, mu: int) -> Remask:
     return Remask(masked, scored, torch.full((len(completion),), 1 / mu, device=completion.device))
 
 
-SCHEMES = ("fading_out", "uniform", "full", "whole_range", "trace")
+def rotated_trace(completion: Tensor, unmask_step: Tensor, phase: Tensor, j: int, mu: int) -> Remask:
+    """TraceRL's slices in an order of each row's own: update j scores slice (j - 1 + floor(phase mu)) mod mu + 1.
+
+    phase (B,) is uniform noise, the same in all mu updates of a rollout, so that they still score each token exactly
+    once, in the same states, as `trace` does. But one update of `trace` sees the beginning of every completion, and
+    the next one what follows; here each of them is an unbiased sample of their sum: E over phase of ell is, for every
+    j, the mean of trace's ell over j = 1 ... mu.
+    """
+    return trace(completion, unmask_step, (j - 1 + (phase[:, None] * mu).long()) % mu + 1, mu)
+
+
+SCHEMES = ("fading_out", "uniform", "full", "whole_range", "trace", "rotated_trace")
+ONE_RATIO = ("rotated_trace",)  # schemes whose u_ratio is the same in all mu updates of a rollout
 
 
 def by_name(scheme: str, completion, prompt, unmask_step, u, u_ratio, j: int, mu: int, gamma: float) -> Remask:
@@ -162,6 +175,7 @@ def by_name(scheme: str, completion, prompt, unmask_step, u, u_ratio, j: int, mu
         "full": lambda: full(completion, prompt, u),
         "whole_range": lambda: whole_range(completion, u, u_ratio),
         "trace": lambda: trace(completion, unmask_step, j, mu),
+        "rotated_trace": lambda: rotated_trace(completion, unmask_step, u_ratio, j, mu),
     }[scheme]()
 
 
@@ -185,7 +199,8 @@ def mask_probability(scheme: str, length: int = 24, gamma: float = 0.6, mu: int 
 
 def main() -> None:
     """Each scheme's mask probability by position, as text and as a picture."""
-    probabilities = {name: mask_probability(name) for name in SCHEMES}
+    # rotated_trace has, over a rollout, what trace has
+    probabilities = {name: mask_probability(name) for name in SCHEMES if name not in ONE_RATIO}
     curves = {name: p.masked for name, p in probabilities.items()} | {"trace, scored": probabilities["trace"].scored}
     print("Probability that a completion token is masked, by position: 24 tokens, gamma = 0.6, mu = 4, mean over")
     print("j = 1 ... mu and 20,000 draws. What is masked is scored, but for trace, which scores a slice of it.\n")

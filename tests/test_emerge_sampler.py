@@ -98,6 +98,14 @@ def test_only_masked_positions_of_the_block_are_read_and_steps_are_recorded():
     assert [int((out.unmask_step == s).sum()) for s in range(4)] == [4, 4, 4, 4]
 
 
+@pytest.mark.parametrize("width", [4, 9, 30, 70, 200])
+def test_equal_confidences_are_revealed_from_the_left_however_wide_the_row(width):
+    candidates = torch.rand(16, width, generator=torch.Generator().manual_seed(0)) < 0.6
+    for k in (1, 2):
+        reveal = es.most_confident(torch.zeros(int(candidates.sum())), candidates, k)
+        assert torch.equal(reveal, candidates & (candidates.cumsum(1) <= k))
+
+
 def constant(token_of_position):
     """A `denoise` that is sure of one token per position."""
 

@@ -1,0 +1,356 @@
+"""What the estimators of MaskGRPO and its rivals see of the exact likelihood, on models small enough to know it.
+
+The tiny gsm8k base draws completions of 15 tokens in blocks of 4, one token per step, most confident first.
+tests/exact.py computes log p(o | c) under that sampler exactly, before RL and after a little of it. Every estimator
+then sees the same completions through the project's own masks and losses. With K forwards, that is with mu = K and
+the mean over its K inner updates:
+
+    bias, std   of the estimated log-ratio, log p_after / p_before, in nats: the mean of estimate - exact, and the
+                standard deviation of a completion's estimate over mask noise
+    corr, slope of the estimate on the exact log-ratio, over completions; both would be 1
+    cosine      of the policy gradient of a batch (128 completions, the policy that drew them) and the exact one;
+                "update" is the gradient of a single one of 4 inner updates
+
+± is half of a 95% bootstrap interval over batches. Problems are training problems.
+
+    python experiments/estimator_audit.py            # makes its models on first use, prints, draws
+    python experiments/estimator_audit.py --quick    # a test of the script; its numbers mean nothing
+"""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import maskgrpo as m  # noqa: E402
+import remask  # noqa: E402
+from tests.exact import log_likelihood  # noqa: E402
+
+QUICK = "--quick" in sys.argv
+SEEDS, BATCHES, DRAWS, FORWARDS = ((0,), 1, 2, (1, 4)) if QUICK else ((0, 1, 2), 2, 2, (1, 2, 4, 12))
+GAMMAS = (0.6,) if QUICK else (0.0, 0.2, 0.4, 0.6, 0.8)
+SAMPLERS = ((4, 4),) if QUICK else ((1, 1), (2, 1), (4, 1), (4, 4), (8, 1))  # block length, tokens per step
+SHARES, NEAR_ROWS = (1, 0.3, 0.1, 0.03, 0.01), 8 if QUICK else 32
+FLAGS = "--task gsm8k --gen_length 15 --tokens_per_step 1 --max_steps 10"
+FLAGS += " --eval_n 64 --pass_k 0 --eval_every 0 --save_every 0"
+FLAGS += " --base_steps 50 --batch_size 16" if QUICK else ""
+
+
+class Estimator(NamedTuple):
+    """A scheme of remask.py and its gamma; inverse: weights of 1 / (each position's own probability) instead of 1/t;
+    ratio: of policy_loss; managed: one mask noise for a group."""
+
+    scheme: str
+    gamma: float = 0.0
+    inverse: bool = False
+    ratio: str = "sequence"
+    managed: bool = False
+
+
+ESTIMATORS = {
+    "full: diffu-GRPO": Estimator("full"),
+    "full, clean prompt": Estimator("uniform", 1.0),
+    "random (0, 1): UniGRPO": Estimator("whole_range"),
+    "random, gamma .6": Estimator("uniform", 0.6),
+    "AR, gamma 0": Estimator("fading_out", 0.0),
+    "AR, gamma .6: MaskGRPO": Estimator("fading_out", 0.6),
+    "AR, gamma .6, inverse": Estimator("fading_out", 0.6, inverse=True),
+    "trace: TraceRL": Estimator("trace"),
+    "trace, rotated": Estimator("rotated_trace"),
+}
+VARIANTS = {"token": dict(ratio="token"), "managed": dict(managed=True)}
+IN_SWEEP = ("full, clean prompt", "random, gamma .6", "AR, gamma 0", "AR, gamma .6: MaskGRPO", "trace, rotated")
+
+
+# ---------------------------------------------------------------------------------------------
+# Policies and their completions
+# ---------------------------------------------------------------------------------------------
+
+
+def policies(seed: int) -> tuple[m.Run, list, m.MaskedDiffusionModel, m.MaskedDiffusionModel]:
+    """(run, training problems, the base, the base after 10 steps of RL) of a seed, by the project's own command."""
+    flags = [*FLAGS.split(), "--seed", str(seed), "--output_dir", f"runs/audit-s{seed}" + "-quick" * QUICK]
+    if not Path(flags[-1], "results.json").is_file():
+        subprocess.run([sys.executable, "maskgrpo.py", *flags], check=True)
+    cfg, _ = m.parse(flags)
+    run, data = m.Run(cfg, Accelerator()), m.load_splits(cfg)
+    path, _ = m.base_path(run, data["train"], data["validation"])
+    before, after = (m.load_model(p, cfg, trainable=True).eval() for p in (path, cfg.output_dir))
+    return run, data["train"], before, after
+
+
+def select(e: m.Experience, rows: Tensor) -> m.Experience:
+    """Some rows, (N,) long or (B,) bool, of an experience."""
+    batch = m.Batch(*(v[rows] for v in e.batch))
+    return m.Experience(batch, e.completion[rows], e.unmask_step[rows], e.groups[rows], e.advantages[rows])
+
+
+def roll_out(run: m.Run, problems: list, model, step: int, sampler: tuple[int, int]) -> m.Experience:
+    """One batch of the training loop, but for completions whose EOS is not at the end, which `exact` cannot take."""
+    block_length, tokens_per_step = sampler
+    values = dict(block_length=block_length, tokens_per_step=tokens_per_step, beta=0.0, mu=1)
+    run.cfg = dataclasses.replace(run.cfg, **values)
+    e, _ = m.collect(run, model, model, None, problems, 1000 + step, 0, lambda: None)  # RL has seen steps 0 to 9
+    return select(e, e.completion.sum(1) == run.cfg.gen_length)
+
+
+# ---------------------------------------------------------------------------------------------
+# Exact and estimated
+# ---------------------------------------------------------------------------------------------
+
+
+def gradient(loss: Tensor, model) -> Tensor:
+    """d loss / d weights as one vector."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def exact(cfg: m.Config, model, e: m.Experience, order: str, with_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    """log p(o | c), (B,) float64; and, if asked for, the gradient of - mean of A log p / |o|. 16 rows at a time."""
+    values, total = [], torch.zeros(())
+    for rows in torch.arange(len(e.completion)).split(16):
+        part = select(e, rows)
+        see = lambda x: part.batch.attention.repeat_interleave(len(x) // len(part.completion), dim=0)
+        settings = {name: getattr(cfg, name) for name in ("block_length", "tokens_per_step", "temperature")}
+        with torch.set_grad_enabled(with_gradient):
+            denoise = lambda x, positions: model(x, see(x), positions)
+            log_p = log_likelihood(denoise, part.batch.x, part.completion, model.mask_id, order=order, **settings)
+        if with_gradient:
+            total = total + gradient(-(part.advantages / part.completion.sum(1) * log_p).sum(), model)
+        values.append(log_p.detach())
+    return torch.cat(values), total / len(e.completion)
+
+
+def estimate(cfg: m.Config, estimator: Estimator, before, after, e: m.Experience, mu: int, draw: int):
+    """(estimated log-ratios (B,), one gradient per inner update) of one draw of the masks."""
+    values = dict(remask=estimator.scheme, gamma=estimator.gamma, mu=mu, managed_randomness=estimator.managed)
+    cfg = dataclasses.replace(cfg, **values)
+    ratios, gradients, lengths = [], [], e.completion.sum(1).float()
+    for j in range(1, mu + 1):
+        log_p, masks = m.remasked_log_probs(cfg, before, before, e, draw, j)
+        with torch.no_grad():
+            new, _ = m.remasked_log_probs(cfg, after, before, e, draw, j)
+        if estimator.inverse:
+            weight = inverse_weights(e.completion, masks)
+            log_p, new = log_p * weight, new * weight
+        ratios.append(m.sequence_ell(new - log_p.detach(), masks.t))
+        terms = (log_p, log_p.detach(), None, masks, e.advantages, lengths)
+        loss = m.policy_loss(*terms, ratio=estimator.ratio, clip=cfg.clip, beta=0.0)
+        gradients.append(gradient(loss.loss, before))
+    return torch.stack(ratios).mean(0), gradients
+
+
+def inverse_weights(completion: Tensor, masks: remask.Remask) -> Tensor:
+    """What turns the 1/t of `fading_out` into 1 / P(this position is masked), (B, L); 0 where it is not scored."""
+    chance = 1 - remask.keep_probability(completion, masks.t)
+    return torch.where(masks.scored, masks.t[:, None] / chance.clamp(min=1e-9), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches -> figures
+# ---------------------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """One estimator on one batch: log-ratios exact (B,) and estimated (draws, B); cosines with the exact gradient of
+    the whole estimate (draws,) and of its single updates (draws * mu,)."""
+
+    exact: Tensor
+    estimated: Tensor
+    cosines: Tensor
+    single: Tensor
+
+
+FIGURES = {
+    "bias": lambda c: (c.estimated - c.exact).mean(),
+    "std": lambda c: c.estimated.var(0).mean().sqrt(),
+    "corr": lambda c: torch.corrcoef(torch.stack([c.exact.repeat(len(c.estimated)), c.estimated.flatten()]))[0, 1],
+    "slope": lambda c: FIGURES["corr"](c) * c.estimated.std() / c.exact.std(),
+    "cosine": lambda c: c.cosines.mean(),
+    "update": lambda c: c.single.mean(),
+}
+
+
+def figure(name: str, batches: list[Comparison]) -> tuple[float, float]:
+    """A figure over all batches, and half of its 95% interval: 100 bootstrap samples of whole batches."""
+    pooled = lambda parts: Comparison(*(torch.cat([part[i] for part in parts], dim=-1) for i in range(4)))
+    noise = remask.seeded(0)
+    picks = [torch.randint(len(batches), (len(batches),), generator=noise).tolist() for _ in range(100)]
+    values = torch.tensor([float(FIGURES[name](pooled([batches[i] for i in pick]))) for pick in picks])
+    low, high = values.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return float(FIGURES[name](pooled(batches))), (high - low) / 2
+
+
+def cell(name: str, batches: list[Comparison]) -> str:
+    """A figure and its interval, for a table of 80 columns."""
+    return re.sub(r"\b0\.", ".", "{:.2f} ±{:.2f}".format(*figure(name, batches)))
+
+
+def table(head: list[str], rows: dict[str, list[str]]) -> None:
+    """A markdown table."""
+    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for name, cells in rows.items():
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# The tables and the picture
+# ---------------------------------------------------------------------------------------------
+
+
+def audit(seed: int) -> dict:
+    """The comparisons of a seed, kept in its run directory: (table, row, column) -> one Comparison per batch; and
+    ("near", order, s) -> what `closer` finds."""
+    run, problems, before, after = policies(seed)
+    file = Path(run.cfg.output_dir) / "audit.pt"
+    if file.is_file():
+        return {
+            key: [Comparison(*c) for c in found] if key[0] != "near" else found
+            for key, found in torch.load(file).items()
+        }
+    found = {}
+    add = lambda *key, value: found.setdefault(key, []).append(value)
+    for batch in range(BATCHES):
+        see = Truth(run, problems, before, after, batch, (4, 1))
+        add("order", "random order", 0, value=see.other_order())
+        for name, estimator in ESTIMATORS.items():
+            for mu in FORWARDS:
+                add("main", name, mu, value=see.compare(estimator, mu))
+            for variant, change in VARIANTS.items():
+                add("variant", name, variant, value=see.compare(estimator._replace(**change), 4))
+        for scheme in ("uniform", "fading_out"):
+            for gamma in GAMMAS:
+                add("gamma", scheme, gamma, value=see.compare(Estimator(scheme, gamma), 4))
+    for sampler in SAMPLERS:
+        see = Truth(run, problems, before, after, BATCHES, sampler)
+        for name in IN_SWEEP:
+            add("sampler", name, sampler, value=see.compare(ESTIMATORS[name], 4))
+    found |= closer(run, problems, before, after)
+    torch.save({key: list(map(tuple, v)) if key[0] != "near" else v for key, v in found.items()}, file)
+    return found
+
+
+class Truth:
+    """One batch of completions with their exact log-ratios (B,) and policy gradient; `batch` keys all their noise."""
+
+    def __init__(self, run, problems, before, after, batch: int, sampler: tuple[int, int]):
+        self.e, self.cfg = roll_out(run, problems, before, batch, sampler), run.cfg
+        self.before, self.after, self.batch = before, after, batch
+        self.ratio, self.gradient = self.exact("confident")
+        said = f"{len(self.e.completion)} completions, log-ratio {self.ratio.mean():.2f} ± {self.ratio.std():.2f} (std)"
+        print(f"# seed {run.cfg.seed}, blocks of {sampler[0]}, {sampler[1]} at once: {said}", flush=True)
+
+    def exact(self, order: str) -> tuple[Tensor, Tensor]:
+        """log-ratios (B,) and the policy gradient."""
+        old, policy_gradient = exact(self.cfg, self.before, self.e, order, with_gradient=True)
+        return exact(self.cfg, self.after, self.e, order)[0] - old, policy_gradient
+
+    def compare(self, estimator: Estimator, mu: int) -> Comparison:
+        """DRAWS estimates against the exact values."""
+        keys = [self.batch * DRAWS + d for d in range(DRAWS)]
+        draws = [estimate(self.cfg, estimator, self.before, self.after, self.e, mu, key) for key in keys]
+        whole = torch.stack([cosine(sum(gradients), self.gradient) for _, gradients in draws])
+        single = torch.stack([cosine(g, self.gradient) for _, gradients in draws for g in gradients])
+        return Comparison(self.ratio, torch.stack([ratio for ratio, _ in draws]).double(), whole, single)
+
+    def other_order(self) -> Comparison:
+        """The exact likelihood of random order as if it were an estimate."""
+        ratio, policy_gradient = self.exact("random")
+        cosines = cosine(policy_gradient, self.gradient).expand(1)
+        return Comparison(self.ratio, ratio.expand(2, -1), cosines, cosines)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Of two vectors, a scalar."""
+    return torch.cosine_similarity(a.float(), b.float(), dim=0)
+
+
+def closer(run, problems, before, after) -> dict:
+    """{("near", order, s): std over completions of the exact log-ratio, divided by s}, to weights a share s of the way
+    to `after`, which is changed in place. Where log p is smooth it converges as s falls; a jump lets it grow.
+    """
+    e = select(roll_out(run, problems, before, BATCHES, (4, 1)), torch.arange(NEAR_ROWS))
+    start = [p.detach().clone() for p in before.parameters()]
+    change = [p.detach() - q for p, q in zip(after.parameters(), start)]
+    old = {order: exact(run.cfg, before, e, order)[0] for order in ("random", "confident")}
+    found = {}
+    for s in SHARES:
+        with torch.no_grad():
+            for p, q, d in zip(after.parameters(), start, change):
+                p.copy_(q + s * d)
+        for order, log_p in old.items():
+            found["near", order, s] = [float((exact(run.cfg, after, e, order)[0] - log_p).std()) / s]
+    return found
+
+
+def main() -> None:
+    found: dict = {}
+    for seed in SEEDS:
+        for key, values in audit(seed).items():
+            found.setdefault(key, []).extend(values)
+    report(found)
+    if not QUICK:
+        draw(found)
+
+
+def report(found: dict) -> None:
+    """All tables."""
+    names = ("bias", "std", "corr", "slope")
+    print("\nCosine with the exact policy gradient: of one update of 4, and of K")
+    rows = {n: [cell("update", found["main", n, 4])] for n in ESTIMATORS}
+    rows = {n: row + [cell("cosine", found["main", n, mu]) for mu in FORWARDS] for n, row in rows.items()}
+    table(["", "one of 4", *(f"K = {mu}" for mu in FORWARDS)], rows)
+    print("\nThe same at K = 4: with other losses, or one mask noise for a group")
+    pairs = {n: {"sequence": found["main", n, 4]} | {v: found["variant", n, v] for v in VARIANTS} for n in ESTIMATORS}
+    table(["", "sequence", *VARIANTS], {n: [cell("cosine", c) for c in row.values()] for n, row in pairs.items()})
+    for mu in FORWARDS:
+        print(f"\nLog-ratio, nats, from K = {mu} forwards")
+        table(["", *names], {n: [cell(f, found["main", n, mu]) for f in names] for n in ESTIMATORS})
+    print("\nThe exact log-ratio and gradient of random order against those of most-confident-first")
+    exactly = found["order", "random order", 0]
+    table(["", *names, "cosine"], {"random order": [cell(f, exactly) for f in (*names, "cosine")]})
+    both = lambda batches: f"{figure('cosine', batches)[0]:.2f} ({figure('update', batches)[0]:.2f})"
+    print("\nCosine over gamma, K = 4 (one update)")
+    rows = {s: [both(found["gamma", s, g]) for g in GAMMAS] for s in ("uniform", "fading_out")}
+    table(["", *(f"gamma {g}" for g in GAMMAS)], rows)
+    print("\nCosine over the sampler, block length / tokens per step, K = 4 (one update)")
+    rows = {n: [both(found["sampler", n, sampler]) for sampler in SAMPLERS] for n in IN_SWEEP}
+    table(["", *("{} / {}".format(*sampler) for sampler in SAMPLERS)], rows)
+    print("\nStd of the exact log-ratio over s, to weights a share s of the way to the second policy, by seed")
+    rows = {o: [" ".join(f"{v:.2f}" for v in found["near", o, s]) for s in SHARES] for o in ("random", "confident")}
+    table(["", *(f"s = {s:g}" for s in SHARES)], rows)
+
+
+def draw(found: dict) -> None:
+    """assets/estimator_audit.png: the cosine over forwards, and over gamma."""
+    import matplotlib.pyplot as plt
+
+    figure_, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2))
+    for i, name in enumerate(ESTIMATORS):
+        points = [figure("cosine", found["main", name, mu]) for mu in FORWARDS]
+        x = [mu * 1.03 ** (i - len(ESTIMATORS) / 2) for mu in FORWARDS]  # side by side
+        left.errorbar(x, *zip(*points), marker=".", lw=1.2, capsize=2, label=name, color=f"C{i}")
+    left.set(xscale="log", xticks=FORWARDS, xticklabels=FORWARDS, xlabel="forwards, one per inner update")
+    left.set(ylabel="cosine with the exact policy gradient")
+    left.minorticks_off()
+    for scheme, colour in (("uniform", "C3"), ("fading_out", "C5")):
+        points = [figure("cosine", found["gamma", scheme, gamma]) for gamma in GAMMAS]
+        right.errorbar(GAMMAS, *zip(*points), marker=".", lw=1.2, capsize=2, color=colour)
+    right.set(xlabel="gamma (4 forwards)")
+    for ax in (left, right):
+        ax.set_ylim(0, 1.02)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure_.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0.0))
+    figure_.savefig("assets/estimator_audit.png", dpi=150, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What each estimator's mean is: by enumeration of its masks through the code, against sums written with loops."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from exact import log_likelihood
+from test_maskgrpo import MASK, Enumerable, batch_of, config, experience, masks_of
+from test_remask import keep_by_hand
+
+import maskgrpo as m
+import remask
+from experiments.estimator_audit import inverse_weights
+
+X0, WHOLE = [1, 3, 0, 2], torch.ones(1, 4, dtype=torch.bool)
+
+
+def ell_of(model, masks, inverse=False):
+    """The sequence term of one re-masking of X0, by the functions that training and the audit use."""
+    log_p = m.token_log_probs(model, batch_of([X0]), masks.masked, masks.scored, MASK)
+    return m.sequence_ell(log_p * inverse_weights(WHOLE, masks) if inverse else log_p, masks.t).item()
+
+
+def log_p_of(model, n, hidden):
+    """log p(X0[n] | X0 with `hidden` masked), by loops."""
+    return model.slow([MASK if i in hidden else word for i, word in enumerate(X0)])[n, X0[n]].item()
+
+
+def chance_of(hide, chances):
+    return math.prod(c if h else 1 - c for h, c in zip(hide.tolist(), chances))
+
+
+def mean_over_masks(model, scheme, chances, hiding, **options):
+    """E ell over the noise. Each position's noise takes the value that hides it, `hiding`, or one that does not."""
+    total = 0.0
+    for hide in masks_of(4):
+        if chance := chance_of(hide, chances):
+            masks = scheme(torch.where(hide, hiding, 0.9999999 - hiding)[None])
+            assert torch.equal(masks.masked[0], hide)
+            total += chance * ell_of(model, masks, **options)
+    return total
+
+
+def weighted_sum(model, chances, weights):
+    """sum over n of weight_n E[log p(X0[n] | x_t) | n is hidden], the others hidden independently of each other."""
+    total = 0.0
+    for n in range(4):
+        for hide in masks_of(4):
+            if hide[n] and chances[n]:
+                hidden = [i for i in range(4) if hide[i]]
+                total += weights[n] * chance_of(hide, chances) / chances[n] * log_p_of(model, n, hidden)
+    return total
+
+
+@pytest.mark.parametrize("r", [0.2, 0.7, 1.0])
+def test_uniform_counts_every_token_once(r):
+    model = Enumerable(True)
+    got = mean_over_masks(model, lambda u: remask.uniform(WHOLE, r, u), [r] * 4, hiding=0.0)
+    assert got == pytest.approx(weighted_sum(model, [r] * 4, [1] * 4), rel=1e-5)
+
+
+@pytest.mark.parametrize("r", [0.3, 0.5, 0.7, 1.0])
+def test_fading_out_counts_a_token_by_its_chance_over_r_and_inverse_weights_count_it_once(r):
+    """Below r = 1/2 the first tokens are never hidden: no weight brings them back."""
+    model, scheme = Enumerable(True), lambda u: remask.fading_out(WHOLE, r, u)
+    chances = [1 - keep for keep in keep_by_hand(4, r)]
+    got = mean_over_masks(model, scheme, chances, hiding=0.9999999)
+    assert got == pytest.approx(weighted_sum(model, chances, [c / r for c in chances]), rel=1e-5)
+    got = mean_over_masks(model, scheme, chances, hiding=0.9999999, inverse=True)
+    assert got == pytest.approx(weighted_sum(model, chances, [1] * 4), rel=1e-5)
+    assert (min(chances) < r) == (r < 1)  # and 1/t is another weight
+
+
+def test_whole_range_is_the_mean_over_all_orders_of_generation():
+    """UniGRPO's masks sample the any-order likelihood bound. In r the mean is a polynomial: 8 nodes integrate it."""
+    model, got = Enumerable(True), 0.0
+    for node, weight in zip(*np.polynomial.legendre.leggauss(8)):
+        r = (node + 1) / 2
+        scheme = lambda u: remask.whole_range(WHOLE, u, torch.tensor([1 - r]))
+        got += weight / 2 * mean_over_masks(model, scheme, [r] * 4, hiding=0.0)
+    orders = list(itertools.permutations(range(4)))
+    expected = sum(log_p_of(model, n, order[i:]) for order in orders for i, n in enumerate(order)) / len(orders)
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_full_is_the_sum_at_full_mask_with_a_part_of_the_prompt_hidden():
+    """Two tokens of prompt, two of completion."""
+    model, prompt = Enumerable(True), torch.tensor([[True, True, False, False]])
+    got = expected = 0.0
+    for hide in itertools.product((False, True), repeat=2):
+        chance = math.prod(0.15 if h else 0.85 for h in hide)
+        u = torch.tensor([[0.0 if h else 0.5 for h in hide] + [0.5, 0.5]])
+        got += chance * ell_of(model, remask.full(~prompt, prompt, u))
+        hidden = [i for i in range(2) if hide[i]] + [2, 3]
+        expected += chance * sum(log_p_of(model, n, hidden) for n in (2, 3))
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+STEPS = torch.tensor([[1, 0, 3, 2]])  # a trace: the step that revealed each token
+
+
+@pytest.mark.parametrize("mu", [1, 2, 4])
+def test_the_mean_of_trace_over_its_updates_is_the_sum_in_the_states_of_its_slices(mu):
+    model = Enumerable(True)
+    got = sum(ell_of(model, remask.trace(WHOLE, STEPS, j, mu)) for j in range(1, mu + 1)) / mu
+    step, size = STEPS[0].tolist(), 4 // mu  # steps of a slice; hidden in it is what comes at its first step or later
+    states = [[i for i in range(4) if step[i] >= step[n] // size * size] for n in range(4)]
+    assert got == pytest.approx(sum(log_p_of(model, n, states[n]) for n in range(4)), rel=1e-5)
+
+
+@pytest.mark.parametrize("mu", [1, 2, 4])
+def test_every_update_of_rotated_trace_has_the_mean_of_trace(mu):
+    model, phases = Enumerable(True), torch.arange(mu) / mu + 0.3 / mu  # one in every slice
+    rotated = lambda phase, j: remask.rotated_trace(WHOLE, STEPS, phase.view(1), j, mu)
+    slices = [ell_of(model, remask.trace(WHOLE, STEPS, j, mu)) for j in range(1, mu + 1)]
+    for j in range(1, mu + 1):
+        assert sum(ell_of(model, rotated(phase, j)) for phase in phases) / mu == pytest.approx(sum(slices) / mu)
+    for phase in phases:  # and a rollout's updates score every slice, once
+        assert sorted(ell_of(model, rotated(phase, j)) for j in range(1, mu + 1)) == pytest.approx(sorted(slices))
+
+
+def test_a_rollout_s_updates_of_rotated_trace_share_their_phase_and_rows_do_not():
+    cfg = config(remask="rotated_trace", managed_randomness=False, mu=4, group_size=8, gen_length=8)
+    e = experience(cfg)
+    scored = torch.stack([m.remask_experience(cfg, e, 3, j)[0].scored for j in range(1, 5)])  # (mu, B, L)
+    assert torch.equal(scored.sum(0), e.completion.long())
+    first = {tuple(row.tolist()) for row in scored[0, 8:]}
+    assert 1 < len(first) <= 4  # all 8 alike: a chance of 4^-7 over seeds
+
+
+@pytest.mark.parametrize("order", ["confident", "random"])
+def test_trace_is_exact_where_a_step_reveals_a_block(order):
+    """The tiny default's sampler: all tokens of a block at once. One slice per block is then the very likelihood."""
+    model, steps = Enumerable(True), torch.tensor([[0, 0, 1, 1]])
+    denoise = lambda x, positions: model(x, None, positions)
+    exact = log_likelihood(denoise, torch.tensor([X0]), WHOLE, MASK, order=order, block_length=2, tokens_per_step=2)
+    got = sum(ell_of(model, remask.trace(WHOLE, steps, j, 2)) for j in (1, 2)) / 2
+    assert got == pytest.approx(exact.item(), rel=1e-5)

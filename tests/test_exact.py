@@ -1,0 +1,145 @@
+"""exact.py: likelihoods against the sampler's procedure played through draw by draw, and against the sampler itself."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from exact import log_likelihood
+from test_maskgrpo import Enumerable
+
+from emerge_sampler import semi_autoregressive
+
+WORDS, LENGTH = 3, 4
+MASK, T = WORDS, 0.7
+STRINGS = list(itertools.product(range(WORDS), repeat=LENGTH))
+SIZES = [(4, 1), (4, 2), (4, 3), (4, 4), (2, 1), (3, 2), (1, 1)]  # block length, tokens per step
+
+
+def denoiser(model):
+    return lambda x, positions: model(x, None, positions)
+
+
+def exact(model, rows, order, block, k):
+    """exp of log_likelihood of completions that fill their rows."""
+    x = torch.tensor(rows)
+    settings = dict(order=order, block_length=block, tokens_per_step=k, temperature=T)
+    return log_likelihood(denoiser(model), x, torch.ones_like(x, dtype=torch.bool), MASK, **settings).exp()
+
+
+def next_states(model, state, order, block, k):
+    """Every (state, probability) that one step leads to: all draws at all hidden positions of the block, with loops."""
+    first = state.index(MASK) // block * block
+    hidden = [i for i in range(first, min(first + block, LENGTH)) if state[i] == MASK]
+    with torch.no_grad():
+        log_q = model(torch.tensor([state]), None, torch.tensor([[i in hidden for i in range(LENGTH)]]))
+    p, q = (log_q / T).softmax(-1).tolist(), log_q.log_softmax(-1).tolist()
+    for draw in itertools.product(range(WORDS), repeat=len(hidden)):
+        chance = math.prod(p[i][v] for i, v in enumerate(draw))
+        if order == "confident":
+            ways = [sorted(range(len(draw)), key=lambda i: (-q[i][draw[i]], i))[:k]]
+        else:
+            ways = list(itertools.combinations(range(len(draw)), min(k, len(draw))))
+        for chosen in ways:
+            after = list(state)
+            for i in chosen:
+                after[hidden[i]] = draw[i]
+            yield tuple(after), chance / len(ways)
+
+
+def played_through(model, order, block, k):
+    """{completion: probability} by following every draw of every step."""
+    states, done = {(MASK,) * LENGTH: 1.0}, dict.fromkeys(STRINGS, 0.0)
+    while states:
+        reached = {}
+        for state, chance in states.items():
+            for after, step in next_states(model, state, order, block, k):
+                where = reached if MASK in after else done
+                where[after] = where.get(after, 0.0) + chance * step
+        states = reached
+    return torch.tensor([done[string] for string in STRINGS], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("order", ["confident", "random"])
+@pytest.mark.parametrize("block,k", SIZES)
+def test_likelihoods_equal_the_sampler_played_through_and_sum_to_one(order, block, k):
+    for seed in (0, 1):
+        model = Enumerable(True, LENGTH, WORDS, seed)
+        got = exact(model, STRINGS, order, block, k)
+        assert got.sum().item() == pytest.approx(1, abs=1e-6)
+        torch.testing.assert_close(got.detach(), played_through(model, order, block, k), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block,k", SIZES)
+def test_equal_confidences_are_taken_from_the_left(block, k):
+    model = Enumerable(True, LENGTH, WORDS)
+    with torch.no_grad():
+        model.mix.round_().clamp_(0, 1)
+        model.bias.copy_(model.bias[:1].round())
+        model.mix.copy_(model.mix[:, :, :1])  # the same prediction everywhere: ties in every state
+    got = exact(model, STRINGS, "confident", block, k)
+    torch.testing.assert_close(got.detach(), played_through(model, "confident", block, k), atol=1e-6, rtol=1e-5)
+
+
+def test_random_order_is_the_mean_over_all_orders():
+    """By permutations, so that it leans on nothing of the recursion; one token per step."""
+    model, row = Enumerable(True, LENGTH, WORDS), (1, 0, 2, 1)
+    total = 0.0
+    for order in itertools.permutations(range(LENGTH)):
+        state, product = [MASK] * LENGTH, 1.0
+        for i in order:
+            at = torch.tensor([[n == i for n in range(LENGTH)]])
+            product *= (model(torch.tensor([state]), None, at) / T).softmax(-1)[0, row[i]].item()
+            state[i] = row[i]
+        total += product / math.factorial(LENGTH)
+    assert exact(model, [row], "random", LENGTH, 1).item() == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("block,k", [(4, 1), (4, 2), (2, 1)])
+def test_the_sampler_draws_completions_as_often_as_their_likelihood_says(block, k):
+    """60,000 samples, 81 strings. Bernstein's inequality and a union bound: false alarm below 1e-9."""
+    model, n = Enumerable(True, LENGTH, WORDS), 60_000
+    p = exact(model, STRINGS, "confident", block, k).detach()
+    x, settings = torch.full((n, LENGTH), MASK), dict(block_length=block, tokens_per_step=k, temperature=T)
+    noise = torch.Generator().manual_seed(0)
+    out = semi_autoregressive(denoiser(model), x, x == MASK, generator=noise, eos_ids=(), pad_id=0, **settings)
+    counts = (out.x * WORDS ** torch.arange(LENGTH - 1, -1, -1)).sum(1).bincount(minlength=len(STRINGS))
+    assert ((counts - n * p).abs() < bernstein(n, p, 1e-9 / len(STRINGS))).all()
+    other = exact(model, STRINGS, "random", block, k).detach()
+    assert ((counts - n * other).abs() > bernstein(n, other, 1e-9 / len(STRINGS))).any()  # and it has the power
+
+
+def bernstein(n, p, chance):
+    """The s with P(|count - n p| >= s) <= chance, from 2 exp(-s^2 / (2 n p (1 - p) + 2 s / 3))."""
+    c = math.log(2 / chance)
+    return c / 3 + (c * c / 9 + 2 * c * n * p * (1 - p)).sqrt()
+
+
+def test_an_eos_at_the_end_of_a_block_ends_the_sum():
+    """40,000 samples; a completion that ends with word 0 in place 1, the end of its block. False alarm below 1e-9."""
+    model, n, pad = Enumerable(True, LENGTH, WORDS), 40_000, 9
+    x, settings = torch.full((n, LENGTH), MASK), dict(block_length=2, tokens_per_step=1, temperature=T)
+    noise = torch.Generator().manual_seed(0)
+    out = semi_autoregressive(denoiser(model), x, x == MASK, generator=noise, eos_ids=(0,), pad_id=pad, **settings)
+    for first in (1, 2):
+        row = torch.tensor([[first, 0, MASK, MASK]])
+        p = log_likelihood(denoiser(model), row, row != MASK, MASK, order="confident", block_length=2, temperature=T)
+        count = (out.x == torch.tensor([first, 0, pad, pad])).all(1).sum()
+        assert abs(count - n * p.exp()) < bernstein(n, p.exp(), 1e-9 / 2)
+
+
+@pytest.mark.parametrize("order", ["confident", "random"])
+def test_gradients(order):
+    """All completions keep their sum of 1, so its gradient is 0; one of them follows its finite difference."""
+    model = Enumerable(True, LENGTH, WORDS)
+    model.bias.data, model.mix.data = model.bias.data * 3, model.mix.data * 3  # some F are 0 to float32
+    p = exact(model, STRINGS, order, 4, 1)
+    whole = torch.autograd.grad(p.sum(), list(model.parameters()), retain_graph=True)
+    one = torch.autograd.grad(p[40].log(), list(model.parameters()))
+    assert all(g.abs().max() < 1e-5 for g in whole) and max(g.abs().max() for g in one) > 1e-2
+    values, h = [], 1e-3
+    for sign in (1, -1):
+        with torch.no_grad():
+            model.bias.add_(sign * h * one[0] * (1 if sign == 1 else 2))
+        values.append(exact(model, STRINGS, order, 4, 1)[40].log().item())
+    assert (values[0] - values[1]) / (2 * h) == pytest.approx(one[0].square().sum().item(), rel=0.02)
