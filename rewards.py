@@ -204,14 +204,13 @@ def part_of(key: str) -> str:
 
 
 def generate(task: str, draw: Callable, split: str, n: int, seed: int) -> list[Problem]:
-    """n different problems of a split, from a seed. draw(rng) -> (split that may hold it or None, problem)."""
+    """n different problems of a split, from a seed. draw(rng, split) -> a problem, or None if it is of no or another."""
     rng = random.Random(f"{task} {split} {seed}")
     problems: dict[str, Problem] = {}
     for _ in range(1000 * n + 100_000):
         if len(problems) == n:
             return list(problems.values())
-        part, problem = draw(rng)
-        if part == split:
+        if problem := draw(rng, split):
             problems[problem["question"]] = problem
     raise DataError(f"the generator has fewer than {n} different {task} problems in its {split} split")
 
@@ -355,17 +354,18 @@ def split_of(question: str, first: tuple[int, str, int], second: tuple[int, str,
     return None if reserved(*second) else part_of(question)
 
 
-def draw_gsm8k(rng: random.Random) -> tuple[str | None, Problem]:
-    """One grade-school word problem with a worked solution, in GSM8K's format, and its split."""
+def draw_gsm8k(rng: random.Random, split: str) -> Problem | None:
+    """One grade-school word problem with a worked solution, in GSM8K's format; None if its split is another."""
     story, op1, op2 = rng.choice(TEMPLATES)
     a, b, c = rng.randint(2, 9 if op1 == "*" else LARGEST), rng.randint(2, 9), rng.randint(2, 9)
     middle = OPERATIONS[op1](a, b)
     result = OPERATIONS[op2](middle, c)
     question = story.format(name=rng.choice(NAMES), item=rng.choice(ITEMS), a=a, b=b, c=c)
-    answer = f"{a} {op1} {b} = {middle}\n{middle} {op2} {c} = {result}\n#### {result}"
     small = 1 <= middle <= LARGEST and 1 <= result <= LARGEST
-    part = split_of(question, (a, op1, b), (middle, op2, c)) if small else None
-    return part, {"question": question, "answer": answer}
+    if not small or split_of(question, (a, op1, b), (middle, op2, c)) != split:
+        return None
+    answer = f"{a} {op1} {b} = {middle}\n{middle} {op2} {c} = {result}\n#### {result}"
+    return {"question": question, "answer": answer}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -466,15 +466,16 @@ EQUATIONS = ("Solve {a} {x} + {b} = {c}.", "Solve {b} + {a} {x} = {c}.", "Find {
 NOTATIONS = {"z": "\\dfrac{{{p}}}{{{q}}}", "k": "{p}/{q}", "m": "\\tfrac{{{p}}}{{{q}}}"}
 
 
-def draw_math500(rng: random.Random) -> tuple[str | None, Problem]:
-    r"""One linear equation with a worked solution that ends in \boxed{}, as in MATH, and its split."""
+def draw_math500(rng: random.Random, split: str) -> Problem | None:
+    r"""One linear equation with a worked solution that ends in \boxed{}, as in MATH; None if its split is another."""
     x, a, b, right = rng.choice(UNKNOWNS), rng.randint(2, 9), rng.randint(1, LARGEST), rng.randint(1, LARGEST)
     value = Fraction(right, a)
     notation = "{p}" if value.denominator == 1 else NOTATIONS.get(x, "\\frac{{{p}}}{{{q}}}")
     answer = notation.format(p=value.numerator, q=value.denominator)
     question = rng.choice(EQUATIONS).format(a=a, b=b, c=right + b, x=x)
-    part = "unseen" if reserved(right + b, "-", b) else None if reserved(right, "/", a) else part_of(question)
-    return part, {"question": question, "answer": answer, "solution": f"{a} {x} = {right}\n\\boxed{{{answer}}}"}
+    if split_of(question, (right + b, "-", b), (right, "/", a)) != split:
+        return None
+    return {"question": question, "answer": answer, "solution": f"{a} {x} = {right}\n\\boxed{{{answer}}}"}
 
 
 def check_math500(row: dict, where: str) -> Problem:
@@ -679,15 +680,16 @@ FORMULAS = {
 FUNCTIONS = ("f", "g", "h", "change", "result", "value", "compute", "apply", "answer", "number", "solve", "update")
 
 
-def draw_mbpp(rng: random.Random) -> tuple[str | None, Problem]:
-    """One function to write, three tests of it, and its split."""
+def draw_mbpp(rng: random.Random, split: str) -> Problem | None:
+    """One function to write and three tests of it; None if its split is another."""
     words, (body, formula) = rng.choice(list(FORMULAS.items()))
     name, a, b = rng.choice(FUNCTIONS), rng.randint(1, LARGEST), rng.randint(1, LARGEST)
     question = words.format(f=name, a=a, b=b)
     tests = [f"assert {name}({x}) == {formula(x, a, b)}" for x in rng.sample(range(LARGEST), 3)]
     code = f"def {name}(x):\n return {body.format(a=a, b=b)}"
-    problem = {"question": question, "answer": code, "tests": tests, "imports": "", "setup": ""}
-    return ("unseen" if reserved(a, "f", b) else part_of(question)), problem
+    if ("unseen" if reserved(a, "f", b) else part_of(question)) != split:
+        return None
+    return {"question": question, "answer": code, "tests": tests, "imports": "", "setup": ""}
 
 
 def check_mbpp(row: dict, where: str) -> Problem:
@@ -906,7 +908,7 @@ def run_program(imports: str, program: str, setup: str, tests: tuple, seconds: f
     return run_sandbox(job, seconds)[1]
 
 
-def run_sandbox(job: dict, seconds: float) -> tuple[list[str], list[str | None]]:
+def run_sandbox(job: dict, seconds: float) -> tuple[list[str] | None, list[str | None]]:
     """(the protections that were active, packed values or None per test) of one job of `sandboxed`."""
     if not code_execution_allowed:
         raise DataError(CODE_REFUSED.format("mbpp"))
@@ -941,27 +943,28 @@ def end_session(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def read_results(lines: list[str], tests: int) -> tuple[list[str], list[str | None]]:
-    """The lines that `sandboxed` wrote: its protections, then (test, values). Whatever else stands there is ignored."""
-    active, values = [], [None] * tests
+def read_results(lines: list[str], tests: int) -> tuple[list[str] | None, list[str | None]]:
+    """The lines that `sandboxed` wrote: its protections (None: it never started), then (test, values); nothing else."""
+    active, values = None, [None] * tests
     for line in lines:
         head, _, tail = line.partition(" ")
-        if head == "active" and not active:
-            active = tail.split(",")
+        if head == "active" and active is None:
+            active = [name for name in tail.split(",") if name]
         elif head.isdecimal() and len(head) < 6 and int(head) < tests and len(tail) <= ANSWER_SIZE:
             values[int(head)] = tail if values[int(head)] is None else values[int(head)]
     return active, values
 
 
 def protections() -> str:
-    """One line: how programs will be run on this system, found by running an empty one."""
+    """One line: how programs will be run on this system, found by running an empty one. DataError if it does not run."""
     active, _ = run_sandbox({"imports": "", "program": "", "setup": "", "tests": [], "seconds": SECONDS}, SECONDS)
-    missing = [name for name in ("users", "processes", "network", "files") if name not in active]
-    limits = f"{SECONDS} s, {MEMORY >> 20} MiB, no further process"
-    apart = "own " + ", ".join(name for name in active if name not in missing) if active else "NOT STARTED"
-    return f"a process per program: {limits}; {apart}" + (
-        f"; NOT separated here: {', '.join(missing)}" if missing else ""
+    if active is None:
+        raise DataError("programs cannot be run here: the sandbox needs Linux, and a Python that starts as a child")
+    without = [name for name in ("files", "network", "processes", "users") if name not in active]
+    apart = f"; its own {', '.join(active)}" * bool(active) + f"; NOT its own here: {', '.join(without)}" * bool(
+        without
     )
+    return f"a process per program, {SECONDS} s, {MEMORY >> 20} MiB, no further process{apart}"
 
 
 # Below: what runs inside the sandbox's process.
@@ -1048,11 +1051,11 @@ def confine(seconds: float) -> list[str]:
     either, the limits remain, among them that no further process can be started.
     """
     libc, active = ctypes.CDLL(None, use_errno=True), []
-    outside, user = os.geteuid(), 1_500_000_000 + os.getpid()  # a user for this process alone
+    outside, group, user = os.geteuid(), os.getegid(), 1_500_000_000 + os.getpid()  # a user for this process alone
     spaces = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | (CLONE_NEWUSER if outside else 0)
     if hasattr(libc, "unshare") and libc.unshare(spaces) == 0:
         if outside:
-            maps = {"setgroups": "deny", "uid_map": f"{user} {outside} 1", "gid_map": f"{user} {os.getegid()} 1"}
+            maps = {"setgroups": "deny", "uid_map": f"{user} {outside} 1", "gid_map": f"{user} {group} 1"}
             for name, text in maps.items():
                 Path(f"/proc/self/{name}").write_text(text)
         active += ["network", "processes"] + ["files"] * change_root(libc, os.getcwd())
@@ -1134,17 +1137,17 @@ def limit_resources(seconds: float) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def draw_countdown(rng: random.Random) -> tuple[str | None, Problem]:
-    """Three numbers in any order, a target, one way to make it, and the problem's split."""
+def draw_countdown(rng: random.Random, split: str) -> Problem | None:
+    """Three numbers in any order, a target, and one way to make it; None if its split is another."""
     a, b, c = (rng.randint(1, LARGEST) for _ in range(3))
     op1, op2 = rng.choice("+-*"), rng.choice("+-")
     target = OPERATIONS[op2](OPERATIONS[op1](a, b), c)
     numbers = rng.sample([a, b, c], 3)
-    problem = countdown_problem(numbers, target) | {"answer": f"{a} {op1} {b} {op2} {c}"}
-    if not 1 <= target <= 2 * LARGEST:
-        return None, problem
     key = " ".join(map(str, sorted(numbers)))  # the same numbers in another order are the same problem
-    return ("unseen" if crc(key) % 8 == 0 else part_of(f"{key} {target}")), problem
+    part = "unseen" if crc(key) % 8 == 0 else part_of(f"{key} {target}")
+    if part != split or not 1 <= target <= 2 * LARGEST:
+        return None
+    return countdown_problem(numbers, target) | {"answer": f"{a} {op1} {b} {op2} {c}"}
 
 
 def countdown_problem(numbers: list[int], target: int) -> Problem:
@@ -1154,10 +1157,15 @@ def countdown_problem(numbers: list[int], target: int) -> Problem:
 
 
 def check_countdown(row: dict, where: str) -> Problem:
-    """nums (numbers, input "3,8,5") and target (output); or ground_truth: [[3, 8, 5], 6]. DataError for all else."""
+    """nums (numbers, input "3,8,5") and target (output); or ground_truth: [[3, 8, 5], 6]; or both in the question's
+    words, "Numbers: 3, 8, 5. Target: 6.". DataError for all else."""
     both = pick(row, ("ground_truth", "solution", "answer"))
     pair = both if isinstance(both, list) and len(both) == 2 and isinstance(both[0], list) else (None, None)
     numbers, target = pick(row, ("nums", "numbers", "input")) or pair[0], row.get("target", row.get("output", pair[1]))
+    words = str(pick(row, QUESTION) or "")
+    if numbers is None and (said := re.search(r"numbers?:?\s*\[?(\d[\d,\s]*)", words, re.IGNORECASE)):
+        numbers, said = said[1], re.search(r"(?:target(?: of|:)?|equals?|make)\s*(-?\d+)", words, re.IGNORECASE)
+        target = said[1] if said and target is None else target
     try:
         numbers = re.findall(r"\d+", numbers) if isinstance(numbers, str) else numbers
         numbers, target = [int(n) for n in numbers], int(target)
@@ -1262,7 +1270,7 @@ def countdown_answer(completion: str, problem: Problem) -> str | None:
 
 
 def countdown_terms(completion: str, problem: Problem) -> tuple[float, float]:
-    """(1 if the expression makes the target, 1 if it uses every number exactly once); both 0 unless it does the last."""
+    """(1 if the expression makes the target, 1 if it uses every number exactly once); both 0 without the latter."""
     found = evaluate(countdown_answer(completion, problem) or "")
     if found is None or sorted(found[1]) != sorted(problem["numbers"]):
         return 0.0, 0.0
@@ -1318,8 +1326,8 @@ def solutions(puzzle: str) -> list[str]:
     return [grid for grid, bits in zip(solved_grids(), grid_bits()) if bits & clues == clues]
 
 
-def draw_sudoku(rng: random.Random) -> tuple[str | None, Problem]:
-    """One puzzle with its solution, and its split: None unless the solution is the only one.
+def draw_sudoku(rng: random.Random, split: str) -> Problem | None:
+    """One puzzle with its only solution; None if it has others, or its split is another.
 
     A puzzle belongs to one split by its own digits; "unseen" puzzles have solutions (an eighth of the 288)
     that no other split shows.
@@ -1328,7 +1336,7 @@ def draw_sudoku(rng: random.Random) -> tuple[str | None, Problem]:
     clues = set(rng.sample(range(SIDE * SIDE), rng.randint(*CLUES)))
     puzzle = "".join(digit if cell in clues else EMPTY for cell, digit in enumerate(solution))
     part = "unseen" if crc(solution) % 8 == 0 else part_of(puzzle)
-    return (part if len(solutions(puzzle)) == 1 else None), {"question": puzzle, "answer": solution}
+    return {"question": puzzle, "answer": solution} if part == split and len(solutions(puzzle)) == 1 else None
 
 
 def check_sudoku(row: dict, where: str) -> Problem:
@@ -1423,9 +1431,11 @@ def clues() -> dict[str, int]:
     return {text: allowed for text, allowed in bits.items() if allowed}
 
 
-def draw_zebra(rng: random.Random) -> tuple[str | None, Problem]:
-    """A puzzle with one solution and no clue to spare, and its split, which for "unseen" the solution decides."""
+def draw_zebra(rng: random.Random, split: str) -> Problem | None:
+    """A puzzle with one solution and no clue to spare; None if its split is another. The solution decides "unseen"."""
     chosen = rng.randrange(len(arrangements()))
+    if (crc(f"arrangement {chosen}") % 8 == 0) != (split == "unseen"):
+        return None
     true = [text for text, allowed in clues().items() if allowed >> chosen & 1]
     picked, left = [], -1
     while left != 1 << chosen:
@@ -1439,8 +1449,7 @@ def draw_zebra(rng: random.Random) -> tuple[str | None, Problem]:
     rows = [[str(h), *(e for e in ENTRIES if at[e] == h)] for h in range(1, HOUSES + 1)]
     listed = " ".join(f"{name}: {', '.join(entries)}." for name, entries in ATTRIBUTES.items())
     question = f"Houses: {', '.join(row[0] for row in rows)}. {listed} {' '.join(picked)}"
-    problem = zebra_problem(question, ["House", *ATTRIBUTES], rows)
-    return ("unseen" if crc(problem["answer"]) % 8 == 0 else part_of(question)), problem
+    return zebra_problem(question, ["House", *ATTRIBUTES], rows) if split in ("unseen", part_of(question)) else None
 
 
 def zebra_problem(question: str, header: list[str], rows: list[list[str]]) -> Problem:
@@ -1722,7 +1731,7 @@ COMPLETION = (
     *("completion", "completions", "generation", "generations", "response", "responses", "model_output"),
     *("prediction", "predictions", "generated_text", "resps", "output", "outputs"),
 )
-VERDICT = ("correct", "is_correct", "verdict", "passed", "exact_match", "acc")
+VERDICT = ("correct", "is_correct", "verdict", "passed", "exact_match", "acc", "score")
 
 
 class Scored(NamedTuple):

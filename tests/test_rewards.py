@@ -13,6 +13,10 @@ import rewards
 from rewards import DataError
 
 
+def load(name, path, split="train"):
+    return rewards.TASKS[name].load(path, split)
+
+
 def solve(question: str) -> int:
     """An independent reading of the question: numbers in order, operations from the verbs."""
     a, b, c = map(int, re.findall(r"\d+", question))
@@ -25,7 +29,7 @@ def solve(question: str) -> int:
 
 @pytest.mark.parametrize("split", rewards.SPLITS)
 def test_generated_problems_are_right_and_worked_out(split):
-    for p in rewards.generate_gsm8k(split, 400, 3):
+    for p in rewards.TASKS["gsm8k"].generate(split, 400, 3):
         assert rewards.gold_answer(p) == solve(p["question"])
         lines = p["answer"].splitlines()
         for line in lines[:2]:
@@ -40,17 +44,19 @@ def pairs(problem):
 
 
 def test_splits_are_disjoint_and_unseen_pairs_never_train():
-    splits = {s: rewards.generate_gsm8k(s, 3000 if s == "train" else 800, 0) for s in rewards.SPLITS}
+    splits = {s: rewards.TASKS["gsm8k"].generate(s, 3000 if s == "train" else 800, 0) for s in rewards.SPLITS}
     questions = {s: {p["question"] for p in rows} for s, rows in splits.items()}
     for s in rewards.SPLITS:
         assert len(questions[s]) == len(splits[s])
         assert all(questions[s].isdisjoint(questions[other]) for other in rewards.SPLITS if other != s)
     # over several seeds, as a run's training seed must not matter
-    trained = {pair for seed in range(4) for p in rewards.generate_gsm8k("train", 3000, seed) for pair in pairs(p)}
+    trained = {
+        pair for seed in range(4) for p in rewards.TASKS["gsm8k"].generate("train", 3000, seed) for pair in pairs(p)
+    }
     assert all(pairs(p)[0] not in trained for p in splits["unseen"])
     assert sum(pairs(p)[0] in trained for p in splits["test"]) > 0.98 * len(splits["test"])
     for seed in range(4):
-        assert questions["test"].isdisjoint(p["question"] for p in rewards.generate_gsm8k("train", 3000, seed))
+        assert questions["test"].isdisjoint(p["question"] for p in rewards.TASKS["gsm8k"].generate("train", 3000, seed))
 
 
 def test_held_out_problems_are_the_same_for_every_run_and_never_train():
@@ -64,43 +70,14 @@ def test_held_out_problems_are_the_same_for_every_run_and_never_train():
 
 
 def test_generation_repeats_from_its_seed():
-    assert rewards.generate_gsm8k("train", 50, 1) == rewards.generate_gsm8k("train", 50, 1)
-    assert rewards.generate_gsm8k("train", 50, 1) != rewards.generate_gsm8k("train", 50, 2)
+    assert rewards.TASKS["gsm8k"].generate("train", 50, 1) == rewards.TASKS["gsm8k"].generate("train", 50, 1)
+    assert rewards.TASKS["gsm8k"].generate("train", 50, 1) != rewards.TASKS["gsm8k"].generate("train", 50, 2)
     random.seed(0)
     state = random.getstate()
-    rewards.generate_gsm8k("test", 50, 1)
+    rewards.TASKS["gsm8k"].generate("test", 50, 1)
     assert random.getstate() == state
     with pytest.raises(DataError, match="fewer than"):
-        rewards.generate_gsm8k("none", 1, 0)
-
-
-@pytest.mark.parametrize(
-    "completion,answer",
-    [
-        ("so 12 + 3 = 15\n#### 15", "15"),
-        ("#### $1,234.50", "1234.5"),
-        ("#### 42.0", "42"),
-        ("#### 42 apples.", "42"),
-        ("#### -7", "-7"),
-        ("\\boxed{42}", "42"),
-        ("\\boxed {\\$ 42}", "42"),
-        ("<answer>\n18\n</answer>", "18"),
-        ("<reasoning>3</reasoning><answer> 18 </answer>", "18"),
-        ("#### 15\n#### 15.0", "15"),
-        ("15", None),
-        ("The answer is 15", None),
-        ("#### 14\n#### 15", None),
-        ("#### 14 or 15", None),
-        ("####", None),
-        ("#### none", None),
-        ("", None),
-        ("#### \n15", "15"),
-        ("####15", "15"),
-        ("#### 15\n<answer>16</answer>", None),
-    ],
-)
-def test_extraction(completion, answer):
-    assert rewards.extract_answer(completion) == (None if answer is None else Decimal(answer))
+        rewards.TASKS["gsm8k"].generate("none", 1, 0)
 
 
 def test_reward_terms_by_hand():
@@ -113,26 +90,12 @@ def test_reward_terms_by_hand():
         "12 + 3\n#### 15\nand more": (2.0, 0.5),  # the answer is not the last line
         "15 15 15": (0.0, 0.0),  # digits are not an answer
         "#### 14\n#### 15": (0.0, 0.0),
+        "\n#### 15": (2.0, 0.5),  # an empty reasoning
+        "<reasoning>\n</reasoning>\n#### 15": (2.0, 0.5),
     }
     for completion, (correctness, form) in cases.items():
         assert rewards.gsm8k_reward(completion, p) == {"correctness": correctness, "format": form}, completion
         assert rewards.gsm8k_correct(completion, p) == (correctness == 2.0)
-
-
-def test_rewards_are_total_on_hostile_text():
-    p = {"question": "?", "answer": "#### 15"}
-    rng = random.Random(0)
-    noise = "".join(chr(rng.randrange(1, 0xD7FF)) for _ in range(5000))
-    for text in (
-        noise,
-        "#### " * 100_000,
-        "9" * 1_000_000,
-        "#### " + "9" * 100_000,
-        "\\boxed{" * 50_000,
-        "\x00\n" * 1000,
-    ):
-        terms = rewards.gsm8k_reward(text, p)
-        assert terms["correctness"] == 0 and all(math.isfinite(v) for v in terms.values())
 
 
 def test_target_drops_the_calculator_marks():
@@ -141,7 +104,7 @@ def test_target_drops_the_calculator_marks():
 
 
 def test_published_file(data_file):
-    problems = rewards.load_gsm8k(str(data_file))
+    problems = load("gsm8k", str(data_file))
     assert len(problems) == 60 and all("<<" in p["answer"] for p in problems)
     splits = rewards.published_splits(rewards.TASKS["gsm8k"], str(data_file), None, 3)
     assert [len(splits[s]) for s in rewards.SPLITS] == [49, 5, 3, 0]
@@ -164,21 +127,21 @@ def test_bad_files_name_file_and_line(tmp_path, text, message):
     file = tmp_path / "bad.jsonl"
     file.write_text(text)
     with pytest.raises(DataError, match=f"bad.jsonl.*{message}"):
-        rewards.load_gsm8k(str(file))
+        load("gsm8k", str(file))
 
 
 def test_a_line_separator_inside_a_string_is_no_line_break(tmp_path):
     file = tmp_path / "u.jsonl"
     file.write_text('{"question": "a\u2028b", "answer": "#### 1"}\r\n{"question": "c", "answer": "#### 2"}\n')
-    assert [p["question"] for p in rewards.load_gsm8k(str(file))] == ["a\u2028b", "c"]
+    assert [p["question"] for p in load("gsm8k", str(file))] == ["a\u2028b", "c"]
 
 
 def test_missing_and_binary_files(tmp_path):
     with pytest.raises(DataError, match="none.jsonl: cannot be read"):
-        rewards.load_gsm8k(str(tmp_path / "none.jsonl"))
+        load("gsm8k", str(tmp_path / "none.jsonl"))
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="b.jsonl: cannot be read"):
-        rewards.load_gsm8k(str(tmp_path / "b.jsonl"))
+        load("gsm8k", str(tmp_path / "b.jsonl"))
     (tmp_path / "few.jsonl").write_text(json.dumps({"question": "a", "answer": "#### 1"}) + "\n")
     with pytest.raises(DataError, match="too few"):
         rewards.published_splits(rewards.TASKS["gsm8k"], str(tmp_path / "few.jsonl"), None, 0)
@@ -224,17 +187,17 @@ def test_there_are_288_grids():
 
 @pytest.mark.parametrize("split", rewards.SPLITS)
 def test_generated_sudokus_have_one_solution(split):
-    problems = rewards.generate_sudoku(split, 150, 3)
+    problems = rewards.TASKS["sudoku"].generate(split, 150, 3)
     assert len({p["question"] for p in problems}) == 150
     for p in problems:
         assert solve_sudoku(p["question"]) == [p["answer"]] == rewards.solutions(p["question"])
         assert 5 <= 16 - p["question"].count("0") <= 8
         assert rewards.sudoku_ceiling(p) == 1
-        assert rewards.check_sudoku(p["question"], p["answer"], "here") == p
+        assert rewards.check_sudoku({"Puzzle": p["question"], "Solution": p["answer"]}, "here") == p
 
 
 def test_sudoku_splits_are_disjoint():
-    splits = {s: rewards.generate_sudoku(s, 2000 if s == "train" else 500, 0) for s in rewards.SPLITS}
+    splits = {s: rewards.TASKS["sudoku"].generate(s, 2000 if s == "train" else 500, 0) for s in rewards.SPLITS}
     puzzles = {s: {p["question"] for p in rows} for s, rows in splits.items()}
     assert all(puzzles[a].isdisjoint(puzzles[b]) for a in puzzles for b in puzzles if a != b)
     grids = {s: {p["answer"] for p in rows} for s, rows in splits.items()}
@@ -242,7 +205,7 @@ def test_sudoku_splits_are_disjoint():
         all(grids["unseen"].isdisjoint(grids[s]) for s in rewards.SPLITS if s != "unseen") and len(grids["unseen"]) > 20
     )
     for seed in range(1, 4):
-        assert puzzles["test"].isdisjoint(p["question"] for p in rewards.generate_sudoku("train", 2000, seed))
+        assert puzzles["test"].isdisjoint(p["question"] for p in rewards.TASKS["sudoku"].generate("train", 2000, seed))
 
 
 def test_sudoku_score_by_hand():
@@ -277,23 +240,21 @@ def test_published_sudokus(tmp_path):
     file.write_text(
         "\ufeffPuzzle,Solution\r\n1234341221434300,1234341221434321\r\n\r\n234341221434321,1234341221434321\r\n"
     )
-    problems = rewards.load_sudoku(str(file))  # the second lost its leading zero to a spreadsheet
+    problems = load("sudoku", str(file))  # the second lost its leading zero to a spreadsheet
     assert [p["question"] for p in problems] == ["1234341221434300", "0234341221434321"]
     for text in ("", "a,b\n1,2\n", "Puzzle,Solution\n"):
         file.write_text(text)
-        with pytest.raises(
-            DataError, match=r"puzzles\.csv(, line 1: expected the header Puzzle,Solution|: no puzzles)"
-        ):
-            rewards.load_sudoku(str(file))
+        with pytest.raises(DataError, match=r"puzzles\.csv(, line 2: .*|: no problems; .*) header Puzzle,Solution"):
+            load("sudoku", str(file))
     with pytest.raises(DataError, match="cannot be read"):
-        rewards.load_sudoku(str(tmp_path / "none.csv"))
-    with pytest.raises(DataError, match="--data FILE.csv"):
-        rewards.load_sudoku(None)
+        load("sudoku", str(tmp_path / "none.csv"))
+    with pytest.raises(DataError, match="--data FILE, a CSV file with the header"):
+        load("sudoku", None)
 
 
 def test_problems_that_are_held_out_do_not_train(tmp_path):
     """Not even where --data and --eval_data share them."""
-    problems = rewards.generate_sudoku("train", 60, 1)
+    problems = rewards.TASKS["sudoku"].generate("train", 60, 1)
     write = lambda name, rows: (tmp_path / name).write_text(
         "Puzzle,Solution\n" + "".join(f"{p['question']},{p['answer']}\n" for p in rows)
     )

@@ -661,7 +661,7 @@ def test_a_run_leaves_everything_it_is(whole):
     )
     rows = [json.loads(line) for line in (whole / "completions.jsonl").read_text().splitlines()]
     assert len(rows) == 7 * 6
-    problems = rewards.generate_sudoku("test", 6, 1)
+    problems = rewards.TASKS["sudoku"].generate("test", 6, 1)
     for name, figures in results["accuracy"].items():
         of = [row for row in rows if row["method"] == name]
         scores = torch.tensor([row["score"] for row in of])
@@ -805,7 +805,7 @@ def test_a_policy_with_a_damaged_file_is_named(whole, tmp_path, capfd):
 
 
 def csv_file(path, rows=12):
-    lines = [f"{p['question']},{p['answer']}" for p in rewards.generate_sudoku("test", rows, 9)]
+    lines = [f"{p['question']},{p['answer']}" for p in rewards.TASKS["sudoku"].generate("test", rows, 9)]
     path.write_text("\n".join(["Puzzle,Solution", *lines]) + "\n")
     return path
 
