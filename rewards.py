@@ -204,7 +204,7 @@ def part_of(key: str) -> str:
 
 
 def generate(task: str, draw: Callable, split: str, n: int, seed: int) -> list[Problem]:
-    """n different problems of a split, from a seed. draw(rng, split) -> a problem, or None if it is of no or another."""
+    """n different problems of a split, from a seed. draw(rng, split) -> a problem, or None if it is not of the split."""
     rng = random.Random(f"{task} {split} {seed}")
     problems: dict[str, Problem] = {}
     for _ in range(1000 * n + 100_000):
@@ -226,8 +226,8 @@ def reserved(x: int, op: str, y: int) -> bool:
 
 LONGEST = 500  # characters; what is longer is no answer
 SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>")  # <|eot_id|> and its like, where a file kept them
-BRACES = re.compile(r"\\\\|\\f?boxed\s*\{|\\[{}]|[{}]")
-BARE_BOX = re.compile(r"\\f?boxed\s+([^\s${}\\]+)")  # \boxed 42
+BRACES = re.compile(r"\\\\|\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
+BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s${}\\]+)")  # \boxed 42
 TAGS = re.compile(r"</?answer>", re.IGNORECASE)
 HASHES = re.compile(r"####\s*([^\n]*)")
 # A heading of the working, not an answer: "#### Step 2: ..."
@@ -495,7 +495,8 @@ def check_math500(row: dict, where: str) -> Problem:
 # Spellings that mean the same, applied one after the other.
 PLAIN = [
     (LATEX_TEXT, r"\1"),
-    (re.compile(r"\\left\b|\\right\b|\\displaystyle|\\[!,;:]|\\ |~|\\q?quad\b"), " "),
+    (re.compile(r"\\!"), ""),
+    (re.compile(r"\\left\b|\\right\b|\\displaystyle|(?<!\\)\\[,;: ]|~|\\q?quad\b"), " "),
     (re.compile(r"\\\$|\$|\\\(|\\\)|\\\[|\\\]|\\?%|\*\*|^\s*=|\\big[lrg]?\b|\\Big[lrg]?\b"), ""),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\u00b0"), ""),
     (re.compile(r"\\[dtc]frac"), r"\\frac"),
@@ -635,7 +636,10 @@ def same_answer(answer: str, gold: str, question: str) -> bool:
         return True
     if re.search(r"\W", a) and a in plain(question[:10_000]):
         return False
-    return same_plain(a, b) or same_by_math_verify(gold, answer)
+    # 5 is not 5, 5; math-verify reads both as a set
+    (around_a, of_a), (around_b, of_b) = elements(a), elements(b)
+    alike = len(of_a) == len(of_b) and (around_a == around_b or len(of_a) == 1)
+    return same_plain(a, b) or (alike and same_by_math_verify(gold, answer))
 
 
 def math500_answers(completion: str, problem: Problem) -> list[str]:
@@ -956,7 +960,7 @@ def read_results(lines: list[str], tests: int) -> tuple[list[str] | None, list[s
 
 
 def protections() -> str:
-    """One line: how programs will be run on this system, found by running an empty one. DataError if it does not run."""
+    """One line: how programs will be run on this system, found by running an empty one. DataError if it fails."""
     active, _ = run_sandbox({"imports": "", "program": "", "setup": "", "tests": [], "seconds": SECONDS}, SECONDS)
     if active is None:
         raise DataError("programs cannot be run here: the sandbox needs Linux, and a Python that starts as a child")

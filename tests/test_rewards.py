@@ -276,3 +276,142 @@ def test_pass_at_is_the_mean_best_of_k():
     for k in range(1, 7):
         subsets = [max(s) for row in rows for s in itertools.combinations(row, k)]
         assert rewards.pass_at(rows, k) == pytest.approx(sum(subsets) / len(subsets))
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers: spellings, with the verdict that a careful person would give
+# ---------------------------------------------------------------------------------------------
+
+INSTRUCTED = rewards.INSTRUCTIONS["gsm8k"]
+# gold, then what is right, then what is wrong (or no answer at all)
+NUMBERS = {
+    "42": (
+        ["#### 42", "####42", "####  42  ", "#### \n42", "#### 42.", "#### 42.0", "#### 42.00", "#### $42", "#### 42$"]
+        + ["#### 42 apples", "#### 42 apples.", "#### **42**", "####\t42", "#### 42%", "#### 42 m^2", "#### 42 cm^{2}"]
+        + ["\\boxed{42}", "\\boxed {42}", "\\boxed{ 42 }", "\\boxed{\\$ 42}", "\\boxed{\\$42}", "$\\boxed{42}$", "\\fbox{42}"]
+        + ["\\boxed{42\\text{ apples}}", "\\boxed{42 \\mathrm{cm}^2}", "\\boxed{\\text{42}}", "\\boxed{x = 42}", "\\boxed 42"]
+        + ["\\boxed{5 + 37 = 42}", "\\boxed{\\frac{84}{2}}", "\\boxed{42}\\boxed{42.0}", "\\boxed{\\boxed{42}}"]
+        + ["<answer>42</answer>", "<answer>\n42\n</answer>", "<answer> $42 </answer>", "<answer>42", "<ANSWER>42</ANSWER>"]
+        + ["<answer>\\boxed{42}</answer>", "<answer>\n\\boxed{42}\n</answer>", "<answer>#### 42</answer>"]
+        + ["<answer>The total is 42 apples.</answer>", "<answer>6 * 7 = 42</answer>", "<answer>42.</answer>"]
+        + ["<reasoning>6 x 7</reasoning><answer>42</answer>", "<reasoning>\\boxed{6}</reasoning>\n<answer>42</answer>"]
+        + ["<think>#### 7, no</think>\n#### 42", "The answer is 42.", "The answer is: 42", "Answer: 42", "**Answer:** 42"]
+        + ["So the final answer is $42$. I hope it is correct.", "Final Answer: The final answer is $42$. I hope so."]
+        + ["The answer is **42**.", "the answer is 42 apples. Well done.", "#### 42<|eot_id|>", "#### 42<|endoftext|>\n<|eot_id|>"]
+        + ["#### Step 1: add 6 and 7\n6 * 7\n#### 42", "#### 1. Multiply\n6 * 7 = 42\n#### 42", "#### 42\n#### 42.0"]
+        + ["Put the answer in \\boxed{}.\n\\boxed{42}", "#### 42 apples\n\\boxed{42}", f"{INSTRUCTED}\n\\boxed{{42}}"],
+        ["42", "so 42 it is", "6 * 7 = 42", "", "####", "#### none", "#### forty", "\\boxed{}", "\\boxed{42", "answer 42"]
+        + ["#### 41\n#### 42", "#### 42\n#### 41", "\\boxed{41} \\boxed{42}", "#### 42 or 43", "#### 41, 42", "#### 40 to 42"]
+        + ["#### 42\n<answer>41</answer>", "\\boxed{41}\n#### 42", "The answer is 41. The answer is 42.", "#### 42 43 44"]
+        + ["#### 420", "#### 4.2", "#### -42", "#### 4 2", "#### 42.5", "#### 42,000", "#### 1/42", "\\boxed{4}2", "#### 1042"]
+        + [INSTRUCTED, f"{INSTRUCTED}\n6 * 7", "42 42 42 42", "### 42", "#### " + "9" * 600 + "\n42", "<answer></answer> 42"]
+        + ["<reasoning>#### 42</reasoning>\n#### 41", "#### Step 42: multiply", "#### \u0664\u0663"],
+    ),
+    "1234.5": (
+        ["#### $1,234.50", "#### 1234.5", "\\boxed{1,234.50}", "\\boxed{1{,}234.5}", "\\boxed{1\\,234.5}", "#### 1,234.5 dollars"],
+        ["#### 1,23,4.5", "#### 1234", "#### 1.234,5", "#### 12345", "#### 1 234.5 678"],
+    ),
+    "1000000": (["#### 1,000,000", "#### 1000000.", "\\boxed{\\$1,000,000}", "\\boxed{1{,}000{,}000}"], ["#### 1,000", "#### 1,000,00"]),
+    "-7": (["#### -7", "#### \u22127", "\\boxed{-7}", "#### -$7", "#### -7 degrees", "\\boxed{-7.0}"], ["#### 7", "#### - 7 7"]),
+    "0.5": (["#### 0.5", "#### .5", "#### 1/2", "\\boxed{\\frac{1}{2}}", "#### $0.50", "\\boxed{\\dfrac{1}{2}}"], ["#### 5", "#### 1/0", "#### 2"]),
+    "0": (["#### 0", "\\boxed{0}", "#### 0.0", "#### -0", "#### $0"], ["####", "#### none", "#### 10"]),
+}  # fmt: skip
+SPELLED = [(gold, text, right) for gold, lists in NUMBERS.items() for right, texts in zip((1, 0), lists) for text in texts]
+
+# (gold, what is right, what is wrong)
+EXPRESSIONS = [
+    (r"\frac{1}{2}", [r"\frac12", r"\dfrac{1}{2}", r"\tfrac12", "1/2", "0.5", ".5", r"\frac{ 1 }{ 2 }", "0.50", r"\frac{2}{4}"], ["2", "1", "0.05", "12", r"-\frac{1}{2}"]),
+    (r"-\frac{1}{3}", [r"\frac{-1}{3}", "-1/3", r"-\dfrac{1}{3}", r"x = -\frac13"], ["-0.333", r"\frac{1}{3}"]),
+    (r"3\frac{1}{2}", ["3.5", "7/2", r"\frac{7}{2}", "3 1/2"], [r"\frac{31}{2}", "3", "1.5"]),
+    ("10,000", ["10000", r"10{,}000", r"10,\!000", r"\$10,000", "10,000.00", r"10,000\text{ dollars}"], ["10", "1000", "(10,0)"]),
+    (r"50\%", ["50", r"50\%", "50%"], ["5", "500"]),
+    (r"90^\circ", ["90", r"90^{\circ}", r"90\text{ degrees}", "90 degrees"], ["9", "180"]),
+    (r"\text{Evelyn}", ["Evelyn", r"\text{ Evelyn }", r"\mathrm{Evelyn}", "evelyn", r"\textbf{Evelyn}"], ["Eve", r"\text{Angela}"]),
+    (r"\text{(C)}", ["C", "(C)", r"\text{C}", r"\textbf{(C)}"], ["(B)", "D"]),
+    ("(3, 4)", ["(3,4)", r"\left(3, 4\right)", "( 3 , 4.0 )", r"\left( 3,\,4 \right)"], ["(4,3)", "3,4,5", "[3,4)", "34", "(3,4,5)"]),
+    (r"\left[0,1\right)", ["[0,1)", "[0, 1)", r"x \in [0,1)"], ["(0,1)", "[0,1]", "(0,1]"]),
+    ("1,-2", ["-2,1", "1, -2", r"\{1,-2\}", "1 and -2", "x = 1, -2"], ["1", "-2", "1,2", "1,-2,3", "12"]),
+    (r"(-\infty, 5]", [r"(-\infty,5]", r"\left(-\infty, 5\right]"], ["(-5,5]", r"(\infty,5]"]),
+    (r"3\sqrt{2}", [r"3\sqrt2", r"3 \sqrt{2}"], [r"\sqrt{2}", r"2\sqrt{3}", "3"]),
+    ("x^2+2x+1", ["x^2 + 2x + 1", "$x^2+2x+1$", "x^{2}+2x+1" if False else "x^2+2x+1."], ["x^2+2x", "x^2"]),
+    ("5", ["5", "5.0", "x=5", r"5 \text{ cm}", "5 cm", r"5\text{ square units}", "$5$", r"\(5\)", "5.", r"\$5", "+5"], ["55", "-5", "5x", "4,5", "5,5", "five"]),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", [r"\begin{pmatrix}1\\2\end{pmatrix}"], [r"\begin{pmatrix}2\\1\end{pmatrix}"]),
+    ("2k+2", ["2k + 2"], ["2k", "2"]),
+    (r"\pi", [r"\pi", "\u03c0"], ["3.14", r"2\pi"]),
+]  # fmt: skip
+COMPARED = [(gold, text, right) for gold, *lists in EXPRESSIONS for right, texts in zip((1, 0), lists) for text in texts]
+SYMBOLIC = [  # what only math-verify finds equal
+    ("x+1", "1+x"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    ("x^2+2x+1", "(x+1)^2"),
+    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
+    ("x^{2}+1", "x^2+1"),
+]
+
+
+def test_there_are_enough_spellings():
+    assert len(set(SPELLED)) + len(set(COMPARED)) >= 150
+
+
+@pytest.mark.parametrize("gold,completion,right", SPELLED)
+def test_spellings_of_numbers(gold, completion, right):
+    problem = {"question": "How many?", "answer": f"#### {gold}"}
+    assert rewards.gsm8k_correct(completion, problem) == right
+
+
+@pytest.fixture(params=["math-verify", "plain"])
+def comparison(request, monkeypatch):
+    """With math-verify, and as if it were not installed."""
+    if request.param == "math-verify":
+        pytest.importorskip("math_verify")
+    else:
+        monkeypatch.setattr(rewards, "math_verify", lambda: None)
+    return request.param
+
+
+@pytest.mark.parametrize("gold,answer,right", COMPARED)
+def test_spellings_of_expressions(gold, answer, right, comparison):
+    problem = {"question": "What is it?", "answer": gold, "solution": f"It is $\\boxed{{{gold}}}$."}
+    assert rewards.math500_correct(f"So it is $\\boxed{{{answer}}}$.", problem) == right
+    assert rewards.math500_correct(problem["solution"], problem) == 1
+
+
+@pytest.mark.parametrize("gold,answer", SYMBOLIC)
+def test_math_verify_finds_what_the_plain_comparison_does_not(gold, answer, comparison):
+    assert rewards.same_answer(answer, gold, "What is it?") == (comparison == "math-verify")
+
+
+def test_a_part_of_the_question_is_no_answer(comparison):
+    problem = {"question": "Factor $x^2 - 1$.", "answer": "(x-1)(x+1)", "solution": ""}
+    assert rewards.math500_correct("\\boxed{x^2-1}", problem) == 0
+    assert rewards.math500_correct("\\boxed{(x-1)(x+1)}", problem) == 1
+    assert rewards.math500_correct("\\boxed{(x+1)(x-1)}", problem) == (comparison == "math-verify")
+
+
+def test_several_answers_are_right_only_where_the_solution_gives_them():
+    two = {"question": "?", "answer": "4", "solution": "It is \\boxed{3} or \\boxed{4}."}
+    one = {"question": "?", "answer": "4", "solution": "It is \\boxed{4}."}
+    right = {two["solution"]: (1, 0), "\\boxed{4}, \\boxed{3}": (1, 0), "\\boxed{4}": (1, 1), "\\boxed{3}": (0, 0)}
+    right |= {"\\boxed{3,4}": (1, 0), "\\boxed{3} \\boxed{4} \\boxed{5}": (0, 0), "\\boxed{4}\\boxed{4.0}": (1, 1)}
+    right |= {" ".join(f"\\boxed{{{n}}}" for n in range(100)): (0, 0)}
+    for completion, verdicts in right.items():
+        assert (rewards.math500_correct(completion, two), rewards.math500_correct(completion, one)) == verdicts, completion
+
+
+def test_math500_terms_by_hand():
+    p = {"question": "?", "answer": "\\frac{1}{2}", "solution": "\\boxed{\\frac{1}{2}}"}
+    cases = {
+        "2 x = 1\n\\boxed{0.5}": (2.0, 1.0),
+        "\\boxed{0.5}": (2.0, 0.5),
+        "2 x = 1\n\\boxed{2}": (0.0, 1.0),
+        "#### 1/2": (2.0, 0.5),
+        "\\boxed{1} \\boxed{2}": (0.0, 0.0),
+        "1/2": (0.0, 0.0),
+    }
+    for completion, (correctness, form) in cases.items():
+        assert rewards.math500_reward(completion, p) == {"correctness": correctness, "format": form}, completion
+
+
+def test_what_could_hang_sympy_is_not_handed_to_it():
+    for wild in ("9^{9^{9^9}}", "((10^{99})^{99})^{99}^9", "1000!", "9" * 40 + "+1", "2^{99999999}", "x" * 400):
+        assert not rewards.same_by_math_verify(wild, wild + "+0")
