@@ -273,7 +273,7 @@ def answer_tags(text: str) -> list[Span]:
 
 
 def announcements(completion: str, problem: Problem) -> list[str]:
-    r"""What a completion announces as its answer, in order: \boxed{}, <answer>, `#### 42`; else "the answer is".
+    r"""What a completion announces as its answers, in order, each spelling once: \boxed{}, <answer>, `#### 42`; else "the answer is".
 
     A box within one of the others stands for it. An echo of the prompt, and working that is marked as such and has
     an answer behind it, do not count; nor does what has no letter or digit, or is longer than an answer can be.
@@ -295,7 +295,8 @@ def announced(text: str) -> list[str]:
     hashes = [span for span in hashes if not HEADING.match(span.text)]
     spans = sorted(inner + without(outer, inner + hashes) + without(hashes, inner))
     found = [span.text for span in spans] or [re.split(r"\.\s", m[1])[0] for m in SAID.finditer(text)]
-    return [answer.strip() for answer in found if len(answer) <= LONGEST and ALNUM.search(answer)]
+    answers = (answer.strip() for answer in dict.fromkeys(found) if len(answer) <= LONGEST)
+    return [answer for answer in answers if ALNUM.search(answer)]
 
 
 def without(spans: list[Span], others: list[Span]) -> list[Span]:

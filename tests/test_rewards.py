@@ -3,9 +3,15 @@
 import itertools
 import json
 import math
+import os
 import random
 import re
+import socket
+import sys
+import time
 from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -415,3 +421,532 @@ def test_math500_terms_by_hand():
 def test_what_could_hang_sympy_is_not_handed_to_it():
     for wild in ("9^{9^{9^9}}", "((10^{99})^{99})^{99}^9", "1000!", "9" * 40 + "+1", "2^{99999999}", "x" * 400):
         assert not rewards.same_by_math_verify(wild, wild + "+0")
+
+
+# ---------------------------------------------------------------------------------------------
+# Rewards are total, and linear in the length of the text
+# ---------------------------------------------------------------------------------------------
+
+NO_CODE = [name for name, task in rewards.TASKS.items() if not task.runs_code]
+HOSTILE = ["#### ", "#### 1\n", "9", "\\boxed{", "\\boxed{1}", "\\boxed ", "<answer>", "<answer>1</answer>", "{", "}", "(", "-"]
+HOSTILE += ["</think>", "<think>", "```", "```python\n", "\x00\n", "\n", " ", "answer is ", "answer: 1. ", "1: red, Tom\n", "| 1 | "]
+HOSTILE += ["\\frac{1}{", "\\text{", "$", "^", "\\\\", "1,", "1/", "=", "####\n", "\u2028", "<|", "<|eot_id|>", '{"House 1": ']
+
+
+def noise(rng, n):
+    return "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)])) for _ in range(n))
+
+
+@pytest.mark.parametrize("name", rewards.TASKS)
+def test_rewards_are_total(name, monkeypatch):
+    """Finite terms, a score between 0 and 1 and no exception: on noise, surrogates included, and on repeated pieces."""
+    monkeypatch.setattr(rewards, "run_program", lambda *job: [None] * len(job[-1]))
+    task, rng = rewards.TASKS[name], random.Random(0)
+    problem = task.generate("test", 1, 0)[0]
+    pieces = [*HOSTILE, task.target(problem), problem["question"]]
+    texts = [noise(rng, 300) for _ in range(100)] + ["".join(rng.choices(pieces, k=40)) for _ in range(300)]
+    for text in texts + [piece * 3000 for piece in pieces]:
+        assert all(math.isfinite(value) for value in task.reward(text, problem).values())
+        assert 0 <= task.score(text, problem) <= 1
+        task.answer(text, problem)
+
+
+def lines_run(call) -> int:
+    """How many lines of Python a call runs: its time, but the same on every machine."""
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+@pytest.mark.parametrize("name", NO_CODE)
+def test_work_grows_linearly(name):
+    """Twice the text runs at most 2.2 times the lines of Python; what these lines call is one pass of `re` each."""
+    task = rewards.TASKS[name]
+    problem = task.generate("test", 1, 0)[0]
+    for piece in [*HOSTILE, task.target(problem)]:
+        once, twice = (lines_run(lambda n=n: task.reward(piece * n, problem)) for n in (1000, 2000))
+        assert twice <= 2.2 * once + 100, (piece, once, twice)
+
+
+@pytest.mark.parametrize("name", NO_CODE)
+def test_a_megabyte_of_text(name):
+    """A generous bound, a hundred times what is needed: quadratic work on a megabyte takes hours."""
+    problem = rewards.TASKS[name].generate("test", 1, 0)[0]
+    for piece in HOSTILE:
+        began = time.process_time()
+        rewards.TASKS[name].reward(piece * (1_000_000 // len(piece)), problem)
+        assert time.process_time() - began < 60, piece
+
+
+def test_on_what_hypothesis_finds(monkeypatch):
+    hypothesis = pytest.importorskip("hypothesis")
+    monkeypatch.setattr(rewards, "run_program", lambda *job: [None] * len(job[-1]))
+    problems = {name: task.generate("test", 1, 0)[0] for name, task in rewards.TASKS.items()}
+    text = hypothesis.strategies.lists(
+        hypothesis.strategies.sampled_from(HOSTILE) | hypothesis.strategies.text(max_size=20), max_size=20
+    ).map("".join)
+
+    @hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(text)
+    def total(completion):
+        for name, problem in problems.items():
+            assert math.isfinite(sum(rewards.TASKS[name].reward(completion, problem).values()))
+
+    total()
+
+
+# ---------------------------------------------------------------------------------------------
+# Generated problems, against solvers that know nothing of the generators
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["math500", "mbpp", "countdown", "zebra"])
+def test_generated_splits_are_disjoint_and_their_targets_right(name, monkeypatch):
+    task = rewards.TASKS[name]
+    splits = {s: task.generate(s, 1500 if s == "train" else 300, 0) for s in rewards.SPLITS}
+    asked = {s: {p["question"] for p in problems} for s, problems in splits.items()}
+    assert all(len(asked[s]) == len(splits[s]) for s in splits)
+    assert all(asked[a].isdisjoint(asked[b]) for a in asked for b in asked if a != b)
+    assert asked["test"].isdisjoint(p["question"] for p in task.generate("train", 1500, 1))
+    for problem in [p for problems in splits.values() for p in problems[:100]]:
+        if not task.runs_code:
+            assert task.score(task.target(problem), problem) == 1
+            assert task.score(problem["question"], problem) == task.score("", problem) == 0
+
+
+def test_equations_are_solved_by_their_answers():
+    spelled = set()
+    for p in rewards.TASKS["math500"].generate("train", 400, 5):
+        left, right = re.sub(r"Solve |Find . if |\.$", "", p["question"]).split(" = ")
+        if right.count(" "):
+            left, right = right, left
+        numbers = list(map(int, re.findall(r"\d+", left)))
+        a, b = numbers if re.match(r"\d+ [a-z]", left) else numbers[::-1]
+        value = re.findall(r"\d+", p["answer"])
+        x = Fraction(int(value[0]), int(value[1]) if len(value) > 1 else 1)
+        assert a * x + b == int(right), p
+        spelled.add(re.sub(r"\d+", "N", p["answer"]))
+    assert spelled == {"N", "\\frac{N}{N}", "\\dfrac{N}{N}", "\\tfrac{N}{N}", "N/N"}
+
+
+def test_generated_programs_pass_their_tests_in_plain_python():
+    for p in rewards.TASKS["mbpp"].generate("train", 300, 5):
+        scope = {}
+        exec(p["answer"], scope)  # our own generator's code
+        for test in p["tests"]:
+            exec(test, scope)
+
+
+def zebra_solutions(question: str) -> list[dict[str, int]]:
+    """All arrangements that a question allows, by exhaustive search over its words."""
+    entries = [group.split(", ") for group in re.findall(r"(?:Color|Name): ([^.]*)\.", question)]
+    clues = [c.split() for c in re.findall(r"[^.]+", question.partition("Name:")[2].partition(".")[2]) if c.strip()]
+    found = []
+    for ways in itertools.product(*(itertools.permutations(group) for group in entries)):
+        at = {entry: house for way in ways for house, entry in enumerate(way, 1)}
+
+        def holds(clue, at=at):
+            a, words, b = at[clue[0]], " ".join(clue[1:-1]), clue[-1]
+            b = at.get(b) or int(b)
+            rules = {"is in house": a == b, "is not in house": a != b, "is directly left of": a + 1 == b}
+            return (rules | {"is next to": abs(a - b) == 1, "lives with": a == b})[words]
+
+        if all(map(holds, clues)):
+            found.append(at)
+    return found
+
+
+@pytest.mark.parametrize("split", rewards.SPLITS)
+def test_zebras_have_one_solution(split):
+    for p in rewards.TASKS["zebra"].generate(split, 60, 3):
+        solutions = zebra_solutions(p["question"])
+        assert len(solutions) == 1
+        rows = {row.split(": ")[0]: row.split(": ")[1].split(", ") for row in p["answer"].splitlines()}
+        assert all(solutions[0][entry] == int(house) for house, entries in rows.items() for entry in entries)
+    trained = {p["answer"] for p in rewards.TASKS["zebra"].generate("train", 500, 0)}
+    assert split != "unseen" or trained.isdisjoint(p["answer"] for p in rewards.TASKS["zebra"].generate(split, 60, 3))
+
+
+def test_zebra_tables_by_hand():
+    p = rewards.zebra_problem("?", ["House", "Color", "Name"], [["1", "red", "Tom"], ["2", "blue", "Ann"]])
+    table = {"header": ["House", "Name", "Color"], "rows": [["1", "Tom", "red"], ["2", "Ann", "blue"]]}
+    houses = {"House 1": {"Color": "Red", "Name": "tom"}, "House 2": {"Color": "blue", "Name": "Ann"}}
+    cases = {
+        "1: red, Tom\n2: blue, Ann": 1,
+        "So:\n\nHouse 1: red, Tom\nHouse 2: blue, Ann.\n": 1,
+        "| House | Color | Name |\n|---|---|---|\n| 1 | Red | Tom |\n| 2 | blue | Ann |": 1,
+        "1: Color: red, Name: Tom\n2: Color: blue, Name: Ann": 1,
+        json.dumps(table): 1,
+        json.dumps(houses): 1,
+        json.dumps({"reasoning": "...", "solution": houses}): 1,
+        f"I think\n```json\n{json.dumps(houses, indent=1)}\n```": 1,
+        "<reasoning>1: blue, Ann</reasoning><answer>1: red, Tom\n2: blue, Ann</answer>": 1,
+        "1: red, Ann\n2: blue, Tom": 0.5,
+        "1: red, Tom": 0.5,
+        json.dumps({"House 1": {"Color": "red"}}): 0.25,
+        "1: red, Tom\n1: blue, Tom\n2: blue, Ann": 0,  # two rows for one house
+        "1: Tom, red\n2: Ann, blue": 0,
+        "red Tom blue Ann": 0,
+        "1: red, Tom, blue, Ann": 0,
+        "": 0,
+    }
+    for completion, score in cases.items():
+        assert rewards.zebra_score(completion, p) == score, completion
+
+
+def every_value(numbers):
+    """All values of expressions that use all numbers, by splitting them in two in every way: an independent search."""
+    if len(numbers) == 1:
+        return {Fraction(numbers[0])}
+    values = set()
+    for mask in range(1, 2 ** len(numbers) - 1):
+        left = every_value([n for i, n in enumerate(numbers) if mask >> i & 1])
+        right = every_value([n for i, n in enumerate(numbers) if not mask >> i & 1])
+        values |= {x + y for x in left for y in right} | {x - y for x in left for y in right}
+        values |= {x * y for x in left for y in right} | {x / y for x in left for y in right if y}
+    return values
+
+
+def test_the_search_for_countdown_solutions_misses_none():
+    rng = random.Random(0)
+    for _ in range(12):
+        numbers = [rng.randint(1, 12) for _ in range(rng.choice((2, 3, 4)))]
+        found = {value for value, _ in rewards.ways_to_make(tuple((Fraction(n), str(n)) for n in numbers))}
+        assert found == every_value(numbers)
+    with pytest.raises(DataError, match="No expression"):
+        rewards.countdown_target(rewards.countdown_problem([1, 1], 7))
+
+
+def test_expressions_against_python():
+    """Random expressions, where Python's own evaluation of Fractions is the second evaluator."""
+    rng = random.Random(1)
+
+    def write(depth):
+        if depth == 0 or rng.random() < 0.2:
+            return str(rng.randint(0, 9))
+        text = f"{write(depth - 1)}{rng.choice(['+', '-', '*', '/'])}{write(depth - 1)}"
+        return rng.choice([text, f"({text})", f"-({text})"])
+
+    for _ in range(2000):
+        text = write(rng.randint(0, 4))
+        try:
+            value = eval(re.sub(r"(\d+)", r"Fraction(\1)", text))  # our own generator's text
+        except ZeroDivisionError:
+            value = None
+        found = rewards.evaluate(text)
+        assert (found and found[0]) == value or (found is None and value is None), text
+        assert found is None or found[1] == list(map(int, re.findall(r"\d+", text)))
+
+
+def test_countdown_by_hand():
+    p = rewards.countdown_problem([3, 8, 5, 2], 32)
+    cases = {
+        "#### (3 + 5) * 8 / 2": 1.0,
+        "<answer>(3+5)*8/2</answer>": 1.0,
+        "\\boxed{(3+5) \\times 8 \\div 2}": 1.0,
+        "\\boxed{\\frac{(3+5)*8}{2}}": 1.0,
+        "#### (3 + 5) \u00d7 8 \u00f7 2 = 32": 1.0,
+        "#### $(3+5)*8/2$.": 1.0,
+        "<answer>[3 + 5] * 8 / 2</answer>": 1.0,
+        "#### 3 + 5 * 8 / 2": 0.1,
+        "#### (3 + 5) * 8 / 2 = 33": 0.0,
+        "#### 32": 0.0,
+        "#### 8 * 2 * 2": 0.0,
+        "#### 8 * 5 - 8": 0.0,
+        "#### (3 + 5) * 8 / 2 * 1": 0.0,
+        "#### 3 5 8 2": 0.0,
+        "#### 2 ** 5 + 3 - 8": 0.0,
+        "#### 2^5 + 8 - 3": 0.0,
+        "#### 35 - 8 / 2 + 1": 0.0,
+        "#### (3+5)*8//2": 0.0,
+        "#### 3/(5-5)+8+2": 0.0,
+        "#### ((3+5)*8/2": 0.0,
+        "#### __import__('os').system('true')": 0.0,
+        "(3 + 5) * 8 / 2": 0.0,
+        "#### (3 + 5) * 8 / 2\n#### 8 * 5 - 3 - 2": 0.0,
+        "#### 3.5 + 8 + 2": 0.0,
+        "#### " + "(" * 300 + "3" + ")" * 300: 0.0,
+        "#### 9" + "*9" * 10_000: 0.0,
+    }
+    for completion, reward in cases.items():
+        assert sum(rewards.countdown_reward(completion, p).values()) == pytest.approx(reward), completion
+
+
+# ---------------------------------------------------------------------------------------------
+# The sandbox. Every program here wants something that it must not get.
+# ---------------------------------------------------------------------------------------------
+
+SECRET = 987_654_321  # what the tests expect of f(2): a program that returns it has seen what it must not see
+HANG = 1.5  # seconds that a hanging program is given
+
+
+@pytest.fixture
+def sandbox(monkeypatch):
+    monkeypatch.setattr(rewards, "code_execution_allowed", True)
+    active, _ = rewards.run_sandbox({"imports": "", "program": "", "setup": "", "tests": [], "seconds": 5}, 5)
+    return active
+
+
+def run(program, *calls, seconds=5.0):
+    """What the calls come to beside a program, each a test of its own; None where one fails."""
+    results = rewards.run_program("", program, "", tuple((("eval", call),) for call in calls or ["f(2)"]), seconds)
+    return [rewards.unpack(json.loads(result)[0]) if result else None for result in results]
+
+
+def ours() -> set[int]:
+    """The processes of this machine whose parent is this process, or that a sandbox started."""
+    found = set()
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"r.sandboxed()" in (directory / "cmdline").read_bytes():
+                found.add(int(directory.name))
+        except OSError:
+            pass
+    return found
+
+
+FOREVER = "while True: time.sleep(1)"
+# programs that are ended by their limits; nothing may be left of them
+ENDLESS = {
+    "a loop": "def f(x):\n while True: pass",
+    "a sleep": "import time\ndef f(x): time.sleep(1000)",
+    "a loop at import": "while True: pass\ndef f(x): return 4",
+    "infinite output": "def f(x):\n while True: print('a' * 100_000, flush=True)",
+    "infinite results": "import os\nwhile True:\n for fd in range(3, 20):\n  try: os.write(fd, b'0 [1]\\n' * 10_000)\n  except OSError: pass",
+    "signals ignored": f"import signal, time\nfor s in range(1, 65):\n try: signal.signal(s, signal.SIG_IGN)\n except (OSError, ValueError): pass\ndef f(x):\n {FOREVER}",
+    "a session of its own": f"import os, time, ctypes\ntry: os.setsid()\nexcept OSError: pass\nctypes.CDLL(None).prctl(1, 0)\ndef f(x):\n {FOREVER}",
+    "its timer stopped": f"import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0)\nsignal.alarm(0)\ndef f(x):\n {FOREVER}",
+    "a regex without end": "import re\ndef f(x): return re.match('(a+)+$', 'a' * 60 + 'b')",
+    "a power without end": "def f(x): return 9 ** 9 ** 9",
+    "stopping itself": f"import os, signal, time\ndef f(x):\n os.kill(os.getpid(), signal.SIGSTOP)\n {FOREVER}",
+}  # fmt: skip
+# programs that try something, and say in f(2) whether they could
+TRIES = {
+    "fork": "os.fork(); return True",
+    "a fork bomb": "[os.fork() for _ in range(1000)]; return True",
+    "a grandchild that sleeps": "if os.fork() == 0:\n   os.setsid()\n   if os.fork() == 0: time.sleep(1000)\n   os._exit(0)\n  return True",
+    "a thread": "threading.Thread(target=time.sleep, args=(1000,), daemon=True).start(); return True",
+    "a command": "subprocess.run(['/bin/sh', '-c', 'true']); return True",
+    "os.system": "return os.system('true') == 0",
+    "memory": "return len('a' * 3_000_000_000) > 0",
+    "memory by lists": "a = [0]\n  while len(a) < 2 ** 40: a += a\n  return True",
+    "a big file": "open('big', 'wb').write(b'a' * 50_000_000); return os.path.getsize('big') > 10_000_000",
+    "many open files": "a = [open(f'f{i}', 'w') for i in range(1000)]; return True",
+    "a connection": "s = socket.create_connection(('127.0.0.1', PORT), timeout=1); return True",
+    "a datagram": "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.sendto(b'a', ('127.0.0.1', PORT)); return True",
+    "the caller's file": "return open(CALLER).read() == 'secret'",
+    "the caller's file by a link": "os.symlink(CALLER, 'link'); return open('link').read() == 'secret'",
+    "the caller's file by a hard link": "os.link(CALLER, 'link'); return open('link').read() == 'secret'",
+    "a file beside the caller's": "open(CALLER + '.new', 'w').write('a'); return True",
+    "a way up": "os.chdir('../' * 20); return os.path.exists(CALLER)",
+    "the caller's folder": "return len(os.listdir(os.path.dirname(CALLER))) > 0",
+    "the home folder": "return os.path.exists(os.path.expanduser('~/.') + 'ssh') or os.path.exists(HOME + '/.cache')",
+    "the interpreter's library": "open(os.__file__, 'a').write('#'); return True",
+    "a signal to the caller": "os.kill(CALLER_PID, 0); return True",
+    "a kill of the caller": "os.kill(CALLER_PID, 9); return True",
+    "the environment": "return any('SECRET' in name for name in os.environ)",
+    "a mount": "import ctypes; return ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0",
+    "root again": "os.setuid(0); return True",
+    "a new root": "os.mkdir('a'); os.chroot('a'); return True",
+    "the limits raised": "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (100, 100)); return True",
+}
+# programs that want to pass a test without solving it: f(2) is expected to be SECRET
+CHEATS = {
+    "leaving before the tests": "import os\nos._exit(0)",
+    "leaving politely": "import sys\nsys.exit(0)",
+    "leaving in the test": "import os\ndef f(x): os._exit(0)",
+    "an object that equals all": "class A:\n def __eq__(self, other): return True\n def __hash__(self): return 0\n def __bool__(self): return True\ndef f(x): return A()",
+    "an int that equals all": "class A(int):\n def __eq__(self, other): return True\n __hash__ = int.__hash__\ndef f(x): return A(3)",
+    "builtins patched": "import builtins\nbuiltins.bool = lambda *a: True\nbuiltins.int = lambda *a: True\nbuiltins.eval = lambda *a: True\ndef f(x): return 3",
+    "json patched": "import json\njson.dumps = lambda *a, **k: '[true]'\ndef f(x): return 3",
+    "the harness patched": "import sys\nfor m in list(sys.modules.values()):\n for n in ('pack', 'unpack', 'run_steps', 'holds', 'pass_rate'):\n  if hasattr(m, n): setattr(m, n, lambda *a: True)\ndef f(x): return 3",
+    "modules replaced": "import sys\nsys.modules['ast'] = sys.modules['json'] = sys.modules['builtins'] = sys\ndef f(x): return 3",
+    "a verdict written": "import os\nfor fd in range(20):\n try: os.write(fd, b'0 [true]\\n0 true\\n0 passed\\n1 [true]\\n')\n except OSError: pass\ndef f(x): return 3",
+    "an assertion that is off": "__debug__ = False\ndef f(x): return 3" if False else "import sys\nsys.flags = None\ndef f(x): return 3",
+    "the frames of the caller": "import sys\ndef f(x):\n seen, todo, frame = set(), [], sys._getframe()\n while frame:\n  todo += [*frame.f_locals.values(), *frame.f_globals.values()]\n  frame = frame.f_back\n while todo and len(seen) < 100_000:\n  v = todo.pop()\n  if id(v) in seen: continue\n  seen.add(id(v))\n  if 'SECRET' in str(v)[:10_000] or '987654321' in str(v)[:10_000]: return 987654322 - 1\n  if isinstance(v, dict): todo += list(v.values())\n  elif isinstance(v, (list, tuple)): todo += list(v)\n return 3",
+    "all that is in memory": "import gc\ndef f(x):\n return next((o for o in gc.get_objects() if isinstance(o, int) and o == 987654322 - 1), 3)",
+    "its input": "import os, sys\ndef f(x):\n text = sys.stdin.read() + repr(sys.argv) + repr(os.environ)\n return 987654322 - 1 if '987654321' in text else 3",
+    "deep recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x): return f(x + 1)",
+    "a deep value": "def f(x):\n a = []\n for _ in range(100_000): a = [a]\n return a",
+    "a value in itself": "def f(x):\n a = []\n a.append(a)\n return a",
+    "a huge value": "def f(x): return list(range(10_000_000))",
+    "a huge number": "def f(x): return 1 << 10_000_000",
+    "an exception without end": "class E(BaseException):\n def __str__(self): raise self\ndef f(x): raise E",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_endless_programs_end(sandbox, name):
+    before = ours()
+    began = time.monotonic()
+    assert run(ENDLESS[name], seconds=HANG) == [None] or name == "infinite results"
+    assert time.monotonic() - began < HANG + 60  # far less, but for a busy machine
+    assert ours() <= before
+
+
+@pytest.fixture
+def caller(tmp_path, monkeypatch):
+    """What belongs to the caller: a listening port, a file, a process id, the environment."""
+    file = tmp_path / "file"
+    file.write_text("secret")
+    monkeypatch.setenv("SECRET_TOKEN", "secret")
+    with socket.socket() as listening, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        datagrams.bind(listening.getsockname())
+        for one in (listening, datagrams):
+            one.settimeout(0.05)
+        names = f"CALLER, CALLER_PID, PORT, HOME = {str(file)!r}, {os.getpid()}, {listening.getsockname()[1]}, {str(Path.home())!r}"
+        yield file, names, listening, datagrams
+
+
+NEEDS = {"files": ("file", "folder", "way up"), "network": ("connection", "datagram"), "processes": ("signal", "kill")}
+
+
+@pytest.mark.parametrize("name", TRIES)
+def test_nothing_is_to_be_had(sandbox, caller, name):
+    if missing := [space for space, words in NEEDS.items() if any(w in name for w in words) and space not in sandbox]:
+        pytest.skip(f"this system separates no {missing}")
+    file, names, listening, datagrams = caller
+    modules = "import os, socket, subprocess, sys, threading, time"
+    before = ours()
+    program = f"{modules}\n{names}\ndef g(x):\n  {TRIES[name]}\ndef f(x):\n try: return g(x)\n except BaseException: return False"
+    assert run(program) in ([False], [None])
+    assert run("def f(x): return x * 21") == [42]  # the caller is well
+    assert ours() <= before and [p.name for p in file.parent.iterdir()] == ["file"] and file.read_text() == "secret"
+    for one, wait in ((listening, listening.accept), (datagrams, lambda: datagrams.recv(1))):
+        with pytest.raises(TimeoutError):
+            wait()
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheats_do_not_pass(sandbox, name):
+    problem = {"question": "?", "answer": "def f(x): ...", "imports": "", "setup": ""}
+    problem["tests"] = [f"assert f(2) == {SECRET}", f"assert sorted([f(2), 0]) == [0, {SECRET}]"]
+    terms = rewards.mbpp_reward(f"```python\n{CHEATS[name]}\n```", problem)
+    assert terms["tests"] == 0
+
+
+def test_honest_programs_pass(sandbox):
+    values = [None, True, -3, 2.5, 10**50, "a\nb\u2028\ud800", b"\xff", 1j, [1, [2]], (1,), {1, 2}, frozenset("a"), {"a": {1: (2,)}}]
+    for value in values:
+        assert rewards.unpack(json.loads(json.dumps(rewards.pack(value)))) == value
+        assert type(rewards.unpack(rewards.pack(value))) is type(value)
+    assert run("def f(x):\n open('a', 'w').write('hi')\n return open('a').read()") == ["hi"]
+    assert run("import os\ndef f(x): return os.listdir('.')") == [[]]
+    assert run("import collections\ndef f(x): return collections.Counter('aab')") == [{"a": 2, "b": 1}]
+    assert run("def f(x): return x", "f(1)", "f()", "f(3)") == [1, None, 3]
+    assert run("import math, re, heapq, datetime, itertools, functools, string, decimal\ndef f(x): return x") == [2]
+    assert math.isnan(run("def f(x): return float('nan')")[0])
+
+
+def test_how_tests_are_split(sandbox):
+    """Each kind of assertion, with a program that satisfies it and one that does not."""
+    code = "import math\nclass Pair:\n def __init__(self, a): self.a = a\ndef f(x): return [x, x]\ndef sum(a, b): return a * b"
+    cases = {
+        "assert f(2) == [2, 2]": 1,
+        "assert (f(2)) == ([2, 2]), 'a message'": 1,
+        "assert f(2) != [2, 2]": 0,
+        "assert set(f(2)) == set([2])": 1,
+        "assert not f(2)": 0,
+        "assert f(2)": 1,
+        "assert len(f(2)) == 2 and f(1)[0] == 1": 1,
+        "assert math.isclose(f(2)[0], 2.0000001, rel_tol=0.001)": 1,
+        "assert sum(2, 3) == 6": 1,  # the program's, not the built-in one
+        "assert f(f(1)) == [[1, 1], [1, 1]]": 1,
+        "assert Pair(3).a == 3": 1,
+        "assert f(root) == [7, 7]": 1,
+        "x = f(3)\nassert x == [3, 3]\nassert x[1] is not None": 1,
+        "assert f(2) == f(2)": 1,
+        "assert f(1) < [1, 2]": 1,
+        "assert str(f(1)) == '[1, 1]'": 1,
+    }
+    for test, passes in cases.items():
+        problem = rewards.check_mbpp({"text": "?", "code": code, "test_list": [test], "test_setup_code": "root = 7"}, "here")
+        assert rewards.pass_rate(code, problem) == passes, test
+        assert rewards.pass_rate("def f(x): return 0\ndef sum(a, b): return 0\nclass Pair: a = 0", problem) == 0 or not passes
+    for test in ("assert 1 == 1", "f(2)", "assert all(f(x) for x in [1])", "for x in [1]:\n assert f(x)", "assert f(", ""):
+        with pytest.raises(DataError, match="here: (a test is not|field)"):
+            rewards.check_mbpp({"text": "?", "code": code, "test_list": [test]}, "here")
+
+
+def test_what_is_expected_never_enters_the_sandbox(sandbox, monkeypatch):
+    jobs, run_sandbox = [], rewards.run_sandbox
+    monkeypatch.setattr(rewards, "run_sandbox", lambda job, seconds: jobs.append(job) or run_sandbox(job, seconds))
+    problem = {"question": "?", "answer": "def f(x): ...", "imports": "", "setup": "", "tests": []}
+    problem["tests"] = [f"assert f(5) == {SECRET}", f"assert math.isclose(f(6), {SECRET})", f"assert {{f(7)}} == {{{SECRET}}}"]
+    problem["imports"] = "import math"
+    assert rewards.pass_rate(f"def f(x): return {SECRET - 1} + 1  # {len(jobs)}", problem) == 1
+    programs = [job for job in jobs if job["program"]]
+    assert len(programs) == 1 and str(SECRET) not in json.dumps(programs) and len(jobs) == 3
+
+
+def test_code_is_found_in_completions():
+    code = "def f(x):\n    return x"
+    found = [
+        f"```python\n{code}\n```",
+        f"Here it is:\n```python\n{code}\n```\nIt works.",
+        f"```\n{code}\n```",
+        f"```py\n{code}\n```",
+        f"```Python\n{code}",
+        code,
+        code.replace("\n", "\r\n"),
+        f"[BEGIN]\n{code}\n[DONE]\nmore",
+        f"<answer>\n{code}\n</answer>",
+        f"{code}\n```\n",
+        f"```python\n{code}\n```\nFor example:\n```python\nprint(f(2))\n```",
+        f"```python\ndef f(x):\n    return 0\n```\nBetter:\n```python\n{code}\n```<|eot_id|>",
+    ]
+    for completion in found:
+        assert rewards.extract_code(completion) == code, completion
+    for completion in ("", "```python\n```", "def f(x:", "I cannot", "```python\nreturn 3\n```", "x", "1 + 1", code + "\0"):
+        assert rewards.extract_code(completion) is None, completion
+    assert rewards.extract_code("x = 1\n" * 50_000) is None and rewards.extract_code("x = " + "(" * 50_000) is None
+
+
+def test_mbpp_terms_by_hand(sandbox):
+    p = {"question": "?", "answer": "", "imports": "", "setup": "", "tests": ["assert f(1) == 2", "assert f(2) == 3"]}
+    cases = {
+        "```python\ndef f(x): return x + 1\n```": (2.0, 1.0, 1),
+        "def f(x): return x + 1": (2.0, 0.5, 1),
+        "```python\ndef f(x): return 2\n```": (1.0, 1.0, 0),
+        "```python\ndef g(x): return 2\n```": (0.0, 1.0, 0),
+        "```python\ndef f(x) return 2\n```": (0.0, 0.0, 0),
+        "": (0.0, 0.0, 0),
+    }
+    for completion, (tests, form, score) in cases.items():
+        assert rewards.mbpp_reward(completion, p) == {"tests": tests, "format": form}, completion
+        assert rewards.mbpp_score(completion, p) == score
+
+
+def test_code_runs_only_with_permission(monkeypatch):
+    monkeypatch.setattr(rewards, "code_execution_allowed", False)
+    rewards.run_program.cache_clear()
+    with pytest.raises(DataError, match="--allow_code_execution"):
+        run("def f(x): return 4")
+
+
+def test_without_namespaces_the_limits_remain(sandbox, monkeypatch):
+    """What a container that forbids namespaces leaves: no further process, no time, no memory, no big file."""
+    monkeypatch.setattr(rewards, "BOOT", rewards.BOOT.replace("r.sandboxed()", "r.CLONE_NEWNS = -1; r.sandboxed()"))
+    rewards.run_program.cache_clear()
+    line = rewards.protections()
+    assert "NOT its own here: files, network, processes" in line
+    before = ours()
+    for name in ("a session of its own", "signals ignored", "a loop", "its timer stopped"):
+        assert run(ENDLESS[name], seconds=HANG) == [None]
+    for name in ("fork", "a thread", "memory", "a big file", "the environment"):
+        body = f"import os, threading, time\ndef g(x):\n  {TRIES[name]}\ndef f(x):\n try: return g(x)\n except BaseException: return False"
+        assert run(body) in ([False], [None]), name
+    assert run("def f(x): return x * 21") == [42] and ours() <= before
+    rewards.run_program.cache_clear()
