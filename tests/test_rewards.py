@@ -322,7 +322,9 @@ NUMBERS = {
     "0.5": (["#### 0.5", "#### .5", "#### 1/2", "\\boxed{\\frac{1}{2}}", "#### $0.50", "\\boxed{\\dfrac{1}{2}}"], ["#### 5", "#### 1/0", "#### 2"]),
     "0": (["#### 0", "\\boxed{0}", "#### 0.0", "#### -0", "#### $0"], ["####", "#### none", "#### 10"]),
 }  # fmt: skip
-SPELLED = [(gold, text, right) for gold, lists in NUMBERS.items() for right, texts in zip((1, 0), lists) for text in texts]
+SPELLED = [
+    (gold, text, right) for gold, lists in NUMBERS.items() for right, texts in zip((1, 0), lists) for text in texts
+]
 
 # (gold, what is right, what is wrong)
 EXPRESSIONS = [
@@ -339,13 +341,15 @@ EXPRESSIONS = [
     ("1,-2", ["-2,1", "1, -2", r"\{1,-2\}", "1 and -2", "x = 1, -2"], ["1", "-2", "1,2", "1,-2,3", "12"]),
     (r"(-\infty, 5]", [r"(-\infty,5]", r"\left(-\infty, 5\right]"], ["(-5,5]", r"(\infty,5]"]),
     (r"3\sqrt{2}", [r"3\sqrt2", r"3 \sqrt{2}"], [r"\sqrt{2}", r"2\sqrt{3}", "3"]),
-    ("x^2+2x+1", ["x^2 + 2x + 1", "$x^2+2x+1$", "x^{2}+2x+1" if False else "x^2+2x+1."], ["x^2+2x", "x^2"]),
+    ("x^2+2x+1", ["x^2 + 2x + 1", "$x^2+2x+1$", "x^2+2x+1."], ["x^2+2x", "x^2"]),
     ("5", ["5", "5.0", "x=5", r"5 \text{ cm}", "5 cm", r"5\text{ square units}", "$5$", r"\(5\)", "5.", r"\$5", "+5"], ["55", "-5", "5x", "4,5", "5,5", "five"]),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", [r"\begin{pmatrix}1\\2\end{pmatrix}"], [r"\begin{pmatrix}2\\1\end{pmatrix}"]),
     ("2k+2", ["2k + 2"], ["2k", "2"]),
     (r"\pi", [r"\pi", "\u03c0"], ["3.14", r"2\pi"]),
 ]  # fmt: skip
-COMPARED = [(gold, text, right) for gold, *lists in EXPRESSIONS for right, texts in zip((1, 0), lists) for text in texts]
+COMPARED = [
+    (gold, text, right) for gold, *lists in EXPRESSIONS for right, texts in zip((1, 0), lists) for text in texts
+]
 SYMBOLIC = [  # what only math-verify finds equal
     ("x+1", "1+x"),
     (r"2\sqrt{3}", r"\sqrt{12}"),
@@ -401,7 +405,9 @@ def test_several_answers_are_right_only_where_the_solution_gives_them():
     right |= {"\\boxed{3,4}": (1, 0), "\\boxed{3} \\boxed{4} \\boxed{5}": (0, 0), "\\boxed{4}\\boxed{4.0}": (1, 1)}
     right |= {" ".join(f"\\boxed{{{n}}}" for n in range(100)): (0, 0)}
     for completion, verdicts in right.items():
-        assert (rewards.math500_correct(completion, two), rewards.math500_correct(completion, one)) == verdicts, completion
+        assert (rewards.math500_correct(completion, two), rewards.math500_correct(completion, one)) == verdicts, (
+            completion
+        )
 
 
 def test_math500_terms_by_hand():
@@ -428,13 +434,54 @@ def test_what_could_hang_sympy_is_not_handed_to_it():
 # ---------------------------------------------------------------------------------------------
 
 NO_CODE = [name for name, task in rewards.TASKS.items() if not task.runs_code]
-HOSTILE = ["#### ", "#### 1\n", "9", "\\boxed{", "\\boxed{1}", "\\boxed ", "<answer>", "<answer>1</answer>", "{", "}", "(", "-"]
-HOSTILE += ["</think>", "<think>", "```", "```python\n", "\x00\n", "\n", " ", "answer is ", "answer: 1. ", "1: red, Tom\n", "| 1 | "]
-HOSTILE += ["\\frac{1}{", "\\text{", "$", "^", "\\\\", "1,", "1/", "=", "####\n", "\u2028", "<|", "<|eot_id|>", '{"House 1": ']
+HOSTILE = [
+    "#### ",
+    "#### 1\n",
+    "9",
+    "\\boxed{",
+    "\\boxed{1}",
+    "\\boxed ",
+    "<answer>",
+    "<answer>1</answer>",
+    "{",
+    "}",
+    "(",
+    "-",
+]
+HOSTILE += [
+    "</think>",
+    "<think>",
+    "```",
+    "```python\n",
+    "\x00\n",
+    "\n",
+    " ",
+    "answer is ",
+    "answer: 1. ",
+    "1: red, Tom\n",
+    "| 1 | ",
+]
+HOSTILE += [
+    "\\frac{1}{",
+    "\\text{",
+    "$",
+    "^",
+    "\\\\",
+    "1,",
+    "1/",
+    "=",
+    "####\n",
+    "\u2028",
+    "<|",
+    "<|eot_id|>",
+    '{"House 1": ',
+]
 
 
 def noise(rng, n):
-    return "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)])) for _ in range(n))
+    return "".join(
+        chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)])) for _ in range(n)
+    )
 
 
 @pytest.mark.parametrize("name", rewards.TASKS)
@@ -444,8 +491,8 @@ def test_rewards_are_total(name, monkeypatch):
     task, rng = rewards.TASKS[name], random.Random(0)
     problem = task.generate("test", 1, 0)[0]
     pieces = [*HOSTILE, task.target(problem), problem["question"]]
-    texts = [noise(rng, 300) for _ in range(100)] + ["".join(rng.choices(pieces, k=40)) for _ in range(300)]
-    for text in texts + [piece * 3000 for piece in pieces]:
+    texts = [noise(rng, 300) for _ in range(50)] + ["".join(rng.choices(pieces, k=40)) for _ in range(200)]
+    for text in texts + [piece * 500 for piece in pieces]:
         assert all(math.isfinite(value) for value in task.reward(text, problem).values())
         assert 0 <= task.score(text, problem) <= 1
         task.answer(text, problem)
@@ -474,15 +521,15 @@ def test_work_grows_linearly(name):
     task = rewards.TASKS[name]
     problem = task.generate("test", 1, 0)[0]
     for piece in [*HOSTILE, task.target(problem)]:
-        once, twice = (lines_run(lambda n=n: task.reward(piece * n, problem)) for n in (1000, 2000))
+        once, twice = (lines_run(lambda n=n: task.reward(piece * n, problem)) for n in (300, 600))
         assert twice <= 2.2 * once + 100, (piece, once, twice)
 
 
 @pytest.mark.parametrize("name", NO_CODE)
 def test_a_megabyte_of_text(name):
-    """A generous bound, a hundred times what is needed: quadratic work on a megabyte takes hours."""
-    problem = rewards.TASKS[name].generate("test", 1, 0)[0]
-    for piece in HOSTILE:
+    """In bounded time: a generous bound, where quadratic work would take hours."""
+    problem, mixed = rewards.TASKS[name].generate("test", 1, 0)[0], "".join(HOSTILE)
+    for piece in (mixed, "\\boxed{", "#### 1 ", " "):
         began = time.process_time()
         rewards.TASKS[name].reward(piece * (1_000_000 // len(piece)), problem)
         assert time.process_time() - began < 60, piece
@@ -496,7 +543,7 @@ def test_on_what_hypothesis_finds(monkeypatch):
         hypothesis.strategies.sampled_from(HOSTILE) | hypothesis.strategies.text(max_size=20), max_size=20
     ).map("".join)
 
-    @hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
     @hypothesis.given(text)
     def total(completion):
         for name, problem in problems.items():
@@ -772,10 +819,9 @@ CHEATS = {
     "the harness patched": "import sys\nfor m in list(sys.modules.values()):\n for n in ('pack', 'unpack', 'run_steps', 'holds', 'pass_rate'):\n  if hasattr(m, n): setattr(m, n, lambda *a: True)\ndef f(x): return 3",
     "modules replaced": "import sys\nsys.modules['ast'] = sys.modules['json'] = sys.modules['builtins'] = sys\ndef f(x): return 3",
     "a verdict written": "import os\nfor fd in range(20):\n try: os.write(fd, b'0 [true]\\n0 true\\n0 passed\\n1 [true]\\n')\n except OSError: pass\ndef f(x): return 3",
-    "an assertion that is off": "__debug__ = False\ndef f(x): return 3" if False else "import sys\nsys.flags = None\ndef f(x): return 3",
-    "the frames of the caller": "import sys\ndef f(x):\n seen, todo, frame = set(), [], sys._getframe()\n while frame:\n  todo += [*frame.f_locals.values(), *frame.f_globals.values()]\n  frame = frame.f_back\n while todo and len(seen) < 100_000:\n  v = todo.pop()\n  if id(v) in seen: continue\n  seen.add(id(v))\n  if 'SECRET' in str(v)[:10_000] or '987654321' in str(v)[:10_000]: return 987654322 - 1\n  if isinstance(v, dict): todo += list(v.values())\n  elif isinstance(v, (list, tuple)): todo += list(v)\n return 3",
+    "the frames of the caller": "import sys\ndef f(x):\n seen, todo, frame = set(), [], sys._getframe()\n while frame:\n  todo += [*frame.f_locals.values(), *frame.f_globals.values()]\n  frame = frame.f_back\n while todo and len(seen) < 100_000:\n  v = todo.pop()\n  if id(v) in seen: continue\n  seen.add(id(v))\n  if str(987654322 - 1) in str(v)[:10_000]: return 987654322 - 1\n  if isinstance(v, dict): todo += list(v.values())\n  elif isinstance(v, (list, tuple)): todo += list(v)\n return 3",
     "all that is in memory": "import gc\ndef f(x):\n return next((o for o in gc.get_objects() if isinstance(o, int) and o == 987654322 - 1), 3)",
-    "its input": "import os, sys\ndef f(x):\n text = sys.stdin.read() + repr(sys.argv) + repr(os.environ)\n return 987654322 - 1 if '987654321' in text else 3",
+    "its input": "import os, sys\ndef f(x):\n text = sys.stdin.read() + repr(sys.argv) + repr(os.environ)\n return 987654322 - 1 if str(987654322 - 1) in text else 3",
     "deep recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x): return f(x + 1)",
     "a deep value": "def f(x):\n a = []\n for _ in range(100_000): a = [a]\n return a",
     "a value in itself": "def f(x):\n a = []\n a.append(a)\n return a",
@@ -838,7 +884,21 @@ def test_cheats_do_not_pass(sandbox, name):
 
 
 def test_honest_programs_pass(sandbox):
-    values = [None, True, -3, 2.5, 10**50, "a\nb\u2028\ud800", b"\xff", 1j, [1, [2]], (1,), {1, 2}, frozenset("a"), {"a": {1: (2,)}}]
+    values = [
+        None,
+        True,
+        -3,
+        2.5,
+        10**50,
+        "a\nb\u2028\ud800",
+        b"\xff",
+        1j,
+        [1, [2]],
+        (1,),
+        {1, 2},
+        frozenset("a"),
+        {"a": {1: (2,)}},
+    ]
     for value in values:
         assert rewards.unpack(json.loads(json.dumps(rewards.pack(value)))) == value
         assert type(rewards.unpack(rewards.pack(value))) is type(value)
@@ -867,15 +927,27 @@ def test_how_tests_are_split(sandbox):
         "assert Pair(3).a == 3": 1,
         "assert f(root) == [7, 7]": 1,
         "x = f(3)\nassert x == [3, 3]\nassert x[1] is not None": 1,
-        "assert f(2) == f(2)": 1,
+        "assert f(1) != f(2)": 1,
         "assert f(1) < [1, 2]": 1,
         "assert str(f(1)) == '[1, 1]'": 1,
     }
     for test, passes in cases.items():
-        problem = rewards.check_mbpp({"text": "?", "code": code, "test_list": [test], "test_setup_code": "root = 7"}, "here")
+        problem = rewards.check_mbpp(
+            {"text": "?", "code": code, "test_list": [test], "test_setup_code": "root = 7"}, "here"
+        )
         assert rewards.pass_rate(code, problem) == passes, test
-        assert rewards.pass_rate("def f(x): return 0\ndef sum(a, b): return 0\nclass Pair: a = 0", problem) == 0 or not passes
-    for test in ("assert 1 == 1", "f(2)", "assert all(f(x) for x in [1])", "for x in [1]:\n assert f(x)", "assert f(", ""):
+        assert (
+            rewards.pass_rate("def f(x): return 0\ndef sum(a, b): return 0\nclass Pair: a = 0", problem) == 0
+            or not passes
+        )
+    for test in (
+        "assert 1 == 1",
+        "f(2)",
+        "assert all(f(x) for x in [1])",
+        "for x in [1]:\n assert f(x)",
+        "assert f(",
+        "",
+    ):
         with pytest.raises(DataError, match="here: (a test is not|field)"):
             rewards.check_mbpp({"text": "?", "code": code, "test_list": [test]}, "here")
 
@@ -884,7 +956,11 @@ def test_what_is_expected_never_enters_the_sandbox(sandbox, monkeypatch):
     jobs, run_sandbox = [], rewards.run_sandbox
     monkeypatch.setattr(rewards, "run_sandbox", lambda job, seconds: jobs.append(job) or run_sandbox(job, seconds))
     problem = {"question": "?", "answer": "def f(x): ...", "imports": "", "setup": "", "tests": []}
-    problem["tests"] = [f"assert f(5) == {SECRET}", f"assert math.isclose(f(6), {SECRET})", f"assert {{f(7)}} == {{{SECRET}}}"]
+    problem["tests"] = [
+        f"assert f(5) == {SECRET}",
+        f"assert math.isclose(f(6), {SECRET})",
+        f"assert {{f(7)}} == {{{SECRET}}}",
+    ]
     problem["imports"] = "import math"
     assert rewards.pass_rate(f"def f(x): return {SECRET - 1} + 1  # {len(jobs)}", problem) == 1
     programs = [job for job in jobs if job["program"]]
@@ -909,7 +985,16 @@ def test_code_is_found_in_completions():
     ]
     for completion in found:
         assert rewards.extract_code(completion) == code, completion
-    for completion in ("", "```python\n```", "def f(x:", "I cannot", "```python\nreturn 3\n```", "x", "1 + 1", code + "\0"):
+    for completion in (
+        "",
+        "```python\n```",
+        "def f(x:",
+        "I cannot",
+        "```python\nreturn 3\n```",
+        "x",
+        "1 + 1",
+        code + "\0",
+    ):
         assert rewards.extract_code(completion) is None, completion
     assert rewards.extract_code("x = 1\n" * 50_000) is None and rewards.extract_code("x = " + "(" * 50_000) is None
 
@@ -950,3 +1035,129 @@ def test_without_namespaces_the_limits_remain(sandbox, monkeypatch):
         assert run(body) in ([False], [None]), name
     assert run("def f(x): return x * 21") == [42] and ours() <= before
     rewards.run_program.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------
+# Files of completions
+# ---------------------------------------------------------------------------------------------
+
+
+def scored(tmp_path, capsys, name, rows, *flags, suffix="jsonl"):
+    """The JSON line that scoring a file prints."""
+    file = tmp_path / f"file.{suffix}"
+    file.write_text(json.dumps(rows) if suffix == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    assert rewards.main(["--task", name, "--score", str(file), "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_scoring_by_hand(tmp_path, capsys):
+    rows = [
+        {"prompt": "q", "completion": "5 + 1 = 6\n#### 6", "answer": "#### 6"},
+        {"question": "q", "response": "\\boxed{6}", "ground_truth": 6},
+        {"question": "q", "generations": ["#### 7", "nothing"], "answer": "6.0"},
+    ]
+    figures = {"task": "gsm8k", "n": 4, "accuracy": 0.5, "mean_reward": (3 + 2.5 + 0.5) / 4, "no_answer": 0.25}
+    assert scored(tmp_path, capsys, "gsm8k", rows) == figures
+    assert scored(tmp_path, capsys, "gsm8k", rows, suffix="json") == figures
+    assert scored(tmp_path, capsys, "gsm8k", {"metrics": {"a": 1}, "generations": rows}, suffix="json") == figures
+
+
+P = {
+    "gsm8k": [{"question": "q", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}],
+    "math500": [{"problem": "q", "solution": "So $\\boxed{\\frac{1}{2}}$."}, {"problem": "q", "answer": "3", "solution": "\\boxed{3}"}],
+    "mbpp": [{"text": "q", "code": "def f(x):\r\n  return x", "test_list": ["assert f(1) == 1"], "test_setup_code": "", "challenge_test_list": []},
+             {"prompt": "q", "code": "import math\ndef f(x):\n return math.pi", "test_list": ["assert math.isclose(f(1), 3.14159, rel_tol=1e-3)"], "test_imports": ["import math"]}],
+    "countdown": [{"nums": [3, 8, 5], "target": 6}, {"input": "3,8,5", "output": "6"}, {"question": "Numbers: [3, 8, 5], target: 6"}],
+    "sudoku": [{"Puzzle": "1234341221430000", "Solution": "1234341221434321"}],
+    "zebra": [{"puzzle": "q", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ["2", "Arnold"]]}},
+              {"puzzle": "q", "solution": json.dumps({"House 1": {"Name": "Eric"}, "House 2": {"Name": "Arnold"}})}],
+}  # fmt: skip
+OTHER_NAMES = ("completion", "generations", "response", "model_output")
+
+
+@pytest.mark.parametrize("name", P)
+def test_published_rows_and_their_solutions(name, tmp_path, capsys, sandbox):
+    """Each published spelling of a problem loads; its own solution scores as right, and nonsense does not."""
+    for field, row in itertools.product(OTHER_NAMES, P[name]):
+        problem = rewards.TASKS[name].check(row, "here")
+        solution = problem["answer"] or rewards.TASKS[name].target(problem)
+        solution = row.get("solution", solution) if name == "math500" else solution
+        figures = scored(tmp_path, capsys, name, [row | {field: solution}, row | {field: "I do not know."}])
+        assert (figures["n"], figures["accuracy"], figures["no_answer"]) == (2, 0.5, 0.5)
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in P[name]))
+    assert len(rewards.TASKS[name].load(str(file), "train")) == len(P[name])
+    with pytest.raises(DataError, match="file.jsonl, line 1: "):
+        rewards.score_file(name, str(bad_file(tmp_path)))
+
+
+def bad_file(tmp_path):
+    file = tmp_path / "file.jsonl"
+    file.write_text(json.dumps({"completion": "a"}) + "\n")
+    return file
+
+
+def test_verdicts_of_the_file_are_compared(tmp_path, capsys):
+    file = tmp_path / "file.jsonl"
+    rows = [{"completion": "#### 6", "answer": 6, "correct": c} for c in (True, False, 1, 0)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rewards.main(["--task", "gsm8k", "--score", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy     1.0000" in out and "verdicts: 4, of which 2 differ" in out
+    assert "line 2: the file says wrong, here right; answer '6'" in out and "line 4: the file" in out
+
+
+def test_an_echo_of_the_prompt_is_no_answer(tmp_path, capsys):
+    prompt = "Question: How many? End with #### and the number, such as #### 6."
+    rows = [
+        {"prompt": prompt, "completion": text, "answer": 6}
+        for text in (prompt, prompt + "\n#### 6", prompt + "\n#### 7")
+    ]
+    assert scored(tmp_path, capsys, "gsm8k", rows)["accuracy"] == pytest.approx(1 / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "argv,text,message",
+    [
+        ("--task chess --score FILE", "", "argument --task: invalid choice: 'chess'"),
+        ("--score FILE", "", "--score needs --task"),
+        ("--task gsm8k --json", "", "--json needs --score"),
+        ("--task gsm8k --score none.jsonl", "", "none.jsonl: cannot be read"),
+        ("--task gsm8k --score FILE", "", "file.jsonl: no completions; expected lines"),
+        ("--task gsm8k --score FILE", "{", "file.jsonl, line 1: not JSON"),
+        (
+            "--task gsm8k --score FILE",
+            '{"completion": "a", "answer": 1}\n{"answer": 1}',
+            "file.jsonl, line 2: no completion",
+        ),
+        ("--task gsm8k --score FILE", '{"completion": 3, "answer": 1}', "file.jsonl, line 1: no completion"),
+        ("--task gsm8k --score FILE", '{"completion": "a"}', 'file.jsonl, line 1: field "answer"'),
+        (
+            "--task gsm8k --score FILE",
+            '[{"completion": "a", "answer": 1}, 2]',
+            "file.jsonl, item 2: expected a JSON object",
+        ),
+        (
+            "--task zebra --score FILE",
+            '{"completion": "a", "solution": {"header": ["House", "A"], "rows": [["1", "___"]]}}',
+            "is blank",
+        ),
+        ("--task mbpp --score FILE", "", "--task mbpp runs programs that a model wrote: add --allow_code_execution"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, argv, text, message):
+    monkeypatch.setattr(rewards, "code_execution_allowed", False)
+    file = tmp_path / "file.jsonl"
+    file.write_text(text)
+    assert rewards.main(argv.replace("FILE", str(file)).split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("rewards.py: error: ") and err.count("\n") == 1 and message in err
+
+
+def test_the_table_of_tasks_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr(rewards, "code_execution_allowed", False)
+    assert rewards.main([]) == 0
+    out = capsys.readouterr().out
+    assert (
+        all(f"{name}\n---" in out for name in rewards.TASKS) and "What completions earn where the zebra problem" in out
+    )
