@@ -911,3 +911,29 @@ def test_the_picture_is_drawn_from_the_run(whole, tmp_path):
     upo.draw_orders(tmp_path / "order.png", {"upo": cells, "margin": cells})
     upo.draw_orders(tmp_path / "empty.png", {"upo": []})
     assert (tmp_path / "order.png").stat().st_size > 5000 and (whole / "order.png").is_file()
+
+
+@pytest.mark.parametrize("task", list(rewards.TASKS))
+def test_every_task_runs_end_to_end(task, tmp_path, monkeypatch):
+    """Two steps of maskgrpo.py on the tiny base; then, on what it leaves, two of upo.py where the paper has the task."""
+    few = {"train": 300, "validation": 16, "test": 6, "unseen": 6}
+    monkeypatch.setattr(
+        rewards, "generated_splits", lambda row, n, seed: {s: row.generate(s, few[s], seed) for s in few}
+    )
+    monkeypatch.setattr(rewards, "code_execution_allowed", False)
+    monkeypatch.chdir(tmp_path)
+    small = "--base_steps 20 --base_accuracy 1 --max_steps 2 --mu 1 --batch_size 8 --group_size 4 --eval_n 6 --pass_k 0"
+    flags = f"--task {task} {small} --eval_every 0 --sft_batch_size 16 --output_dir grpo".split()
+    if rewards.TASKS[task].runs_code:
+        assert m.cli(flags) == 2
+        flags.append("--allow_code_execution")
+    assert m.cli(flags) == 0
+    lines = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    terms = rewards.TASKS[task].reward("", rewards.TASKS[task].generate("test", 1, 0)[0])
+    assert len(lines) == 2 and all({f"reward/{term}" for term in terms} <= line.keys() for line in lines)
+    if task in ("sudoku", "zebra", "gsm8k", "math500"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        flags = flags_of("upo", task=task, model="grpo", max_steps=2, pass_n=0, eval_every=0)
+        assert upo_cli(flags) == 0
+        results = json.loads((tmp_path / "upo" / "results.json").read_text())
+        assert results["task"] == task and list(results["accuracy"]) == METHODS
