@@ -107,7 +107,7 @@ METHODS = {
 TASK_SETTINGS = {
     "gsm8k": dict(topk=(None, 3)),  # its tiny blocks have 4 tokens
     "math500": dict(topk=(None, 3)),
-    "mbpp": dict(topk=(None, 3), gen_length=(256, 20)),
+    "mbpp": dict(topk=(None, 3)),
     "countdown": dict(topk=(None, 3)),
     # "accuracy" is the share of right entries, a third by chance
     "zebra": dict(topk=(None, 3), base_accuracy=(None, 0.7)),

@@ -204,7 +204,7 @@ def part_of(key: str) -> str:
 
 
 def generate(task: str, draw: Callable, split: str, n: int, seed: int) -> list[Problem]:
-    """n different problems of a split, from a seed. draw(rng, split) -> a problem, or None if it is not of the split."""
+    """n different problems of a split, from a seed. draw(rng, split) -> a problem, or None if not of the split."""
     rng = random.Random(f"{task} {split} {seed}")
     problems: dict[str, Problem] = {}
     for _ in range(1000 * n + 100_000):
@@ -273,7 +273,8 @@ def answer_tags(text: str) -> list[Span]:
 
 
 def announcements(completion: str, problem: Problem) -> list[str]:
-    r"""What a completion announces as its answers, in order, each spelling once: \boxed{}, <answer>, `#### 42`; else "the answer is".
+    r"""What a completion announces as its answers, each spelling once: \boxed{}, <answer>, `#### 42`; else what follows
+    "the answer is".
 
     A box within one of the others stands for it. An echo of the prompt, and working that is marked as such and has
     an answer behind it, do not count; nor does what has no letter or digit, or is longer than an answer can be.
@@ -736,12 +737,13 @@ def extract_code(completion: str) -> str | None:
     """The program of a completion: the last fenced block that defines something; without fences all of its text, or
     what stands between [BEGIN] and [DONE] or in <answer>. None if that is no Python, or defines nothing."""
     text = SPECIAL.sub("", completion).replace("\r\n", "\n")
-    blocks = FENCED.findall(text)
-    if not blocks:
-        text = text.partition("[DONE]")[0].rpartition("[BEGIN]")[2].partition("```")[0]
-        blocks = [TAGS.split(text)[1] if TAGS.search(text) else text]
-    programs = [block for block in blocks if DEFINES.search(block) and compiles(block)]
-    return programs[-1].strip("\n") if programs else None
+    bare = text.partition("[DONE]")[0].rpartition("[BEGIN]")[2].partition("```")[0]
+    bare = TAGS.split(bare)[1] if TAGS.search(bare) else bare
+    for blocks in (FENCED.findall(text), [bare]):
+        programs = [block for block in blocks if DEFINES.search(block) and compiles(block)]
+        if programs:
+            return programs[-1].strip("\n")
+    return None
 
 
 def compiles(program: str) -> bool:
@@ -829,7 +831,8 @@ def split_tests(problem: Problem) -> tuple[str, list[SplitTest]]:
 def pass_rate(program: str, problem: Problem) -> float:
     """The share of a problem's tests that a program passes, run in the sandbox and judged outside of it."""
     imports, tests = split_tests(problem)
-    results = run_program(problem["imports"], program, problem["setup"], tuple(test.steps for test in tests))
+    steps = tuple(test.steps for test in tests)
+    results = run_program(problem["imports"], program, problem["setup"], steps, SECONDS)
     return sum(holds(imports, test.conditions, got) for test, got in zip(tests, results)) / len(tests)
 
 
@@ -848,7 +851,7 @@ def holds(imports: str, conditions: tuple[str, ...], values: str | None) -> bool
         except (ValueError, RecursionError):
             pass  # no literal
     steps = [("bind", values), *(("eval", f"bool({condition})") for condition in conditions)]
-    verdicts = run_program(imports, "", "", (tuple(steps),))[0]
+    verdicts = run_program(imports, "", "", (tuple(steps),), SECONDS)[0]
     return bool(verdicts) and json.loads(verdicts) == [True] * len(conditions)
 
 
@@ -875,7 +878,7 @@ def mbpp_reward(completion: str, problem: Problem) -> Reward:
 # its own processes, network and file system: an empty directory, and the interpreter's files to read.
 # ---------------------------------------------------------------------------------------------
 
-SECONDS = 5  # of wall-clock and of CPU time per program
+SECONDS, GRACE = 5, 5  # of wall-clock and of CPU time per program; more, for starting on a busy machine
 MEMORY, FILE_SIZE, DISK = 2**30, 2**20, 2**24  # bytes: address space, one file (and the results), all files
 FILES = 64  # open ones
 ANSWER_SIZE = 100_000  # characters of one test's packed values
@@ -904,7 +907,7 @@ def allow_code_execution() -> None:
 
 
 @functools.lru_cache(maxsize=4096)  # a group of rollouts often holds the same program twice
-def run_program(imports: str, program: str, setup: str, tests: tuple, seconds: float = SECONDS) -> list[str | None]:
+def run_program(imports: str, program: str, setup: str, tests: tuple, seconds: float) -> list[str | None]:
     """What the tests' expressions come to beside a program: packed values as JSON per test, None where it failed.
 
     tests: steps per test, as in SplitTest. Raises DataError unless code execution was allowed.
@@ -928,7 +931,7 @@ def run_sandbox(job: dict, seconds: float) -> tuple[list[str] | None, list[str |
         pipes = dict(stdin=subprocess.PIPE, stdout=results, stderr=subprocess.DEVNULL)
         process = subprocess.Popen(command, cwd=box, env=env, start_new_session=True, **pipes)
         try:
-            process.communicate(json.dumps(job).encode(), timeout=seconds + 5)  # 5: for starting, on a busy machine
+            process.communicate(json.dumps(job).encode(), timeout=seconds + GRACE)
         except subprocess.TimeoutExpired:
             pass
         finally:
@@ -964,7 +967,10 @@ def protections() -> str:
     """One line: how programs will be run on this system, found by running an empty one. DataError if it fails."""
     active, _ = run_sandbox({"imports": "", "program": "", "setup": "", "tests": [], "seconds": SECONDS}, SECONDS)
     if active is None:
-        raise DataError("programs cannot be run here: the sandbox needs Linux, and a Python that starts as a child")
+        raise DataError(
+            "programs cannot be run here: the sandbox needs Linux or macOS and, where it is root without namespaces, "
+            f"a Python that other users may read ({sys.base_prefix})"
+        )
     without = [name for name in ("files", "network", "processes", "users") if name not in active]
     apart = f"; its own {', '.join(active)}" * bool(active) + f"; NOT its own here: {', '.join(without)}" * bool(
         without
@@ -1514,7 +1520,7 @@ def zebra_answer(completion: str, problem: Problem) -> dict[str, list[str]] | No
     text = SPECIAL.sub("", completion).replace(problem["question"], "").replace(INSTRUCTIONS["zebra"], "")
     for tag in ("</reasoning>", "</think>"):
         text = text.rpartition(tag)[2] or text
-    text = text.rpartition("<answer>")[2]
+    text = text.rpartition("<answer>")[2].partition("</answer>")[0]
     header, names = problem["header"], {name.casefold(): i for i, name in enumerate(problem["header"])}
     rows: list[list[str]] = []
     if (table := table_of(last_object(text))) is not None:

@@ -561,10 +561,16 @@ def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
     completion = torch.zeros(2, 9, dtype=torch.bool)
     completion[0, 3:8], completion[1, 5:8] = True, True  # blocks {3, 4}, {5, 6}, {7} and {5, 6}, {7}
     x[0, 3:5], x[:, 5:8] = base.model.mask_id, base.model.mask_id
-    order = upo.Order(lambda state, logits: upo.place(torch.arange(int(state.candidates.sum())), state.candidates), False)
+    order = upo.Order(
+        lambda state, logits: upo.place(torch.arange(int(state.candidates.sum())), state.candidates), False
+    )
     go = lambda rows: upo.unmask(base, m.Batch(x[rows], x[rows] >= 0, completion[rows]), order, cfg, [(0, i) for i in rows], [])  # fmt: skip
     together = go([0, 1])
-    assert together.unmask_step[0, 3:8].tolist() == [1, 0, 3, 2, 4] and together.unmask_step[1, 5:8].tolist() == [1, 0, 2]
+    assert together.unmask_step[0, 3:8].tolist() == [1, 0, 3, 2, 4] and together.unmask_step[1, 5:8].tolist() == [
+        1,
+        0,
+        2,
+    ]
     for i in range(2):
         assert torch.equal(go([i]).batch.x[0], together.batch.x[i])
 
