@@ -236,6 +236,7 @@ HEADING = re.compile(
 )
 SAID = re.compile(r"\banswer(?:\s+is|\s*:|\s*=)(?:\s+is\b)?:?\**([^\n]{0,200})", re.IGNORECASE)
 ALNUM = re.compile(r"[^\W_]")
+SAYS = re.compile(r"[^\W_]|[<>=]")  # what an answer holds at least; dots and lines wait to be filled in
 
 
 class Span(NamedTuple):
@@ -277,7 +278,7 @@ def announcements(completion: str, problem: Problem) -> list[str]:
     "the answer is".
 
     A box within one of the others stands for it. An echo of the prompt, and working that is marked as such and has
-    an answer behind it, do not count; nor does what has no letter or digit, or is longer than an answer can be.
+    an answer behind it, do not count; nor does what has no letter, digit or relation, or is too long.
     """
     text = SPECIAL.sub("", completion)
     for message in (problem.get("prompt"), problem["question"], *INSTRUCTIONS.values()):
@@ -297,7 +298,7 @@ def announced(text: str) -> list[str]:
     spans = sorted(inner + without(outer, inner + hashes) + without(hashes, inner))
     found = [span.text for span in spans] or [re.split(r"\.\s", m[1])[0] for m in SAID.finditer(text)]
     answers = (answer.strip() for answer in dict.fromkeys(found) if len(answer) <= LONGEST)
-    return [answer for answer in answers if ALNUM.search(answer)]
+    return [answer for answer in answers if SAYS.search(answer)]
 
 
 def without(spans: list[Span], others: list[Span]) -> list[Span]:
@@ -776,15 +777,22 @@ class Outsiders(ast.NodeTransformer):
     def __init__(self, own: set[str], known: set[str]):
         self.own, self.known, self.found = own, known, []
 
+    def placeholder(self, node: ast.AST, form: str = "{}") -> ast.AST:
+        self.found.append(form.format(ast.unparse(node)))
+        return ast.copy_location(ast.Name(f"_{len(self.found) - 1}", ast.Load()), node)
+
     def visit(self, node: ast.AST) -> ast.AST:
         inner = node
         while isinstance(inner, (ast.Call, ast.Attribute, ast.Subscript)):
             inner = inner.func if isinstance(inner, ast.Call) else inner.value
         if isinstance(inner, ast.Name) and (inner.id in self.own or inner.id not in self.known):
-            self.found.append(ast.unparse(node))
-            return ast.copy_location(ast.Name(f"_{len(self.found) - 1}", ast.Load()), node)
-        if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.NamedExpr)):
-            raise ValueError(f"it binds names: {ast.unparse(node)}")
+            return self.placeholder(node)
+        if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            # What binds names of its own is not taken apart. Where it calls the program, all of it is evaluated beside
+            # the program, and what stands in it can be seen from there; no test of MBPP's own samples is like that.
+            if not self.own & {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}:
+                return node
+            return self.placeholder(node, "list({})" if isinstance(node, ast.GeneratorExp) else "{}")
         return self.generic_visit(node)
 
 

@@ -346,6 +346,7 @@ EXPRESSIONS = [
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", [r"\begin{pmatrix}1\\2\end{pmatrix}"], [r"\begin{pmatrix}2\\1\end{pmatrix}"]),
     ("2k+2", ["2k + 2"], ["2k", "2"]),
     (r"\pi", [r"\pi", "\u03c0"], ["3.14", r"2\pi"]),
+    (">", [">"], ["<", "="]),
 ]  # fmt: skip
 COMPARED = [
     (gold, text, right) for gold, *lists in EXPRESSIONS for right, texts in zip((1, 0), lists) for text in texts
@@ -487,7 +488,7 @@ def noise(rng, n):
 @pytest.mark.parametrize("name", rewards.TASKS)
 def test_rewards_are_total(name, monkeypatch):
     """Finite terms, a score between 0 and 1 and no exception: on noise, surrogates included, and on repeated pieces."""
-    monkeypatch.setattr(rewards, "run_program", lambda *job: [None] * len(job[-1]))
+    monkeypatch.setattr(rewards, "run_program", lambda *job: [None] * len(job[3]))
     task, rng = rewards.TASKS[name], random.Random(0)
     problem = task.generate("test", 1, 0)[0]
     pieces = [*HOSTILE, task.target(problem), problem["question"]]
@@ -537,7 +538,7 @@ def test_a_megabyte_of_text(name):
 
 def test_on_what_hypothesis_finds(monkeypatch):
     hypothesis = pytest.importorskip("hypothesis")
-    monkeypatch.setattr(rewards, "run_program", lambda *job: [None] * len(job[-1]))
+    monkeypatch.setattr(rewards, "run_program", lambda *job: [None] * len(job[3]))
     problems = {name: task.generate("test", 1, 0)[0] for name, task in rewards.TASKS.items()}
     text = hypothesis.strategies.lists(
         hypothesis.strategies.sampled_from(HOSTILE) | hypothesis.strategies.text(max_size=20), max_size=20
@@ -929,6 +930,9 @@ def test_how_tests_are_split(sandbox):
         "assert f(root) == [7, 7]": 1,
         "x = f(3)\nassert x == [3, 3]\nassert x[1] is not None": 1,
         "assert f(1) != f(2)": 1,
+        "assert [f(x) for x in (1, 2)] == [[x] * 2 for x in (1, 2)]": 1,
+        "assert all(f(x)[0] == x for x in [1, 2])": 1,
+        "assert sorted(f(2), key=lambda x: -x) == [2, 2]": 1,
         "assert f(1) < [1, 2]": 1,
         "assert str(f(1)) == '[1, 1]'": 1,
     }
