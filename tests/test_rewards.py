@@ -945,13 +945,7 @@ def test_how_tests_are_split(sandbox):
             rewards.pass_rate("def f(x): return 0\ndef sum(a, b): return 0\nclass Pair: a = 0", problem) == 0
             or not passes
         )
-    for test in (
-        "assert 1 == 1",
-        "f(2)",
-        "for x in [1]:\n assert f(x)",
-        "assert f(",
-        "",
-    ):
+    for test in ("assert 1 == 1", "f(2)", "for x in [1]:\n assert f(x)", "assert f(", ""):
         with pytest.raises(DataError, match="here: (a test is not|field)"):
             rewards.check_mbpp({"text": "?", "code": code, "test_list": [test]}, "here")
 
