@@ -46,6 +46,7 @@ import builtins
 import csv
 import ctypes
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -890,7 +891,7 @@ SECONDS, GRACE = 5, 5  # of wall-clock and of CPU time per program; more, for st
 MEMORY, FILE_SIZE, DISK = 2**30, 2**20, 2**24  # bytes: address space, one file (and the results), all files
 FILES = 64  # open ones
 ANSWER_SIZE = 100_000  # characters of one test's packed values
-BOOT = "import sys; sys.path.insert(0, {!r}); import {} as r; r.sandboxed()"
+INSIDE = "builtins ctypes functools json math os signal sys types".split()  # the imports of what runs in the process
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
     1,
@@ -928,9 +929,8 @@ def run_sandbox(job: dict, seconds: float) -> tuple[list[str] | None, list[str |
     """(the protections that were active, packed values or None per test) of one job of `sandboxed`."""
     if not code_execution_allowed:
         raise DataError(CODE_REFUSED.format("mbpp"))
-    here = Path(__file__).resolve()
     # as isolated as -I, but for the environment: this one is ours, and -I would ignore its hash seed
-    command = [sys.executable, "-s", "-c", BOOT.format(str(here.parent), here.stem)]
+    command = [sys.executable, "-s", "-c", inside()]
     env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as box,
@@ -947,6 +947,25 @@ def run_sandbox(job: dict, seconds: float) -> tuple[list[str] | None, list[str |
         results.seek(0)
         lines = results.read(FILE_SIZE).decode(errors="replace").split("\n")
     return read_results(lines, len(job["tests"]))
+
+
+def inside() -> str:
+    """The program that is the sandbox's process: the functions below, and nothing else of this file or its imports."""
+    names = re.findall(
+        r"\b(?:CLONE|MS|PR_SET)_[A-Z_]+|\b(?:MEMORY|FILE_SIZE|DISK|FILES)\b", (source := inside_source())
+    )
+    constants = [f"{name} = {globals()[name]!r}" for name in dict.fromkeys(names)]
+    return "\n".join(
+        ["from __future__ import annotations", *(f"import {m}" for m in INSIDE), *constants, source, "sandboxed()"]
+    )
+
+
+@functools.cache
+def inside_source() -> str:
+    return "\n".join(
+        inspect.getsource(function)
+        for function in (sandboxed, run_steps, pack, unpack, confine, change_root, keep_time, limit_resources)
+    )
 
 
 def end_session(process: subprocess.Popen) -> None:
@@ -1076,7 +1095,8 @@ def confine(seconds: float) -> list[str]:
         if outside:
             maps = {"setgroups": "deny", "uid_map": f"{user} {outside} 1", "gid_map": f"{user} {group} 1"}
             for name, text in maps.items():
-                Path(f"/proc/self/{name}").write_text(text)
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
         active += ["network", "processes"] + ["files"] * change_root(libc, os.getcwd())
         keep_time(seconds)
     try:

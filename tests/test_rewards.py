@@ -756,7 +756,7 @@ def ours() -> set[int]:
     found = set()
     for directory in Path("/proc").glob("[0-9]*"):
         try:
-            if b"r.sandboxed()" in (directory / "cmdline").read_bytes():
+            if b"def sandboxed()" in (directory / "cmdline").read_bytes():
                 found.add(int(directory.name))
         except OSError:
             pass
@@ -1021,7 +1021,7 @@ def test_code_runs_only_with_permission(monkeypatch):
 
 def test_without_namespaces_the_limits_remain(sandbox, monkeypatch):
     """What a container that forbids namespaces leaves: no further process, no time, no memory, no big file."""
-    monkeypatch.setattr(rewards, "BOOT", rewards.BOOT.replace("r.sandboxed()", "r.CLONE_NEWNS = -1; r.sandboxed()"))
+    monkeypatch.setattr(rewards, "CLONE_NEWNS", -1)
     rewards.run_program.cache_clear()
     monkeypatch.setattr(rewards, "GRACE", 1)
     if os.geteuid() == 0 and Path("/usr/bin/python3").exists():
