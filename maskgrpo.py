@@ -117,6 +117,11 @@ IMAGE_METHODS = {
 # What a task sets instead of the columns of Config, this one's or upo.py's: (with --model, for the tiny model).
 TASK_SETTINGS = {
     "gsm8k": dict(topk=(None, 3)),  # its tiny blocks have 4 tokens
+    "math500": dict(topk=(None, 3)),
+    "mbpp": dict(topk=(None, 3)),
+    "countdown": dict(topk=(None, 3)),
+    # "accuracy" is the share of right entries, a third by chance
+    "zebra": dict(topk=(None, 3), base_accuracy=(None, 0.7)),
     # the grid, five clues at least: most confident cell first, one by one; "accuracy" is the share of right cells
     "sudoku": dict(gen_length=(64, 20), block_length=(16, 16), tokens_per_step=(1, 1), base_accuracy=(None, 0.73)),
     # all codes and one end-of-image token; the tiny model's images have 8 x 8 codes
@@ -147,6 +152,7 @@ class Config:
     model: str = option("hub id, or path of a model, adapter or run directory; default: a tiny model, trained here")
     data: str = option('training problems, FILE.jsonl or "generated"; default: published, for tiny generated')
     eval_data: str = option("held-out problems, FILE.jsonl; default: published, or every tenth of --data")
+    allow_code_execution: bool = option("task mbpp: run the programs that the model writes, in a sandbox", False)
     seed: int = option("seed of everything random", 0, within="[0, 4294967295]")
     output_dir: str = option("run directory; default runs/maskgrpo-TASK-METHOD-MODEL-sSEED")
     max_steps: int = option("RL steps (rollouts); the paper's run has 6000", paper=6000, tiny=250)
@@ -216,13 +222,20 @@ def require(rules: dict[str, object]) -> None:
 
 
 def check_ranges(cfg) -> None:
-    """Raise UsageError for a number outside its range, and for a tracker that is not installed."""
+    """Raise UsageError for a number outside its range, for a tracker that is not installed, and for a task that runs
+    code without --allow_code_execution."""
     for field in dataclasses.fields(cfg):
         value, within = getattr(cfg, field.name), field.metadata["within"]
         if field.type in (int, float) and value is not None and not inside(value, within):
             raise UsageError(f"--{field.name} {value} is outside {within}")
     trackers = [str(tracker) for tracker in get_available_trackers()]
-    require({f"--log_with {cfg.log_with}: not installed; installed are {trackers}": cfg.log_with in (None, *trackers)})
+    rules = {
+        f"--log_with {cfg.log_with}: not installed; installed are {trackers}": cfg.log_with in (None, *trackers),
+        rewards.CODE_REFUSED.format(cfg.task): cfg.allow_code_execution or not TASKS[cfg.task].runs_code,
+    }
+    require(rules)
+    if cfg.allow_code_execution:
+        rewards.allow_code_execution()
 
 
 def check(cfg: Config) -> None:
@@ -1550,6 +1563,8 @@ def describe(run: Run, source: dict[str, str], data: dict) -> None:
     run.say(f"MaskGRPO  task {cfg.task}, method {cfg.method}, seed {cfg.seed} -> {run.path}")
     run.say(f"model     {tiny}" + (f", LoRA rank {cfg.lora}" if cfg.lora else ""))
     run.say(f"data      {cfg.data or ('generated' if data['unseen'] else 'published')}: {sizes}")
+    if run.task.runs_code:
+        run.say(f"sandbox   {rewards.protections()}")
     run.say(f"decoding  {decoding(cfg)}{greedy}")
     run.say(f"device    {run.device}, {run.world} process{'es' * (run.world > 1)}{threads}")
     if run.world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:

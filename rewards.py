@@ -1,59 +1,88 @@
 """Completions -> numbers: the tasks, their data, and their rewards. Text, or an image's codes, in; numbers out.
 
 A task is one row of `TASKS`: where its problems come from, what the model is asked, what it is rewarded
-for, and how much of it is solved. A problem is a dict of its question and its answer, as they are published:
+for, and how much of it is solved. A problem is a dict of its question, its answer, and what else its reward reads:
 
-    gsm8k    {"question": "Tom has 12 apples ...", "answer": "12 + 7 = 19\\n#### 19"}
-    sudoku   {"question": "1000034000200003", "answer": "1234..."}, 4 x 4, row by row, 0 for empty
-    t2i      {"question": "a photo of a red circle", "answer": "0 0 5 6 ..."}, 8 x 8 codes, row by row
+    gsm8k      {"question": "Tom has 12 apples ...", "answer": "12 + 7 = 19\\n#### 19"}
+    math500    {"question": "Solve 2 x + 3 = 4.", "answer": "\\frac{1}{2}", "solution": "2 x = 1\\n\\boxed{...}"}
+    mbpp       {"question": "Write ...", "answer": "def f(x): ...", "tests": ["assert f(2) == 7"], "imports", "setup"}
+    countdown  {"question": "Numbers: 3, 8, 5. Target: 6.", "answer": "3 + 8 - 5", "numbers": [3, 8, 5], "target": 6}
+    sudoku     {"question": "1000034000200003", "answer": "1234..."}, 4 x 4, row by row, 0 for empty
+    zebra      {"question": "Houses: 1, 2, 3. ...", "answer": "1: red, Tom\\n...", "header": [...], "rows": [[...]]}
+    t2i        {"question": "a photo of a red circle", "answer": "0 0 5 6 ..."}, 8 x 8 codes, row by row
 
 Problems come from a generator (offline, from a seed), from a file in the published format, or from the
 published data set by `datasets`. The generator's splits:
 
     train        what the model learns from
     validation   decides when base training stops
-    test         fresh problems: new questions, made of number pairs that training has shown
-    unseen       problems whose first operation joins a pair of numbers that training never shows;
-                 sudokus whose solution is one of an eighth of the 288 that training never shows;
-                 scenes (a red circle and a blue star) that no training prompt has in any wording
+    test         fresh problems: new questions, made of parts that training has shown
+    unseen       problems with a part that training never shows: an eighth of all first pairs of numbers (gsm8k,
+                 math500, mbpp), of all sets of numbers (countdown), of all solutions (sudoku, zebra),
+                 a fifth of all scenes but single objects (t2i)
 
-Departures from the paper and from its official code
+Departures from the papers and from their official code
  1. The prompt asks for GSM8K's own last line, `#### 42`, instead of <reasoning>/<answer> tags. Reward:
-    2 for a correct answer, 0.5 for an integer, 0.5 for the format, the official weights.
+    2 for a correct answer, 0.5 for an integer, 0.5 for the format, the official weights; the same for MATH (0.5 for
+    an answer that can be told apart) and for code (2 times the share of tests that pass, 0.5 for code that compiles).
  2. The integer bonus needs an answer that can be told apart. The official code pays for any digits.
  3. GSM8K's calculator marks (<<48/2=24>>) are removed from the solutions that SFT trains on.
  4. A sudoku's clues stand in the completion and its empty cells are filled in, instead of 16 digits being
     written behind a prompt that holds the puzzle. Reward, as in the paper: the share of right empty cells.
- 5. The embedded text-to-image task is a miniature: GenEval's six categories over 4 shapes and 4 colours, drawn in
+ 5. Several different answers are none. Published evaluations take the last of them, or any.
+ 6. MBPP's prompt shows one of a problem's tests, where MBPP's own shows all: it pays less to recite them. What the
+    tests expect never enters the process that runs the program.
+ 7. Countdown is d1's task, in neither paper: 1 for an expression that makes the target of all the numbers, 0.1 for
+    one of all the numbers that does not. It is parsed; d1 hands it to Python's eval.
+ 8. Zebra: which puzzles the paper has is not known here. Ours, and the files that are read, are ZebraLogic's: a
+    table of houses and attributes. Reward: the share of its entries that are right.
+ 9. The embedded text-to-image task is a miniature: GenEval's six categories over 4 shapes and 4 colours, drawn in
     65 codes. Its verifier reads the codes, where GenEval runs a detector on pixels.
- 6. On pixels: CLIP's score is 100 x the cosine, at least 0, where the official code has the bare cosine; remote
+10. On pixels: CLIP's score is 100 x the cosine, at least 0, where the official code has the bare cosine; remote
     scorers are asked by JSON and PNG, where it unpickles their answers.
 
-    python rewards.py           # problems of each split, and what a few completions earn
+    python rewards.py                                     # problems of each split, and what a few completions earn
+    python rewards.py --task gsm8k --score FILE.jsonl     # accuracy and mean reward of a file of completions
 """
 
+import argparse
+import ast
 import base64
+import bisect
+import builtins
 import csv
+import ctypes
 import functools
 import http.client
 import importlib.util
+import inspect
+import itertools
 import json
 import math
 import operator
+import os
 import random
 import re
+import signal
 import struct
+import subprocess
+import sys
+import tempfile
+import threading
 import time
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,12 +91,268 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-Problem = dict[str, str]
+Problem = dict[str, Any]
 Reward = dict[str, float]
 
 
 class DataError(ValueError):
     """Data that cannot be used: what is wrong, in which file and line, and what would be right."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Files and published data: rows, and the names that their fields go by
+# ---------------------------------------------------------------------------------------------
+
+
+def read_text(path: str) -> str:
+    """A whole UTF-8 file; DataError where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a text file ({error})") from None
+
+
+def read_rows(path: str) -> Iterator[tuple[str, dict]]:
+    """(where, row) of each row of a file: JSONL; JSON, a list or an object that holds one; CSV with a header."""
+    text = read_text(path)
+    if path.lower().endswith(".csv"):
+        yield from read_csv(path, text)
+        return
+    rows = json_list(text)
+    if rows is not None:
+        for number, row in enumerate(rows, 1):
+            yield f"{path}, item {number}", an_object(row, f"{path}, item {number}")
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", str(error))
+            raise DataError(f"{where}: not JSON ({reason}); expected one object per line") from None
+        yield where, an_object(row, where)
+
+
+def an_object(row, where: str) -> dict:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def json_list(text: str) -> list | None:
+    """The rows of a file that is one JSON value: a list, or an object with a list of objects in it; else None."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        return lists[0] if len(lists) == 1 else None
+    return value if isinstance(value, list) else None
+
+
+def read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
+    """(where, row) of each row of a CSV file, its fields under the header's names in lower case."""
+    try:
+        rows = list(csv.reader(text.splitlines()))
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot be read as a CSV file ({error})") from None
+    header = [name.strip().lower() for name in rows[0]] if rows else []
+    for number, row in enumerate(rows[1:], 2):
+        if any(field.strip() for field in row):
+            if len(row) != len(header):
+                raise DataError(f"{path}, line {number}: {len(row)} fields where the header has {len(header)}")
+            yield f"{path}, line {number}", dict(zip(header, row))
+
+
+def pick(row: dict, names: tuple[str, ...]):
+    """The first of several fields that a row has and that is not empty; None if there is none."""
+    return next((row[name] for name in names if row.get(name) not in (None, "", [], {})), None)
+
+
+def pick_text(row: dict, names: tuple[str, ...], where: str, example: str) -> str:
+    """A text field under any of its names; DataError with an example where it is missing."""
+    value = pick(row, names)
+    if not isinstance(value, str) or not value.strip():
+        others = f" (or {', '.join(names[1:])})" if names[1:] else ""
+        raise DataError(f'{where}: field "{names[0]}"{others} is missing or not text; {example}')
+    return value.strip()
+
+
+QUESTION = ("question", "problem", "prompt", "text", "instruction", "puzzle")
+ANSWER = ("answer", "ground_truth", "gold", "gt", "target", "reference", "expected_answer", "solution")
+
+
+def load_rows(check: Callable, hub: dict, example: str, path: str | None = None, split: str = "train") -> list[Problem]:
+    """Problems from a file in the published format, or by `datasets` where path is None.
+
+    check(row, where) -> problem; hub: split -> (name, configuration, split) of `datasets`, {} where there is none.
+    """
+    if path is not None:
+        problems = [check(row, where) for where, row in read_rows(path)]
+        if not problems:
+            raise DataError(f"{path}: no problems; expected {example}")
+        return problems
+    if not hub:
+        raise DataError(f"this task has no published data to download: give --data FILE, {example}, or generated")
+    name, config, part = hub[split]
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(f"{name} is downloaded by `datasets`: pip install datasets, or give --data FILE") from None
+    try:
+        rows = load_dataset(name, config, split=part)
+    except Exception as error:  # the hub's errors have no common class
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{name} could not be loaded ({reason}); give --data FILE") from None
+    return [check(row, f"{name} {part}, row {i}") for i, row in enumerate(rows)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Generators: what they share
+# ---------------------------------------------------------------------------------------------
+
+SPLITS = ("train", "validation", "test", "unseen")
+
+
+def crc(text: str) -> int:
+    """A hash of text that no run, machine or version changes."""
+    return zlib.crc32(text.encode())
+
+
+def part_of(key: str) -> str:
+    """The one split of train, validation and test that may hold the problem with this key."""
+    return {0: "test", 1: "validation"}.get(crc(key) % 16, "train")
+
+
+def generate(task: str, draw: Callable, split: str, n: int, seed: int) -> list[Problem]:
+    """n different problems of a split, from a seed. draw(rng, split) -> a problem, or None if not of the split."""
+    rng = random.Random(f"{task} {split} {seed}")
+    problems: dict[str, Problem] = {}
+    for _ in range(1000 * n + 100_000):
+        if len(problems) == n:
+            return list(problems.values())
+        if problem := draw(rng, split):
+            problems[problem["question"]] = problem
+    raise DataError(f"the generator has fewer than {n} different {task} problems in its {split} split")
+
+
+def reserved(x: int, op: str, y: int) -> bool:
+    """Whether the pair x op y is one of the eighth of all pairs that training never shows."""
+    return crc(f"{x} {op} {y}") % 8 == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers: what a completion announces as its answer
+# ---------------------------------------------------------------------------------------------
+
+LONGEST = 500  # characters; what is longer is no answer
+SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>")  # <|eot_id|> and its like, where a file kept them
+BRACES = re.compile(r"\\\\|\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
+BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s${}\\]+)")  # \boxed 42
+TAGS = re.compile(r"</?answer>", re.IGNORECASE)
+HASHES = re.compile(r"####\s*([^\n]*)")
+# A heading of the working, not an answer: "#### Step 2: ..."
+HEADING = re.compile(
+    r"(?:step|part|case|solution|problem|question|method|example|explanation)\b|\d{1,2}[.):]\s+[a-z]", re.I
+)
+SAID = re.compile(r"\banswer(?:\s+is|\s*:|\s*=)(?:\s+is\b)?:?\**([^\n]{0,200})", re.IGNORECASE)
+ALNUM = re.compile(r"[^\W_]")
+SAYS = re.compile(r"[^\W_]|[<>=]")  # what an answer holds at least; dots and lines wait to be filled in
+
+
+class Span(NamedTuple):
+    """A part of a text that announces an answer: where it starts and ends, and the answer's text."""
+
+    start: int
+    end: int
+    text: str
+
+
+def boxes(text: str) -> list[Span]:
+    r"""The outermost \boxed{...} with balanced braces, in one pass; also \fbox{...} and \boxed 42."""
+    stack: list[tuple[int, int] | None] = []  # open braces: (start, start of the content) of a box, None of others
+    spans: list[Span] = []
+    for token in BRACES.finditer(text):
+        if token[0][-1] == "{" and token[0] != "\\{":
+            stack.append((token.start(), token.end()) if token[0] != "{" else None)
+        elif token[0] == "}" and stack and (box := stack.pop()):
+            while spans and spans[-1].start > box[0]:
+                spans.pop()  # it lies inside this one
+            spans.append(Span(box[0], token.end(), text[box[1] : token.start()][: LONGEST + 1]))
+    spans += [Span(m.start(), m.end(), m[1].rstrip(".,;")) for m in BARE_BOX.finditer(text)]
+    return sorted(spans)
+
+
+def answer_tags(text: str) -> list[Span]:
+    """<answer>...</answer>, closed or not, in one pass."""
+    spans, opened = [], None
+    for tag in itertools.chain(TAGS.finditer(text), [None]):
+        if opened is not None:
+            end = tag.start() if tag else len(text)
+            spans.append(Span(opened, end, text[opened : min(end, opened + LONGEST + 1)]))
+        opened = tag.end() if tag and tag[0][1] != "/" else None
+    return spans
+
+
+def announcements(completion: str, problem: Problem) -> list[str]:
+    r"""What a completion announces as its answers, each spelling once: \boxed{}, <answer>, `#### 42`; else what follows
+    "the answer is".
+
+    A box within one of the others stands for it. An echo of the prompt, and working that is marked as such and has
+    an answer behind it, do not count; nor does what has no letter, digit or relation, or is too long.
+    """
+    text = SPECIAL.sub("", completion)
+    for message in (problem.get("prompt"), problem["question"], *INSTRUCTIONS.values()):
+        if message and len(message) > 20:
+            text = text.replace(message, "")
+    for tag in ("</reasoning>", "</think>"):
+        behind = text.rpartition(tag)[2]
+        text = behind if announced(behind) else text
+    return announced(text)
+
+
+def announced(text: str) -> list[str]:
+    """announcements of a text without echoes and marked working."""
+    inner, outer = boxes(text), answer_tags(text)
+    hashes = [Span(m.start(), m.end(), m[1][: LONGEST + 1]) for m in HASHES.finditer(text)]
+    hashes = [span for span in hashes if not HEADING.match(span.text)]
+    spans = sorted(inner + without(outer, inner + hashes) + without(hashes, inner))
+    found = [span.text for span in spans] or [re.split(r"\.\s", m[1])[0] for m in SAID.finditer(text)]
+    answers = (answer.strip() for answer in dict.fromkeys(found) if len(answer) <= LONGEST)
+    return [answer for answer in answers if SAYS.search(answer)]
+
+
+def without(spans: list[Span], others: list[Span]) -> list[Span]:
+    """The spans in which none of the others starts."""
+    starts = sorted(span.start for span in others)
+    return [s for s in spans if bisect.bisect_left(starts, s.start) == bisect.bisect_left(starts, s.end)]
+
+
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
+UNIT_POWER = re.compile(r"(?<=[A-Za-z}])\s*\^?\s*\{?[23]\}?(?![\d.])")  # cm^2, m^{3}
+LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mathit|mbox|hbox|operatorname)\s*\{([^{}]*)\}")
+FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+
+
+def parse_number(text: str) -> Decimal | None:
+    r"""The one number in a short text: "$1,234.50", "42 apples", "5 + 37 = 42." ; None if there is none, or several.
+
+    Of an equation the right side counts; a fraction of two numbers is one.
+    """
+    text = LATEX_TEXT.sub(r" \1 ", text.replace("\u2212", "-").replace("{,}", ","))
+    text = re.sub(r"\\[!,;: ]|[$*\\]+(?=[\d.$)-])|[$*]", "", FRACTION.sub(r"\1/\2", text)).rstrip(" .")
+    text = UNIT_POWER.sub("", text.rpartition("=")[2])
+    numbers = NUMBER.findall(text)
+    try:
+        values = [Decimal(number.replace(",", "")) for number in numbers]
+        if len(values) == 2 and re.search(r"(?:^|\s)" + r"\s*/\s*".join(map(re.escape, numbers)), text):
+            values = [values[0] / values[1]]
+        return values[0].normalize() if len(values) == 1 and values[0].is_finite() else None
+    except (InvalidOperation, ZeroDivisionError, OverflowError):
+        return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -87,110 +372,69 @@ TEMPLATES = (
 )
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 LARGEST = 20  # of all numbers in a problem: some 250 different sums, differences and products
-SPLITS = ("train", "validation", "test", "unseen")
-
-
-def reserved(x: int, op: str, y: int) -> bool:
-    """Whether the pair x op y is one of the eighth of all pairs that training never shows."""
-    return zlib.crc32(f"{x} {op} {y}".encode()) % 8 == 0
 
 
 def split_of(question: str, first: tuple[int, str, int], second: tuple[int, str, int]) -> str | None:
     """The one split that may hold a problem, decided by its numbers and words alone; None: no split."""
     if reserved(*first):
         return "unseen"
-    if reserved(*second):
+    return None if reserved(*second) else part_of(question)
+
+
+def draw_gsm8k(rng: random.Random, split: str) -> Problem | None:
+    """One grade-school word problem with a worked solution, in GSM8K's format; None if its split is another."""
+    story, op1, op2 = rng.choice(TEMPLATES)
+    a, b, c = rng.randint(2, 9 if op1 == "*" else LARGEST), rng.randint(2, 9), rng.randint(2, 9)
+    middle = OPERATIONS[op1](a, b)
+    result = OPERATIONS[op2](middle, c)
+    question = story.format(name=rng.choice(NAMES), item=rng.choice(ITEMS), a=a, b=b, c=c)
+    small = 1 <= middle <= LARGEST and 1 <= result <= LARGEST
+    if not small or split_of(question, (a, op1, b), (middle, op2, c)) != split:
         return None
-    part = zlib.crc32(question.encode()) % 16
-    return {0: "test", 1: "validation"}.get(part, "train")
-
-
-def generate_gsm8k(split: str, n: int, seed: int) -> list[Problem]:
-    """n different grade-school word problems with a worked solution, in GSM8K's format, from a seed."""
-    rng = random.Random(f"gsm8k {split} {seed}")
-    problems: dict[str, Problem] = {}
-    attempts = 0
-    while len(problems) < n:
-        attempts += 1
-        if attempts > 1000 * n + 100_000:
-            raise DataError(f"the generator has fewer than {n} different gsm8k problems in its {split} split")
-        story, op1, op2 = rng.choice(TEMPLATES)
-        a, b, c = rng.randint(2, 9 if op1 == "*" else LARGEST), rng.randint(2, 9), rng.randint(2, 9)
-        middle = OPERATIONS[op1](a, b)
-        result = OPERATIONS[op2](middle, c)
-        question = story.format(name=rng.choice(NAMES), item=rng.choice(ITEMS), a=a, b=b, c=c)
-        small = 1 <= middle <= LARGEST and 1 <= result <= LARGEST
-        if small and split_of(question, (a, op1, b), (middle, op2, c)) == split:
-            answer = f"{a} {op1} {b} = {middle}\n{middle} {op2} {c} = {result}\n#### {result}"
-            problems[question] = {"question": question, "answer": answer}
-    return list(problems.values())
+    answer = f"{a} {op1} {b} = {middle}\n{middle} {op2} {c} = {result}\n#### {result}"
+    return {"question": question, "answer": answer}
 
 
 # ---------------------------------------------------------------------------------------------
-# GSM8K: published data
+# GSM8K: published data, the question, the answer, the reward
 # ---------------------------------------------------------------------------------------------
-
-
-def read_jsonl(path: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) for each line of a JSONL file; DataError names the line that is malformed."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a text file ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); expected one object per line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        yield number, row
 
 
 def check_gsm8k(row: dict, where: str) -> Problem:
     """The two fields of a GSM8K problem; DataError says what is missing from `where`."""
-    for field in ("question", "answer"):
-        if not isinstance(row.get(field), str) or not row[field].strip():
-            raise DataError(f'{where}: field "{field}" is missing or not text; GSM8K has "question" and "answer"')
-    if gold_answer(row) is None:
+    example = 'GSM8K has "question" and "answer"'
+    question = pick_text(row, QUESTION, where, example)
+    problem = {"question": question, "answer": pick_text(row, ANSWER, where, example)}
+    if gold_answer(problem) is None:
         raise DataError(f'{where}: "answer" must end with a line like "#### 42"')
-    return {"question": row["question"].strip(), "answer": row["answer"].strip()}
+    return problem
 
 
-def load_gsm8k(path: str | None = None, split: str = "train") -> list[Problem]:
-    """GSM8K from a JSONL file in its own format, or by `datasets` where path is None."""
-    if path is not None:
-        problems = [check_gsm8k(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
-        if not problems:
-            raise DataError(f'{path}: no problems; expected lines {{"question": "...", "answer": "... #### 42"}}')
-        return problems
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise DataError("GSM8K is downloaded by `datasets`: pip install datasets, or give --data FILE.jsonl") from None
-    try:
-        rows = load_dataset("openai/gsm8k", "main", split=split)
-    except Exception as error:  # the hub's errors have no common class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"openai/gsm8k could not be loaded ({reason}); give --data FILE.jsonl") from None
-    return [check_gsm8k(row, f"openai/gsm8k {split}, row {i}") for i, row in enumerate(rows)]
+INSTRUCTIONS = {
+    "gsm8k": (
+        "Solve the problem step by step. Write the final answer on a last line of its own, "
+        "as four hash signs and the number, like this:\n#### 42"
+    ),
+    "math500": "Solve the problem step by step. Write the final answer in \\boxed{}, once.",
+    "mbpp": "Write a Python program that solves the task. Write all of it in one ```python block.",
+    "countdown": (
+        "Make the target from the numbers with +, -, *, / and parentheses. Use every number exactly once. "
+        "Write the expression on a last line of its own, behind four hash signs, like this:\n#### (3 + 8) * 2"
+    ),
+    "sudoku": (
+        "Fill in the empty cells of a 4x4 sudoku. Every row, every column and every 2x2 box holds each of the "
+        "digits 1, 2, 3 and 4 once. Write the grid as four lines of four digits."
+    ),
+    "zebra": (
+        "Solve the logic puzzle. Write one line per house: its number, a colon, and its entries, "
+        "separated by commas, like this:\n1: red, Tom"
+    ),
+}
 
 
-# ---------------------------------------------------------------------------------------------
-# GSM8K: the question, the answer, the reward
-# ---------------------------------------------------------------------------------------------
-
-GSM8K_INSTRUCTION = (
-    "Solve the problem step by step. Write the final answer on a last line of its own, "
-    "as four hash signs and the number, like this:\n#### 42"
-)
-
-
-def gsm8k_messages(problem: Problem) -> list[dict[str, str]]:
-    """The chat that asks for a solution, for the tokenizer's chat template."""
-    return [{"role": "system", "content": GSM8K_INSTRUCTION}, {"role": "user", "content": problem["question"]}]
+def chat(task: str, content: str) -> list[dict[str, str]]:
+    """A task's instruction and one problem, for the tokenizer's chat template."""
+    return [{"role": "system", "content": INSTRUCTIONS[task]}, {"role": "user", "content": content}]
 
 
 def gsm8k_target(problem: Problem) -> str:
@@ -198,53 +442,907 @@ def gsm8k_target(problem: Problem) -> str:
     return re.sub(r"<<[^<>\n]*>>", "", problem["answer"])
 
 
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
-# Where an answer is announced, from the end of the announcement to the end of its line.
-ANNOUNCED = re.compile(r"(?:####|\\boxed\s*\{|<answer>)\s*([^\n<{}]{0,80})")
-
-
-def parse_number(text: str) -> Decimal | None:
-    """The one number in a short text: "$1,234.50", "42 apples", "42." ; None if there is none, or several."""
-    numbers = NUMBER.findall(text[:80])
-    if len(numbers) != 1:
-        return None
-    try:
-        return Decimal(numbers[0].replace(",", "")).normalize()
-    except InvalidOperation:
-        return None
-
-
-def extract_answer(completion: str) -> Decimal | None:
-    """The announced answer of a completion (`#### 42`, \\boxed{42}, <answer>42</answer>).
-
-    None if none is announced, or if announcements disagree: naming several numbers is not answering.
-    """
-    answers = {parse_number(text) for text in ANNOUNCED.findall(completion)}
-    return answers.pop() if len(answers) == 1 else None
+def gsm8k_answer(completion: str, problem: Problem) -> Decimal | None:
+    """The announced number of a completion; None if none is announced, or if announcements disagree: naming several
+    numbers is not answering."""
+    answers: set[Decimal | None] = set()
+    for text in announcements(completion, problem):
+        if re.search(r"\d", text):
+            answers.add(parse_number(text))
+        if len(answers) > 1:
+            return None
+    return answers.pop() if answers else None
 
 
 def gold_answer(problem: Problem) -> Decimal | None:
     """The number after the last `####` of a published answer."""
     _, mark, tail = problem["answer"].rpartition("####")
-    return parse_number(tail) if mark else None
+    return parse_number(tail[:LONGEST]) if mark else None
 
 
 def gsm8k_correct(completion: str, problem: Problem) -> float:
     """1 if the announced answer is the right number, else 0."""
-    answer = extract_answer(completion)
+    answer = gsm8k_answer(completion, problem)
     return float(answer is not None and answer == gold_answer(problem))
+
+
+def worked(text: str) -> bool:
+    """Whether something stands there besides tags: an empty reasoning earns no format reward."""
+    return ALNUM.search(re.sub(r"<[^<>\n]{0,20}>", "", text)) is not None
 
 
 def gsm8k_reward(completion: str, problem: Problem) -> Reward:
     """correctness 2.0; format: 0.5 for an integer answer, 0.5 for a worked solution with a last line `#### N`."""
-    answer = extract_answer(completion)
+    answer = gsm8k_answer(completion, problem)
     integer = answer is not None and answer == answer.to_integral_value()
-    lines = completion.strip().splitlines()
-    in_form = len(lines) >= 2 and re.fullmatch(r"#### \S[^\n]{0,40}", lines[-1].strip()) is not None
+    working, _, last = SPECIAL.sub("", completion).strip().rpartition("\n")
+    in_form = worked(working) and re.fullmatch(r"#### \S[^\n]{0,40}", last.strip()) is not None
     return {
         "correctness": 2.0 * gsm8k_correct(completion, problem),
         "format": 0.5 * integer + 0.5 * (in_form and answer is not None),
     }
+
+
+# ---------------------------------------------------------------------------------------------
+# MATH: equations with one unknown, and when two answers are the same
+# ---------------------------------------------------------------------------------------------
+
+UNKNOWNS = ("x", "y", "z", "n", "m", "k")
+EQUATIONS = ("Solve {a} {x} + {b} = {c}.", "Solve {b} + {a} {x} = {c}.", "Find {x} if {c} = {a} {x} + {b}.")
+# Equivalent notations of p/q, by the name of the unknown: a model that has seen one must not be paid for it alone.
+NOTATIONS = {"z": "\\dfrac{{{p}}}{{{q}}}", "k": "{p}/{q}", "m": "\\tfrac{{{p}}}{{{q}}}"}
+
+
+def draw_math500(rng: random.Random, split: str) -> Problem | None:
+    r"""One linear equation with a worked solution that ends in \boxed{}, as in MATH; None if its split is another."""
+    x, a, b, right = rng.choice(UNKNOWNS), rng.randint(2, 9), rng.randint(1, LARGEST), rng.randint(1, LARGEST)
+    value = Fraction(right, a)
+    notation = "{p}" if value.denominator == 1 else NOTATIONS.get(x, "\\frac{{{p}}}{{{q}}}")
+    answer = notation.format(p=value.numerator, q=value.denominator)
+    question = rng.choice(EQUATIONS).format(a=a, b=b, c=right + b, x=x)
+    if split_of(question, (right + b, "-", b), (right, "/", a)) != split:
+        return None
+    return {"question": question, "answer": answer, "solution": f"{a} {x} = {right}\n\\boxed{{{answer}}}"}
+
+
+def check_math500(row: dict, where: str) -> Problem:
+    r"""problem, answer, solution; the answer is the solution's last \boxed{} where the row has none of its own."""
+    example = 'MATH has "problem", "solution" with a \\boxed{} in it, and perhaps "answer"'
+    question = pick_text(row, QUESTION, where, example)
+    solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
+    answer = pick(row, ANSWER[:-1])
+    answer = str(answer).strip() if isinstance(answer, (str, int, float)) else ""
+    if found := boxes(solution or answer):
+        solution, answer = solution or answer, answer if solution and answer else found[-1].text.strip()
+    if not answer:
+        raise DataError(f'{where}: no "answer", and no \\boxed{{}} in "solution"; {example}')
+    return {"question": question, "answer": answer, "solution": solution or f"\\boxed{{{answer}}}"}
+
+
+# Spellings that mean the same, applied one after the other.
+PLAIN = [
+    (LATEX_TEXT, r"\1"),
+    (re.compile(r"\\!"), ""),
+    (re.compile(r"\\left\b|\\right\b|\\displaystyle|(?<!\\)\\[,;: ]|~|\\q?quad\b"), " "),
+    (re.compile(r"\\\$|\$|\\\(|\\\)|\\\[|\\\]|\\?%|\*\*|^\s*=|\\big[lrg]?\b|\\Big[lrg]?\b"), ""),
+    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\u00b0"), ""),
+    (re.compile(r"\\[dtc]frac"), r"\\frac"),
+    (re.compile(r"\\frac\s*([^\s{\\])\s*([^\s{\\])"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\frac\s*([^\s{\\])\s*\{"), r"\\frac{\1}{"),
+    (re.compile(r"(\\frac\s*\{[^{}]*\})\s*([^\s{\\])"), r"\1{\2}"),
+    (re.compile(r"\\sqrt\s*([^\s{\\\[])"), r"\\sqrt{\1}"),
+    (re.compile(r"(?<![\w.}])(-?)(\d+)\s+(\d+)\s*/\s*(\d+)"), r"\1\2\\frac{\3}{\4}"),  # 3 1/2
+    (re.compile(r"(?<![\w.}/)])(-?\d+)\s*/\s*(\d+)(?![\w./(^])"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\frac\{-(\d+)\}"), r"-\\frac{\1}"),
+    (re.compile(r"(?<=\d)(?:\{,\}|,)(?=\d{3}(?!\d))(?=[\d{},.]*\s*(?:[^\d\s,)\]}]|$))"), ""),  # 1,234 but not (1,234)
+    (re.compile(r"\\(?:leq|le)\b"), "<="),
+    (re.compile(r"\\(?:geq|ge)\b"), ">="),
+    (re.compile(r"\\(?:cdot|times)\b"), "*"),
+    (re.compile(r"\\(?:infty|infinity)\b|\u221e|\binfinity\b"), r"\\infty"),
+    (re.compile(r"\\pi\b|\u03c0"), r"\\pi"),
+    (re.compile(r"\u2212"), "-"),
+    (re.compile(r"^\s*\(?[a-zA-Z](?:_\{?\w\}?)?(?:\([a-z]\))?\s*(?:=|\\in\b)\s*(?=[^=])"), ""),  # x = 5, x \in [0, 1]
+]
+UNITS = re.compile(
+    r"(?<=[\d}])\s*\\?\s*(?:square|sq\.?|cubic)?\s*(?:degrees?|units?|dollars?|cents?|percent|inch(?:es)?|in\.?|feet|foot|ft|"
+    r"miles?|yards?|meters?|metres?|centimeters?|kilometers?|(?:cm|mm|km|m)(?:\^\{?[23]\}?)?|hours?|hrs?|minutes?|min|"
+    r"seconds?|sec|days?|weeks?|months?|years?|people|students|ways|points|kg|grams?|pounds?|lbs?|mph|"
+    r"p\.?m\.?|a\.?m\.?)(?:\^\{?[23]\}?)?(?:\s*(?:per|/)\s*[a-z]+)?\s*\.?$"
+)
+
+
+def plain(answer: str) -> str:
+    """An answer in its plainest spelling: without LaTeX's layout, units, x =, thousands' commas and spaces."""
+    inner = boxes(answer)
+    text = re.sub(r"\s+", " ", inner[0].text if len(inner) == 1 and inner[0].start == 0 else answer).strip()
+    for pattern, spelling in PLAIN:
+        text = pattern.sub(spelling, text)
+    text = re.sub(r"\s+", "", UNITS.sub("", text.strip())).rstrip(".,;:")
+    text = re.sub(r"(?<!\d)\.(?=\d)", "0.", text)
+    choice = re.fullmatch(r"\(([A-Za-z])\)", text)
+    return choice[1] if choice else text
+
+
+RATIONAL = re.compile(r"([+-]?)(\d+(?:\.\d+)?)?(?:\\frac\{(\d+)\}\{(\d+)\})?")
+
+
+def rational(text: str) -> Fraction | None:
+    """The value of a plain number: 12, 0.5, \\frac{1}{2}, 3\\frac{1}{2}; None for anything else."""
+    match = RATIONAL.fullmatch(text[:100])
+    if not match or not (match[2] or match[3]) or len(text) > 100 or (match[4] and not int(match[4])):
+        return None
+    whole, part = Fraction(match[2] or 0), Fraction(int(match[3]), int(match[4])) if match[3] else 0
+    if match[2] and match[3] and whole.denominator != 1:
+        return None
+    return (-1 if match[1] == "-" else 1) * (whole + part)
+
+
+def elements(text: str) -> tuple[str, list[str]]:
+    """(brackets, parts) of a plain answer: "(1,2)" -> ("()", ["1", "2"]); a set or bare list has none, and no order."""
+    text = re.sub(r"(?<=[\w}\)])(?:and|or)(?=[\w\\(-])", ",", text) if re.search(r"\d(?:and|or)", text) else text
+    brackets = ""
+    if text.startswith("\\{") and text.endswith("\\}"):
+        text = text[2:-2]
+    elif text[:1] in "([" and text[-1:] in ")]" and text and closes_last(text):
+        brackets, text = text[0] + text[-1], text[1:-1]
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return brackets, [*parts, text[start:]]
+
+
+def closes_last(text: str) -> bool:
+    """Whether a text's first bracket is closed by its last character."""
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if depth == 0:
+            return i == len(text) - 1
+    return False
+
+
+def same_plain(a: str, b: str) -> bool:
+    """Whether two plain answers are the same: as text, as exact numbers, or element by element; sets in any order."""
+    if a == b or (rational(a) is not None and rational(a) == rational(b)):
+        return True
+    (around_a, of_a), (around_b, of_b) = elements(a), elements(b)
+    if around_a != around_b or len(of_a) != len(of_b) or (len(of_a) == 1 and not around_a):
+        return a.isalpha() and a.casefold() == b.casefold()
+    key = lambda part: str(plain_key(part))
+    return list(map(key, of_a)) == list(map(key, of_b)) or (
+        not around_a and sorted(map(key, of_a)) == sorted(map(key, of_b))
+    )
+
+
+def plain_key(part: str) -> Fraction | str:
+    """What identifies an element: its value where it is a number, else its text."""
+    value = rational(re.sub(r"^[a-zA-Z]=", "", part))
+    return part if value is None else value
+
+
+@functools.cache
+def math_verify():
+    """The module math_verify, or None where it is not installed."""
+    try:
+        import math_verify as module
+    except ImportError:
+        return None
+    return module
+
+
+# What could keep sympy busy: towers of powers, factorials, long numbers.
+WILD = re.compile(r"!|\d{16}|\^\s*\{?\s*-?\d{3}|\^\s*\{?[^{}\s]*\}?\s*\^|\^\s*\{[^{}]*\^|binom|prod|sum|int|lim|mod")
+
+
+def same_by_math_verify(gold: str, answer: str) -> bool:
+    """Whether math-verify finds two expressions equal; False where it is not installed, or for what it may hang on."""
+    module, both = math_verify(), gold + " " + answer
+    if module is None or len(both) > 300 or WILD.search(both) or len(re.findall(r"\^\s*\{?-?\d\d", both)) > 3:
+        return False
+    # its time limit is an alarm signal, which only the main thread can set
+    limit = 3 if threading.current_thread() is threading.main_thread() else None
+    try:
+        parsed = [module.parse(f"${text}$", parsing_timeout=limit) for text in (gold, answer)]
+        return bool(all(parsed) and module.verify(*parsed, timeout_seconds=limit))
+    except Exception:  # sympy's errors have no common class
+        return False
+
+
+def same_answer(answer: str, gold: str, question: str) -> bool:
+    """Whether an answer to a MATH problem is right.
+
+    The plain comparison: equal after `plain`, equal as exact numbers, or element by element. Where that fails,
+    math-verify (if installed) looks for a symbolic equality: x + 1 and 1 + x. A part of the question is no answer,
+    although it may equal it: "Factor x^2 - 1" is not answered by x^2 - 1.
+    """
+    a, b = plain(answer), plain(gold)
+    if a == b:
+        return True
+    if re.search(r"\W", a) and a in plain(question[:10_000]):
+        return False
+    # 5 is not 5, 5; math-verify reads both as a set
+    (around_a, of_a), (around_b, of_b) = elements(a), elements(b)
+    alike = len(of_a) == len(of_b) and (around_a == around_b or len(of_a) == 1)
+    return same_plain(a, b) or (alike and same_by_math_verify(gold, answer))
+
+
+def math500_answers(completion: str, problem: Problem) -> list[str]:
+    """The different answers that a completion announces, in order."""
+    different: dict[str, str] = {}  # plain spelling -> spelling
+    for text in announcements(completion, problem):
+        if not any(same_plain(plain(text), other) for other in different):
+            different[plain(text)] = text
+        if len(different) > 10:  # no problem has so many solutions
+            break
+    return list(different.values())
+
+
+def math500_correct(completion: str, problem: Problem) -> float:
+    """1 if the answer, all of it where several are announced, equals the published one or all that the published
+    solution announces: "3" and "4" are right where the solutions are 3 and 4, and wrong where the answer is 3."""
+    answers = math500_answers(completion, problem)
+    golds = {problem["answer"], ",".join(math500_answers(problem["solution"], problem))} - {""}
+    return float(bool(answers) and any(same_answer(",".join(answers), gold, problem["question"]) for gold in golds))
+
+
+def math500_reward(completion: str, problem: Problem) -> Reward:
+    r"""correctness 2.0; format: 0.5 for an answer that can be told apart, 0.5 for working that ends in one \boxed{}."""
+    told = len(math500_answers(completion, problem)) == 1
+    found = boxes(completion)
+    in_form = told and len(found) == 1 and worked(completion[: found[0].start])
+    return {"correctness": 2.0 * math500_correct(completion, problem), "format": 0.5 * told + 0.5 * in_form}
+
+
+# ---------------------------------------------------------------------------------------------
+# MBPP: small functions and their tests
+# ---------------------------------------------------------------------------------------------
+
+FORMULAS = {
+    "{f}(x): {a} times x, plus {b}": ("x * {a} + {b}", lambda x, a, b: x * a + b),
+    "{f}(x): {b} less than {a} times x": ("x * {a} - {b}", lambda x, a, b: x * a - b),
+    "{f}(x): x plus {a}, all times {b}": ("(x + {a}) * {b}", lambda x, a, b: (x + a) * b),
+    "{f}(x): {a} minus x, all times {b}": ("({a} - x) * {b}", lambda x, a, b: (a - x) * b),
+    "{f}(x): the larger of x + {a} and {b}": ("max(x + {a}, {b})", lambda x, a, b: max(x + a, b)),
+    "{f}(x): the rest of x + {a} divided by {b}": ("(x + {a}) % {b}", lambda x, a, b: (x + a) % b),
+}
+FUNCTIONS = ("f", "g", "h", "change", "result", "value", "compute", "apply", "answer", "number", "solve", "update")
+
+
+def draw_mbpp(rng: random.Random, split: str) -> Problem | None:
+    """One function to write and three tests of it; None if its split is another."""
+    words, (body, formula) = rng.choice(list(FORMULAS.items()))
+    name, a, b = rng.choice(FUNCTIONS), rng.randint(1, LARGEST), rng.randint(1, LARGEST)
+    question = words.format(f=name, a=a, b=b)
+    tests = [f"assert {name}({x}) == {formula(x, a, b)}" for x in rng.sample(range(LARGEST), 3)]
+    code = f"def {name}(x):\n return {body.format(a=a, b=b)}"
+    if ("unseen" if reserved(a, "f", b) else part_of(question)) != split:
+        return None
+    return {"question": question, "answer": code, "tests": tests, "imports": "", "setup": ""}
+
+
+def check_mbpp(row: dict, where: str) -> Problem:
+    """text or prompt, code, test_list, test_imports, test_setup_code; challenge tests are left out, as in MBPP's own
+    evaluation. DataError also for a test that `split_test` cannot split."""
+    example = 'MBPP has "text" (or "prompt"), "code" and "test_list"'
+    question = pick_text(row, ("text", *QUESTION), where, example)
+    code = pick(row, ("code", "canonical_solution", "reference", "solution", "answer"))
+    tests = pick(row, ("test_list", "tests"))
+    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+        raise DataError(f'{where}: field "test_list" is missing or no list of texts; {example}')
+    text_of = lambda value: "\n".join(value) if isinstance(value, list) else value or ""
+    imports, setup = (text_of(row.get(name)) for name in ("test_imports", "test_setup_code"))
+    problem = {"question": question, "answer": code if isinstance(code, str) else ""}
+    problem |= {"tests": tests, "imports": imports, "setup": setup}
+    try:
+        split_tests(problem)
+    except (SyntaxError, ValueError) as error:
+        raise DataError(f"{where}: a test is not a Python assertion of the program's results ({error})") from None
+    return problem
+
+
+def mbpp_messages(problem: Problem) -> list[dict[str, str]]:
+    """The chat that asks for a program; one test shows the function's name and arguments."""
+    return chat("mbpp", f"{problem['question']}\n{problem['tests'][0]}")
+
+
+def mbpp_target(problem: Problem) -> str:
+    """The program that SFT trains on."""
+    return f"```python\n{problem['answer']}\n```"
+
+
+LONGEST_PROGRAM = 100_000  # characters
+FENCED = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
+DEFINES = re.compile(r"^[ \t]*(?:(?:async[ ]+)?def|class)\s+\w|^\w+\s*=", re.MULTILINE)
+
+
+def extract_code(completion: str) -> str | None:
+    """The program of a completion: the last fenced block that defines something; without fences all of its text, or
+    what stands between [BEGIN] and [DONE] or in <answer>. None if that is no Python, or defines nothing."""
+    text = SPECIAL.sub("", completion).replace("\r\n", "\n")
+    bare = text.partition("[DONE]")[0].rpartition("[BEGIN]")[2].partition("```")[0]
+    bare = TAGS.split(bare)[1] if TAGS.search(bare) else bare
+    for blocks in (FENCED.findall(text), [bare]):
+        programs = [block for block in blocks if DEFINES.search(block) and compiles(block)]
+        if programs:
+            return programs[-1].strip("\n")
+    return None
+
+
+def compiles(program: str) -> bool:
+    """Whether a text is Python, and no longer than a program of MBPP could ever be."""
+    if len(program) > LONGEST_PROGRAM:
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "\d" in a program is no concern of ours
+            ast.parse(program)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+class SplitTest(NamedTuple):
+    """A test, split between the program and its judge.
+
+    steps: what runs beside the program, in order: ("exec", statement) or ("eval", expression). conditions: what must
+    hold of the expressions' values, which go by the names _0, _1, ...; what is expected stands only here.
+    """
+
+    steps: tuple[tuple[str, str], ...]
+    conditions: tuple[str, ...]
+
+
+class Outsiders(ast.NodeTransformer):
+    """Replaces the largest sub-expressions that only the program can evaluate by names _0, _1, ..."""
+
+    def __init__(self, own: set[str], known: set[str]):
+        self.own, self.known, self.found = own, known, []
+
+    def placeholder(self, node: ast.AST, form: str = "{}") -> ast.AST:
+        self.found.append(form.format(ast.unparse(node)))
+        return ast.copy_location(ast.Name(f"_{len(self.found) - 1}", ast.Load()), node)
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        inner = node
+        while isinstance(inner, (ast.Call, ast.Attribute, ast.Subscript)):
+            inner = inner.func if isinstance(inner, ast.Call) else inner.value
+        if isinstance(inner, ast.Name) and (inner.id in self.own or inner.id not in self.known):
+            return self.placeholder(node)
+        if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            # What binds names of its own is not taken apart. Where it calls the program, all of it is evaluated beside
+            # the program, and what stands in it can be seen from there; no test of MBPP's own samples is like that.
+            if not self.own & {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}:
+                return node
+            return self.placeholder(node, "list({})" if isinstance(node, ast.GeneratorExp) else "{}")
+        return self.generic_visit(node)
+
+
+def names_bound(code: str) -> tuple[set[str], set[str], str]:
+    """(names that a module defines, names that it imports, its import statements)."""
+    body = ast.parse(code).body
+    imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported = {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
+    defined = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    defined |= {n.id for node in body for n in ast.walk(node) if isinstance(n, ast.Name) and type(n.ctx) is ast.Store}
+    return defined, imported, "\n".join(map(ast.unparse, imports))
+
+
+def split_tests(problem: Problem) -> tuple[str, list[SplitTest]]:
+    """(imports for the judge, the problem's tests split). SyntaxError or ValueError for what cannot be split.
+
+    `assert set(f(3)) == {1, 2}` becomes the expression f(3), which the program's process evaluates, and the condition
+    set(_0) == {1, 2}, which that process never sees.
+    """
+    try:
+        own, imported, imports = names_bound(problem["answer"].replace("\r\n", "\n"))
+    except (SyntaxError, ValueError):
+        own, imported, imports = set(), set(), ""  # a reference that is no Python 3 says nothing
+    _, more, _ = names_bound(problem["imports"])
+    known = set(dir(builtins)) | imported | more
+    tests = []
+    for test in problem["tests"]:
+        steps, conditions, outsiders = [], [], Outsiders(own, known)
+        for node in ast.parse(test.strip()).body:
+            if isinstance(node, ast.Assert):
+                before = len(outsiders.found)
+                conditions.append(ast.unparse(outsiders.visit(node.test)))
+                steps += [("eval", source) for source in outsiders.found[before:]]
+            elif any(isinstance(inner, ast.Assert) for inner in ast.walk(node)):
+                raise ValueError("an assertion within another statement")
+            else:
+                steps.append(("exec", ast.unparse(node)))
+        if not conditions or not outsiders.found:
+            raise ValueError(f"nothing in it depends on the program: {test.strip()[:80]}")
+        tests.append(SplitTest(tuple(steps), tuple(conditions)))
+    return "\n".join(filter(None, (problem["imports"], imports))), tests
+
+
+def pass_rate(program: str, problem: Problem) -> float:
+    """The share of a problem's tests that a program passes, run in the sandbox and judged outside of it."""
+    imports, tests = split_tests(problem)
+    steps = tuple(test.steps for test in tests)
+    results = run_program(problem["imports"], program, problem["setup"], steps, SECONDS)
+    return sum(holds(imports, test.conditions, got) for test, got in zip(tests, results)) / len(tests)
+
+
+def holds(imports: str, conditions: tuple[str, ...], values: str | None) -> bool:
+    """Whether conditions hold of the packed values, JSON. Equality with a literal is decided here; anything else is
+    evaluated in a second sandbox, in which no program runs."""
+    if not values:
+        return False
+    try:
+        found = [unpack(value) for value in json.loads(values)]
+    except (ValueError, TypeError, RecursionError):  # forged: no packed values
+        return False
+    if len(conditions) == 1 and (match := re.fullmatch(r"_0 == (.*)", conditions[0], re.DOTALL)) and found:
+        try:
+            return bool(found[0] == ast.literal_eval(match[1]))
+        except (ValueError, RecursionError):
+            pass  # no literal
+    steps = [("bind", values), *(("eval", f"bool({condition})") for condition in conditions)]
+    verdicts = run_program(imports, "", "", (tuple(steps),), SECONDS)[0]
+    return bool(verdicts) and json.loads(verdicts) == [True] * len(conditions)
+
+
+def mbpp_score(completion: str, problem: Problem) -> float:
+    """1 if the completion's program passes all tests, else 0: pass@1 is its mean."""
+    program = extract_code(completion)
+    return float(program is not None and pass_rate(program, problem) == 1)
+
+
+def mbpp_reward(completion: str, problem: Problem) -> Reward:
+    """tests: 2.0 times the share that passes; format: 0.5 for a program that compiles, 0.5 for one fenced block."""
+    program = extract_code(completion)
+    if program is None:
+        return {"tests": 0.0, "format": 0.0}
+    fenced = len(FENCED.findall(completion)) == 1
+    return {"tests": 2.0 * pass_rate(program, problem), "format": 0.5 + 0.5 * fenced}
+
+
+# ---------------------------------------------------------------------------------------------
+# The sandbox: programs that a model wrote
+#
+# The program runs in a process of its own; what it returns comes back as plain data, and is judged elsewhere. It can
+# forge what it returns, which is no more than returning it. Where the system allows, the process has its own user,
+# its own processes, network and file system: an empty directory, and the interpreter's files to read.
+# ---------------------------------------------------------------------------------------------
+
+SECONDS, GRACE = 5, 5  # of wall-clock and of CPU time per program; more, for starting on a busy machine
+MEMORY, FILE_SIZE, DISK = 2**30, 2**20, 2**24  # bytes: address space, one file (and the results), all files
+FILES = 64  # open ones
+ANSWER_SIZE = 100_000  # characters of one test's packed values
+INSIDE = "builtins ctypes functools json math os signal sys types".split()  # the imports of what runs in the process
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
+    1,
+    2,
+    4,
+    8,
+    32,
+    4096,
+    1 << 14,
+    1 << 18,
+)
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+
+CODE_REFUSED = "--task {} runs programs that a model wrote: add --allow_code_execution if you want that"
+code_execution_allowed = False
+
+
+def allow_code_execution() -> None:
+    """From now on this process may run programs that a model wrote (--allow_code_execution)."""
+    global code_execution_allowed
+    code_execution_allowed = True
+
+
+@functools.lru_cache(maxsize=4096)  # a group of rollouts often holds the same program twice
+def run_program(imports: str, program: str, setup: str, tests: tuple, seconds: float) -> list[str | None]:
+    """What the tests' expressions come to beside a program: packed values as JSON per test, None where it failed.
+
+    tests: steps per test, as in SplitTest. Raises DataError unless code execution was allowed.
+    """
+    job = {"imports": imports, "program": program, "setup": setup, "tests": tests, "seconds": seconds}
+    return run_sandbox(job, seconds)[1]
+
+
+def run_sandbox(job: dict, seconds: float) -> tuple[list[str] | None, list[str | None]]:
+    """(the protections that were active, packed values or None per test) of one job of `sandboxed`."""
+    if not code_execution_allowed:
+        raise DataError(CODE_REFUSED.format("mbpp"))
+    # as isolated as -I, but for the environment: this one is ours, and -I would ignore its hash seed
+    command = [sys.executable, "-s", "-c", inside()]
+    env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as box,
+        tempfile.TemporaryFile() as results,  # a file, so that its size limit caps what comes back
+    ):
+        pipes = dict(stdin=subprocess.PIPE, stdout=results, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=box, env=env, start_new_session=True, **pipes)
+        try:
+            process.communicate(json.dumps(job).encode(), timeout=seconds + GRACE)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            end_session(process)
+        results.seek(0)
+        lines = results.read(FILE_SIZE).decode(errors="replace").split("\n")
+    return read_results(lines, len(job["tests"]))
+
+
+def inside() -> str:
+    """The program that is the sandbox's process: the functions below, and nothing else of this file or its imports."""
+    names = re.findall(
+        r"\b(?:CLONE|MS|PR_SET)_[A-Z_]+|\b(?:MEMORY|FILE_SIZE|DISK|FILES)\b", (source := inside_source())
+    )
+    constants = [f"{name} = {globals()[name]!r}" for name in dict.fromkeys(names)]
+    return "\n".join(
+        ["from __future__ import annotations", *(f"import {m}" for m in INSIDE), *constants, source, "sandboxed()"]
+    )
+
+
+@functools.cache
+def inside_source() -> str:
+    return "\n".join(
+        inspect.getsource(function)
+        for function in (sandboxed, run_steps, pack, unpack, confine, change_root, keep_time, limit_resources)
+    )
+
+
+def end_session(process: subprocess.Popen) -> None:
+    """Kill the sandbox's session, and wait for its first process."""
+    if process.poll() is None:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # gone, or none of ours but its leader
+            process.kill()
+        process.wait()
+
+
+def read_results(lines: list[str], tests: int) -> tuple[list[str] | None, list[str | None]]:
+    """The lines that `sandboxed` wrote: its protections (None: it never started), then (test, values); nothing else."""
+    active, values = None, [None] * tests
+    for line in lines:
+        head, _, tail = line.partition(" ")
+        if head == "active" and active is None:
+            active = [name for name in tail.split(",") if name]
+        elif head.isdecimal() and len(head) < 6 and int(head) < tests and len(tail) <= ANSWER_SIZE:
+            values[int(head)] = tail if values[int(head)] is None else values[int(head)]
+    return active, values
+
+
+def protections() -> str:
+    """One line: how programs will be run on this system, found by running an empty one. DataError if it fails."""
+    active, _ = run_sandbox({"imports": "", "program": "", "setup": "", "tests": [], "seconds": SECONDS}, SECONDS)
+    if active is None:
+        raise DataError(
+            "programs cannot be run here: the sandbox needs Linux or macOS and, where it is root without namespaces, "
+            f"a Python that other users may read ({sys.base_prefix})"
+        )
+    without = [name for name in ("files", "network", "processes", "users") if name not in active]
+    apart = f"; its own {', '.join(active)}" * bool(active) + f"; NOT its own here: {', '.join(without)}" * bool(
+        without
+    )
+    return f"a process per program, {SECONDS} s, {MEMORY >> 20} MiB, no further process{apart}"
+
+
+# Below: what runs inside the sandbox's process.
+
+
+def sandboxed() -> None:
+    """Read a job from standard input, give up all rights, run its program and tests, write what they come to."""
+    job = json.loads(sys.stdin.buffer.read())
+    results, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.close(null)
+    active = confine(job["seconds"])
+    write = functools.partial(os.write, results)
+    write(f"active {','.join(active)}\n".encode())
+    module = sys.modules["program"] = types.ModuleType("program")
+    scope = module.__dict__
+    try:
+        for part in ("imports", "program", "setup"):
+            exec(compile(job[part], part, "exec"), scope)
+        for number, steps in enumerate(job["tests"]):
+            write(f"{number} {run_steps(steps, scope)}\n".encode())
+    except BaseException:  # also SystemExit: the program is to define something, not to leave
+        pass
+    os._exit(0)
+
+
+def run_steps(steps: list, scope: dict) -> str:
+    """The packed values of one test's expressions, JSON; "" where it fails."""
+    values = []
+    try:
+        for kind, source in steps:
+            if kind == "eval":
+                values.append(pack(eval(compile(source, "test", "eval"), scope)))
+            elif kind == "exec":
+                exec(compile(source, "test", "exec"), scope)
+            else:
+                scope |= {f"_{i}": unpack(value) for i, value in enumerate(json.loads(source))}
+        return json.dumps(values)
+    except BaseException:
+        return ""
+
+
+def pack(value) -> Any:
+    """A value as JSON: containers as [name, ...]. What is no plain data becomes ["object"], equal to nothing."""
+    if value is None or isinstance(value, (bool, str)):
+        return str.__str__(value) if isinstance(value, str) else value
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, complex):
+        return ["complex", value.real, value.imag]
+    if isinstance(value, (bytes, bytearray)):
+        return ["bytes", bytes(value).hex()]
+    if isinstance(value, dict):
+        return ["dict", *([pack(k), pack(v)] for k, v in value.items())]
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return [kind.__name__, *map(pack, value)]
+    return ["object"]
+
+
+def unpack(value):
+    """The value that `pack` packed. Raises ValueError, TypeError or RecursionError for what it never packs."""
+    if not isinstance(value, list):
+        if isinstance(value, dict):
+            raise ValueError("an object")
+        return value
+    kind, *parts = value
+    if kind in ("list", "tuple", "set", "frozenset"):
+        return getattr(builtins, kind)(map(unpack, parts))
+    if kind == "dict":
+        return {unpack(k): unpack(v) for k, v in parts}
+    if kind == "complex":
+        return complex(*parts)
+    return bytes.fromhex(*parts) if kind == "bytes" else object()
+
+
+def confine(seconds: float) -> list[str]:
+    """Take everything from this process but the interpreter and an empty directory; the names of what is separated.
+
+    Namespaces need root or unprivileged user namespaces; root then changes to a user that nobody else is. Without
+    either, the limits remain, among them that no further process can be started.
+    """
+    libc, active = ctypes.CDLL(None, use_errno=True), []
+    outside, group, user = os.geteuid(), os.getegid(), 1_500_000_000 + os.getpid()  # a user for this process alone
+    spaces = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | (CLONE_NEWUSER if outside else 0)
+    if hasattr(libc, "unshare") and libc.unshare(spaces) == 0:
+        if outside:
+            maps = {"setgroups": "deny", "uid_map": f"{user} {outside} 1", "gid_map": f"{user} {group} 1"}
+            for name, text in maps.items():
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
+        active += ["network", "processes"] + ["files"] * change_root(libc, os.getcwd())
+        keep_time(seconds)
+    try:
+        if outside == 0:
+            os.chown(".", user, user)
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+            active.append("users")
+        elif active:
+            header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+            active += ["users"] * (libc.capset(header, none) == 0)
+    except OSError:  # a container without such users
+        pass
+    limit_resources(seconds)
+    if hasattr(libc, "prctl"):
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    return sorted(active)
+
+
+def change_root(libc: ctypes.CDLL, box: str) -> bool:
+    """Make an empty file system in memory the root: the interpreter's files, read-only, and /tmp to work in."""
+
+    def mount(source: str, target: str, kind: bytes | None, flags: int, options: bytes | None = None) -> None:
+        if libc.mount(os.fsencode(source), os.fsencode(target), kind, ctypes.c_ulong(flags), options):
+            raise OSError(ctypes.get_errno(), f"mount {target}")
+
+    needed = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(os.__file__))}
+    needed |= {path for path in ("/usr", "/lib", "/lib64") if os.path.exists(path)}
+    try:
+        mount("none", "/", None, MS_REC | MS_PRIVATE)
+        mount("tmpfs", box, b"tmpfs", MS_NOSUID | MS_NODEV, b"mode=755,size=%d" % DISK)
+        for path in sorted(needed):
+            if os.path.islink(path):
+                os.symlink(os.readlink(path), box + path)
+            elif not os.path.exists(box + path):  # else it lies in one that is there already
+                os.makedirs(box + path)
+                kept = os.statvfs(path).f_flag & MS_NOEXEC
+                mount(path, box + path, None, MS_BIND)
+                mount(path, box + path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV | kept)
+        os.mkdir(box + "/tmp")
+        os.chroot(box)
+        os.chdir("/tmp")
+    except OSError:
+        return False
+    return True
+
+
+def keep_time(seconds: float) -> None:
+    """Go on in a child, the first process of its own namespace: when it ends, all others in there do. The parent
+    stays outside to end it in time."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        return
+    signal.signal(signal.SIGALRM, lambda number, frame: os.kill(child, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    os.waitpid(child, 0)
+    os._exit(0)
+
+
+def limit_resources(seconds: float) -> None:
+    """CPU time, memory, file size, open files, no core, and no process or thread besides this one."""
+    import resource
+
+    limits = {"CPU": math.ceil(seconds), "AS": MEMORY, "FSIZE": FILE_SIZE, "NOFILE": FILES, "CORE": 0, "NPROC": 1}
+    for name, most in limits.items():
+        try:
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+        except (AttributeError, ValueError, OSError):  # not every system has all of them
+            pass
+
+
+# ---------------------------------------------------------------------------------------------
+# Countdown: make the target of all the numbers. Expressions are parsed here, never run
+# ---------------------------------------------------------------------------------------------
+
+
+def draw_countdown(rng: random.Random, split: str) -> Problem | None:
+    """Three numbers in any order, a target, and one way to make it; None if its split is another."""
+    a, b, c = (rng.randint(1, LARGEST) for _ in range(3))
+    op1, op2 = rng.choice("+-*"), rng.choice("+-")
+    target = OPERATIONS[op2](OPERATIONS[op1](a, b), c)
+    numbers = rng.sample([a, b, c], 3)
+    key = " ".join(map(str, sorted(numbers)))  # the same numbers in another order are the same problem
+    part = "unseen" if crc(key) % 8 == 0 else part_of(f"{key} {target}")
+    if part != split or not 1 <= target <= 2 * LARGEST:
+        return None
+    return countdown_problem(numbers, target) | {"answer": f"{a} {op1} {b} {op2} {c}"}
+
+
+def countdown_problem(numbers: list[int], target: int) -> Problem:
+    """The problem in words and in numbers, without a solution."""
+    question = f"Numbers: {', '.join(map(str, numbers))}. Target: {target}."
+    return {"question": question, "answer": "", "numbers": list(numbers), "target": target}
+
+
+def check_countdown(row: dict, where: str) -> Problem:
+    """nums (numbers, input "3,8,5") and target (output); or ground_truth: [[3, 8, 5], 6]; or both in the question's
+    words, "Numbers: 3, 8, 5. Target: 6.". DataError for all else."""
+    both = pick(row, ("ground_truth", "solution", "answer"))
+    pair = both if isinstance(both, list) and len(both) == 2 and isinstance(both[0], list) else (None, None)
+    numbers, target = pick(row, ("nums", "numbers", "input")) or pair[0], row.get("target", row.get("output", pair[1]))
+    words = str(pick(row, QUESTION) or "")
+    if numbers is None and (said := re.search(r"numbers?:?\s*\[?(\d[\d,\s]*)", words, re.IGNORECASE)):
+        numbers, said = said[1], re.search(r"(?:target(?: of|:)?|equals?|make)\s*(-?\d+)", words, re.IGNORECASE)
+        target = said[1] if said and target is None else target
+    try:
+        numbers = re.findall(r"\d+", numbers) if isinstance(numbers, str) else numbers
+        numbers, target = [int(n) for n in numbers], int(target)
+    except (TypeError, ValueError, OverflowError):
+        numbers = []
+    if not 1 <= len(numbers) <= 20:
+        raise DataError(f'{where}: expected "nums": [3, 8, 5] (or "input": "3,8,5") and "target": 6 (or "output")')
+    return countdown_problem(numbers, target)
+
+
+def ways_to_make(numbers: tuple[tuple[Fraction, str], ...]) -> Iterator[tuple[Fraction, str]]:
+    """Every (value, expression) that uses all of some (value, expression) pairs once, by joining two at a time."""
+    if len(numbers) == 1:
+        yield numbers[0]
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        (x, left), (y, right) = numbers[i], numbers[j]
+        rest = tuple(pair for k, pair in enumerate(numbers) if k not in (i, j))
+        for op in "+-*/":
+            if not (op in "+*" and i > j) and not (op == "/" and y == 0):
+                value = x / y if op == "/" else OPERATIONS[op](x, y)
+                yield from ways_to_make((*rest, (value, f"({left} {op} {right})")))
+
+
+def countdown_target(problem: Problem) -> str:
+    """A solution that SFT trains on: the generator's, else the first that a search over all expressions finds."""
+    answer = problem["answer"]
+    if not answer:
+        numbers = tuple((Fraction(n), str(n)) for n in problem["numbers"])
+        answer = next((text for value, text in ways_to_make(numbers) if value == problem["target"]), None)
+        if answer is None:
+            raise DataError(f"countdown: {problem['question']} No expression makes it")
+    return f"#### {answer}"
+
+
+SPELLINGS = (
+    (re.compile(r"\\left|\\right|\\[,;:! ]|[$`*]{2}|\$|\\\(|\\\)|\\\[|\\\]"), ""),
+    (FRACTION, r"((\1)/(\2))"),
+    (re.compile(r"\\times|\\cdot|[\u00d7\u00b7\u22c5\u2217]"), "*"),
+    (re.compile(r"\\div|\u00f7|\u2215"), "/"),
+    (re.compile(r"[\u2212\u2013]"), "-"),
+    (re.compile(r"[\[{]"), "("),
+    (re.compile(r"[\]}]"), ")"),
+)
+PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "negative": 3}
+
+
+def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
+    """(exact value, the numbers used) of whole numbers, + - * / and parentheses; None for anything else.
+
+    The shunting-yard algorithm, in one pass and without recursion.
+    """
+    for pattern, spelling in SPELLINGS:
+        expression = pattern.sub(spelling, expression)
+    tokens = re.findall(r"\d+|\S", expression)
+    values, operators, used, after_value = [], [], [], False
+    for token in [*tokens, None]:
+        if token is not None and token.isascii() and token.isdigit() and not after_value and len(token) <= 20:
+            used.append(int(token))
+            values.append(Fraction(used[-1]))
+            after_value = True
+        elif token == "(" and not after_value:
+            operators.append(token)
+        elif token in ("+", "-") and not after_value:
+            operators += ["negative"] * (token == "-")
+        elif (token in PRECEDENCE or token in (")", None)) and after_value:
+            while operators and operators[-1] != "(" and PRECEDENCE[operators[-1]] >= PRECEDENCE.get(token, 0):
+                if not apply(operators.pop(), values):
+                    return None
+            if token == ")":
+                if not operators:
+                    return None
+                operators.pop()
+            elif token is not None:
+                operators.append(token)
+                after_value = False
+        else:
+            return None
+    return (values[0], used) if not operators and len(values) == 1 else None
+
+
+def apply(op: str, values: list[Fraction]) -> bool:
+    """Replace the operands on top of a stack by the result; False where there is none."""
+    y = values.pop()
+    if op == "negative":
+        values.append(-y)
+        return True
+    if op == "/" and y == 0:
+        return False
+    x = values.pop()
+    values.append(x / y if op == "/" else OPERATIONS[op](x, y))
+    return True
+
+
+def countdown_answer(completion: str, problem: Problem) -> str | None:
+    """The announced expression, without a true "= target" behind it; None without one, or with several."""
+    answers = {re.sub(r"\s+", "", text).rstrip(".") for text in announcements(completion, problem)}
+    if len(answers) != 1:
+        return None
+    left, equals, right = answers.pop().partition("=")
+    claimed, made = (evaluate(right), evaluate(left)) if equals else (None, None)
+    return left if not equals or (claimed and made and claimed[0] == made[0]) else None
+
+
+def countdown_terms(completion: str, problem: Problem) -> tuple[float, float]:
+    """(1 if the expression makes the target, 1 if it uses every number exactly once); both 0 without the latter."""
+    found = evaluate(countdown_answer(completion, problem) or "")
+    if found is None or sorted(found[1]) != sorted(problem["numbers"]):
+        return 0.0, 0.0
+    return float(found[0] == problem["target"]), 1.0
+
+
+def countdown_reward(completion: str, problem: Problem) -> Reward:
+    """d1's: 1 for the target made of all the numbers, 0.1 for another value made of all the numbers."""
+    right, all_used = countdown_terms(completion, problem)
+    return {"correctness": 0.9 * right, "format": 0.1 * all_used}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -290,61 +1388,28 @@ def solutions(puzzle: str) -> list[str]:
     return [grid for grid, bits in zip(solved_grids(), grid_bits()) if bits & clues == clues]
 
 
-def generate_sudoku(split: str, n: int, seed: int) -> list[Problem]:
-    """n different puzzles with one solution each, from a seed: 16 digits, row by row, 0 for empty.
+def draw_sudoku(rng: random.Random, split: str) -> Problem | None:
+    """One puzzle with its only solution; None if it has others, or its split is another.
 
     A puzzle belongs to one split by its own digits; "unseen" puzzles have solutions (an eighth of the 288)
     that no other split shows.
     """
-    rng = random.Random(f"sudoku {split} {seed}")
-    problems: dict[str, Problem] = {}
-    for _ in range(1000 * n + 100_000):
-        if len(problems) == n:
-            return list(problems.values())
-        solution = rng.choice(solved_grids())
-        clues = set(rng.sample(range(SIDE * SIDE), rng.randint(*CLUES)))
-        puzzle = "".join(digit if cell in clues else EMPTY for cell, digit in enumerate(solution))
-        if sudoku_split(puzzle, solution) == split and len(solutions(puzzle)) == 1:
-            problems[puzzle] = {"question": puzzle, "answer": solution}
-    raise DataError(f"the generator has fewer than {n} different sudokus in its {split} split")
+    solution = rng.choice(solved_grids())
+    clues = set(rng.sample(range(SIDE * SIDE), rng.randint(*CLUES)))
+    puzzle = "".join(digit if cell in clues else EMPTY for cell, digit in enumerate(solution))
+    part = "unseen" if crc(solution) % 8 == 0 else part_of(puzzle)
+    return {"question": puzzle, "answer": solution} if part == split and len(solutions(puzzle)) == 1 else None
 
 
-def sudoku_split(puzzle: str, solution: str) -> str:
-    """The one split that may hold a puzzle."""
-    if zlib.crc32(solution.encode()) % 8 == 0:
-        return "unseen"
-    return {0: "test", 1: "validation"}.get(zlib.crc32(puzzle.encode()) % 16, "train")
-
-
-def load_sudoku(path: str | None = None, split: str = "train") -> list[Problem]:
-    """Sudokus from a CSV file with the header Puzzle,Solution: 16 digits each, 0 for empty."""
-    if path is None:
-        raise DataError("sudoku: give --data FILE.csv with the header Puzzle,Solution, or --data generated")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as a CSV file ({error})") from None
-    header = [name.strip().lower() for name in rows[0]] if rows else []
-    if not {"puzzle", "solution"} <= set(header):
-        raise DataError(
-            f"{path}, line 1: expected the header Puzzle,Solution, found {','.join(rows[0]) if rows else ''!r}"
-        )
-    problems = []
-    for number, row in enumerate(rows[1:], 2):
-        if any(field.strip() for field in row):
-            if len(row) != len(header):
-                raise DataError(f"{path}, line {number}: {len(row)} fields where the header has {len(header)}")
-            fields = dict(zip(header, row))
-            problems.append(check_sudoku(fields["puzzle"], fields["solution"], f"{path}, line {number}"))
-    if not problems:
-        raise DataError(f"{path}: no puzzles behind the header")
-    return problems
-
-
-def check_sudoku(puzzle: str, solution: str, where: str) -> Problem:
+def check_sudoku(row: dict, where: str) -> Problem:
     """A puzzle with its solution; DataError says what is wrong at `where`. Several solutions are allowed."""
-    puzzle, solution = puzzle.strip(), solution.strip()
+    row, example = {name.lower(): value for name, value in row.items()}, "a sudoku file has the header Puzzle,Solution"
+    puzzle, solution = (
+        "".join(pick_text(row, names, where, example).split())
+        for names in (("puzzle", *QUESTION), ("solution", *ANSWER))
+    )
+    if not puzzle.isdigit() and (within := re.search(r"(?<!\d)[0-4]{16}(?!\d)", puzzle)):
+        puzzle = within[0]  # a prompt with the puzzle in it
     # a spreadsheet drops the zeros that a puzzle begins with
     puzzle = puzzle.zfill(SIDE * SIDE) if puzzle.isdigit() else puzzle
     if not re.fullmatch(r"[0-4]{16}", puzzle):
@@ -360,28 +1425,27 @@ def check_sudoku(puzzle: str, solution: str, where: str) -> Problem:
     return {"question": puzzle, "answer": solution}
 
 
-SUDOKU_INSTRUCTION = (
-    "Fill in the empty cells of a 4x4 sudoku. Every row, every column and every 2x2 box holds each of the "
-    "digits 1, 2, 3 and 4 once. Write the grid as four lines of four digits."
-)
-
-
-def sudoku_messages(problem: Problem) -> list[dict[str, str]]:
-    """The chat that asks for the grid; the clues stand in the completion itself."""
-    return [{"role": "system", "content": SUDOKU_INSTRUCTION}, {"role": "user", "content": "Sudoku:"}]
-
-
 def grid_text(digits: str) -> str:
     """Four lines of four digits with spaces between: one token per cell in most vocabularies."""
     return "\n".join(" ".join(digits[i : i + SIDE]) for i in range(0, len(digits), SIDE))
 
 
+def sudoku_grid(completion: str, problem: Problem) -> str | None:
+    """The 16 digits that a completion gives, announced (<answer>) or alone; None for anything but a grid with the
+    puzzle's clues in place."""
+    found = announcements(completion, problem) or [SPECIAL.sub("", completion)]
+    grids = {re.sub(r"[\s|,.+-]", "", text) for text in found}
+    grid, puzzle = grids.pop(), problem["question"]
+    given = not grids and len(grid) == len(puzzle) and all(c in (EMPTY, g) for c, g in zip(puzzle, grid))
+    return grid if given else None
+
+
 def sudoku_score(completion: str, problem: Problem) -> float:
-    """The share of the empty cells that are right, 0 for anything but a grid with the puzzle's clues in place."""
-    grid, puzzle = "".join(completion.split()), problem["question"]
-    if len(grid) != len(puzzle) or any(c not in (EMPTY, g) for c, g in zip(puzzle, grid)):
+    """The share of the empty cells that are right."""
+    grid = sudoku_grid(completion, problem)
+    if grid is None:
         return 0.0
-    empty = [cell for cell, clue in enumerate(puzzle) if clue == EMPTY]
+    empty = [cell for cell, clue in enumerate(problem["question"]) if clue == EMPTY]
     return sum(grid[cell] == problem["answer"][cell] for cell in empty) / len(empty)
 
 
@@ -566,6 +1630,38 @@ def generate_t2i(split: str, n: int, seed: int) -> list[Problem]:
     return problems
 
 
+def check_t2i(row: dict, where: str) -> Problem:
+    """A prompt, with what GenEval's metadata says of it; DataError says what is wrong in `where`."""
+    prompt = pick(row, ("prompt", "question"))
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(f'{where}: field "prompt" is missing or not text')
+    for field, kind in (("tag", str), ("include", list), ("exclude", list)):
+        if not isinstance(row.get(field, kind()), kind):
+            raise DataError(f'{where}: "{field}" is not {kind.__name__}; see GenEval\'s metadata')
+    scene = {field: row[field] for field in ("include", "exclude") if field in row}
+    return {"question": prompt.strip(), "answer": json.dumps(scene) if scene else "", "tag": row.get("tag", "")}
+
+
+def load_prompts(path: str | None) -> list[Problem]:
+    """Prompts from a text file, one per line, or from GenEval's metadata (.jsonl), as problems. Raises DataError.
+
+    question is the prompt; answer what GenEval's detector has to find, {"include": [...], "exclude": [...]} as JSON,
+    and tag the category (single_object, two_object, counting, colors, position, color_attr): both "" in a text file.
+    """
+    if path is None:
+        raise DataError("t2i: give --data FILE, prompts one per line or GenEval's metadata .jsonl, or --data generated")
+    if path.endswith(".jsonl"):
+        problems = [check_t2i(row, where) for where, row in read_rows(path)]
+    else:
+        lines = read_text(path).split("\n")
+        if any(line.startswith("{") for line in lines):
+            raise DataError(f"{path}: holds JSON; GenEval's metadata goes by the name of .jsonl")
+        problems = [check_t2i({"prompt": line}, path) for line in lines if line.strip()]
+    if not problems:
+        raise DataError(f"{path}: no prompts; expected one per line, or GenEval's metadata in a file .jsonl")
+    return problems
+
+
 @functools.cache
 def tiles() -> np.ndarray:
     """The codebook as pictures, (65, 8, 8, 3) uint8."""
@@ -595,6 +1691,162 @@ def render(codes: list[int]) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------
+# Zebra: houses and their attributes
+# ---------------------------------------------------------------------------------------------
+
+HOUSES, ATTRIBUTES = 3, {"Color": ("red", "green", "blue"), "Name": ("Tom", "Ann", "Sam")}
+ENTRIES = [entry for entries in ATTRIBUTES.values() for entry in entries]
+
+
+@functools.cache
+def arrangements() -> tuple[dict[str, int], ...]:
+    """Every way to put the entries into the houses: entry -> house, 1 to HOUSES; 36 of them."""
+    orders = [list(itertools.permutations(range(1, HOUSES + 1))) for _ in ATTRIBUTES]
+    return tuple(
+        {entry: house for entries, order in zip(ATTRIBUTES.values(), way) for entry, house in zip(entries, order)}
+        for way in itertools.product(*orders)
+    )
+
+
+@functools.cache
+def clues() -> dict[str, int]:
+    """Every clue -> the set of arrangements that it allows, one bit each."""
+    made: dict[str, Callable[[dict[str, int]], bool]] = {}
+    for a in ENTRIES:
+        for house in range(1, HOUSES + 1):
+            made[f"{a} is in house {house}."] = lambda at, a=a, house=house: at[a] == house
+            made[f"{a} is not in house {house}."] = lambda at, a=a, house=house: at[a] != house
+    for a, b in itertools.permutations(ENTRIES, 2):
+        made[f"{a} is directly left of {b}."] = lambda at, a=a, b=b: at[a] == at[b] - 1
+        if ENTRIES.index(a) < ENTRIES.index(b):
+            made[f"{a} is next to {b}."] = lambda at, a=a, b=b: abs(at[a] - at[b]) == 1
+            made[f"{a} lives with {b}."] = lambda at, a=a, b=b: at[a] == at[b]
+    bits = {text: sum(1 << i for i, at in enumerate(arrangements()) if clue(at)) for text, clue in made.items()}
+    return {text: allowed for text, allowed in bits.items() if allowed}
+
+
+def draw_zebra(rng: random.Random, split: str) -> Problem | None:
+    """A puzzle with one solution and no clue to spare; None if its split is another. The solution decides "unseen"."""
+    chosen = rng.randrange(len(arrangements()))
+    if (crc(f"arrangement {chosen}") % 8 == 0) != (split == "unseen"):
+        return None
+    true = [text for text, allowed in clues().items() if allowed >> chosen & 1]
+    picked, left = [], -1
+    while left != 1 << chosen:
+        picked.append(rng.choice(true))
+        left &= clues()[picked[-1]]
+    for text in list(picked):
+        rest = [other for other in picked if other != text]
+        if functools.reduce(operator.and_, map(clues().get, rest), -1) == 1 << chosen:
+            picked = rest
+    at = arrangements()[chosen]
+    rows = [[str(h), *(e for e in ENTRIES if at[e] == h)] for h in range(1, HOUSES + 1)]
+    listed = " ".join(f"{name}: {', '.join(entries)}." for name, entries in ATTRIBUTES.items())
+    question = f"Houses: {', '.join(row[0] for row in rows)}. {listed} {' '.join(picked)}"
+    return zebra_problem(question, ["House", *ATTRIBUTES], rows) if split in ("unseen", part_of(question)) else None
+
+
+def zebra_problem(question: str, header: list[str], rows: list[list[str]]) -> Problem:
+    """A puzzle with its solution as a table, and as the lines that a model is to write."""
+    rows = [[(re.search(r"\d+", row[0]) or [row[0].strip()])[0], *row[1:]] for row in rows]  # "House 1" is 1
+    answer = "\n".join(f"{row[0]}: {', '.join(row[1:])}" for row in rows)
+    return {"question": question, "answer": answer, "header": header, "rows": rows}
+
+
+def check_zebra(row: dict, where: str) -> Problem:
+    """puzzle and solution, as ZebraLogic has them: {"header": [...], "rows": [[...]]}, or {"House 1": {...}, ...}."""
+    example = '"solution" is {"header": ["House", "Name", ...], "rows": [["1", "Eric", ...], ...]}'
+    question = pick_text(row, ("puzzle", *QUESTION), where, f'ZebraLogic has "puzzle" and "solution"; {example}')
+    table = table_of(pick(row, ("solution", *ANSWER)))
+    if table is None:
+        raise DataError(f'{where}: field "solution" holds no table; {example}')
+    header, rows = table
+    if any(not entry.strip("_ ") for entries in rows for entry in entries):
+        raise DataError(
+            f"{where}: the solution is blank (___), as in ZebraLogic's public copy; rewards need it filled in"
+        )
+    if len({len(entries) for entries in rows} | {len(header)}) != 1 or len(header) < 2:
+        raise DataError(f"{where}: a row of the solution has not the {len(header)} entries of its header")
+    return zebra_problem(question, header, rows)
+
+
+def table_of(value) -> tuple[list[str], list[list[str]]] | None:
+    """(header, rows) of a solution in any of its spellings, also as JSON text; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if isinstance(value, dict) and isinstance(value.get("solution"), (dict, list)):
+        value = value["solution"]
+    if isinstance(value, dict) and isinstance(value.get("rows"), list) and isinstance(value.get("header"), list):
+        if all(isinstance(row, list) for row in value["rows"]) and value["rows"]:
+            return list(map(str, value["header"])), [[str(entry) for entry in row] for row in value["rows"]]
+        return None
+    if isinstance(value, dict) and value and all(isinstance(entries, dict) for entries in value.values()):
+        header = list(dict.fromkeys(name for entries in value.values() for name in entries))
+        houses = [(re.search(r"\d+", str(house)), entries) for house, entries in value.items()]
+        if all(number for number, _ in houses) and header:
+            rows = [[number[0], *(str(entries.get(name, "")) for name in header)] for number, entries in houses]
+            return ["House", *header], rows
+    return None
+
+
+HOUSE_LINE = re.compile(
+    r"^[ \t|>*#-]{0,10}(?:house)?[ \t#]{0,3}(\d{1,2})\**[ \t]{0,3}[:|,;.)-]([^\n]{1,500})$", re.I | re.M
+)
+
+
+def zebra_answer(completion: str, problem: Problem) -> dict[str, list[str]] | None:
+    """House -> its entries in the header's order, in lower case, "" where one is missing; None without a table, or
+    where a house has two different rows. Read are JSON as in ZebraLogic, and lines "1: red, Tom" or "| 1 | red |"."""
+    text = SPECIAL.sub("", completion).replace(problem["question"], "").replace(INSTRUCTIONS["zebra"], "")
+    for tag in ("</reasoning>", "</think>"):
+        text = text.rpartition(tag)[2] or text
+    text = text.rpartition("<answer>")[2].partition("</answer>")[0]
+    header, names = problem["header"], {name.casefold(): i for i, name in enumerate(problem["header"])}
+    rows: list[list[str]] = []
+    if (table := table_of(last_object(text))) is not None:
+        order = [names.get(name.casefold(), -1) for name in table[0]]
+        for entries in table[1]:
+            placed = [""] * len(header)
+            for place, entry in zip(order, entries):
+                placed[place] = entry if place >= 0 else placed[place]
+            rows.append(placed)
+    else:
+        for house, line in HOUSE_LINE.findall(text):
+            entries = [entry for entry in re.split(r"[,;|]", line.strip(" \t|.*")) if entry.strip()]
+            rows += [[house, *entries]] if len(entries) == len(header) - 1 else []
+    found: dict[str, list[str]] = {}
+    for house, *entries in rows:
+        entries = [re.sub(r"[\s*_]+", " ", entry.rpartition(":")[2]).strip().casefold() for entry in entries]
+        if found.setdefault(house.strip(), entries) != entries:
+            return None
+    return found or None
+
+
+def last_object(text: str) -> str:
+    """The last balanced {...} of a text, in one pass; "" without one."""
+    depth, start, last = 0, 0, ""
+    for match in re.finditer(r"[{}]", text):
+        if match[0] == "{":
+            start = match.start() if depth == 0 else start
+            depth += 1
+        elif depth:
+            depth -= 1
+            last = (start, match.end()) if depth == 0 else last
+    return text[last[0] : last[1]] if last else ""
+
+
+def zebra_score(completion: str, problem: Problem) -> float:
+    """The share of the table's entries that are right."""
+    found = zebra_answer(completion, problem) or {}
+    rows = problem["rows"]
+    right = sum(a.strip().casefold() == b for house, *entries in rows for a, b in zip(entries, found.get(house, [])))
+    return right / sum(len(row) - 1 for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------
 # The table of tasks, and their splits
 # ---------------------------------------------------------------------------------------------
 
@@ -603,11 +1855,13 @@ class Task(NamedTuple):
     """One task, as callables on text."""
 
     generate: Callable[[str, int, int], list[Problem]]  # (split, n, seed) -> n different problems
+    check: Callable[[dict, str], Problem]  # (row of a published file, where it stands) -> problem
     load: Callable[[str | None, str], list[Problem]]  # (file, or None for the published data; split)
     messages: Callable[[Problem], list[dict[str, str]]]  # what the model is asked, for a chat template
     target: Callable[[Problem], str]  # what SFT teaches it to write
     reward: Callable[[str, Problem], Reward]  # (completion, problem) -> named terms; the reward is their sum
     score: Callable[[str, Problem], float]  # (completion, problem) -> how much of it is solved, 0 to 1
+    answer: Callable[[str, Problem], Any]  # (completion, problem) -> the answer that is scored; None or empty: none
     # To be filled in: the target, but for other characters where it is open. None: all of it is the model's own.
     blanks: Callable[[Problem], str] | None = None
     ceiling: Callable[[Problem], float] | None = None  # the best expected score of one who knows all but the answer
@@ -616,31 +1870,108 @@ class Task(NamedTuple):
     render: Callable[[list[int]], np.ndarray] | None = None
     category: Callable[[Problem], str] | None = None  # what accuracy is reported by, besides overall
     test_draw: int = 1  # the seed of generated test and unseen problems; a new one once figures on them guided a choice
+    runs_code: bool = False  # its reward runs what the model wrote: only with --allow_code_execution
+
+
+def task(name: str, draw: Callable, check: Callable, hub: dict, example: str, **row) -> Task:
+    """A row of TASKS from how one problem is drawn, and how one row of published data is read."""
+    generator, loader = functools.partial(generate, name, draw), functools.partial(load_rows, check, hub, example)
+    row = {"messages": lambda problem: chat(name, problem["question"])} | row
+    return Task(generate=generator, check=check, load=loader, **row)
 
 
 TASKS = {
-    "gsm8k": Task(generate_gsm8k, load_gsm8k, gsm8k_messages, gsm8k_target, gsm8k_reward, gsm8k_correct),
-    "sudoku": Task(
-        generate_sudoku,
-        load_sudoku,
-        sudoku_messages,
-        lambda problem: grid_text(problem["answer"]),
-        lambda completion, problem: {"cells": sudoku_score(completion, problem)},
-        sudoku_score,
+    "gsm8k": task(
+        "gsm8k",
+        draw_gsm8k,
+        check_gsm8k,
+        {split: ("openai/gsm8k", "main", split) for split in ("train", "test")},
+        'lines {"question": "...", "answer": "... #### 42"}',
+        target=gsm8k_target,
+        reward=gsm8k_reward,
+        score=gsm8k_correct,
+        answer=gsm8k_answer,
+    ),
+    "math500": task(
+        "math500",
+        draw_math500,
+        check_math500,
+        {
+            "train": ("DigitalLearningGmbH/MATH-lighteval", None, "train"),
+            "test": ("HuggingFaceH4/MATH-500", None, "test"),
+        },
+        'lines {"problem": "...", "solution": "... \\\\boxed{42}"}',
+        target=operator.itemgetter("solution"),
+        reward=math500_reward,
+        score=math500_correct,
+        answer=math500_answers,
+    ),
+    "mbpp": task(
+        "mbpp",
+        draw_mbpp,
+        check_mbpp,
+        {split: ("google-research-datasets/mbpp", "full", split) for split in ("train", "test")},
+        'lines {"text": "...", "code": "...", "test_list": ["assert ..."]}',
+        messages=mbpp_messages,
+        target=mbpp_target,
+        reward=mbpp_reward,
+        score=mbpp_score,
+        answer=lambda completion, problem: extract_code(completion),
+        runs_code=True,
+    ),
+    "countdown": task(
+        "countdown",
+        draw_countdown,
+        check_countdown,
+        # one split: its last 1,024 problems are held out
+        {
+            "train": ("Jiayi-Pan/Countdown-Tasks-3to4", None, "train[:-1024]"),
+            "test": ("Jiayi-Pan/Countdown-Tasks-3to4", None, "train[-1024:]"),
+        },
+        'lines {"nums": [3, 8, 5], "target": 6} or {"input": "3,8,5", "output": "6"}',
+        target=countdown_target,
+        reward=countdown_reward,
+        score=lambda completion, problem: countdown_terms(completion, problem)[0],
+        answer=countdown_answer,
+    ),
+    "sudoku": task(
+        "sudoku",
+        draw_sudoku,
+        check_sudoku,
+        {},
+        "a CSV file with the header Puzzle,Solution",
+        messages=lambda problem: chat("sudoku", "Sudoku:"),  # the clues stand in the completion itself
+        target=lambda problem: grid_text(problem["answer"]),
+        reward=lambda completion, problem: {"cells": sudoku_score(completion, problem)},
+        score=sudoku_score,
+        answer=sudoku_grid,
         blanks=lambda problem: grid_text(problem["question"]),
         ceiling=sudoku_ceiling,
         test_draw=2,
     ),
     "t2i": Task(
-        generate_t2i,
-        lambda path, split: load_prompts(path),
-        lambda problem: [{"role": "user", "content": problem["question"]}],
-        lambda problem: problem["answer"],
-        t2i_reward,
-        lambda completion, problem: t2i_reward(completion, problem)["geneval"],
+        generate=generate_t2i,
+        check=check_t2i,
+        load=lambda path, split: load_prompts(path),
+        messages=lambda problem: [{"role": "user", "content": problem["question"]}],
+        target=operator.itemgetter("answer"),
+        reward=t2i_reward,
+        score=lambda completion, problem: t2i_reward(completion, problem)["geneval"],
+        answer=lambda completion, problem: image_codes(completion),
         codebook=CODEBOOK,
         render=render,
-        category=lambda problem: problem["tag"],
+        category=operator.itemgetter("tag"),
+    ),
+    "zebra": task(
+        "zebra",
+        draw_zebra,
+        check_zebra,
+        {},
+        'lines {"puzzle": "...", "solution": {"header": [...], "rows": [[...]]}}',
+        target=operator.itemgetter("answer"),
+        reward=lambda completion, problem: {"entries": zebra_score(completion, problem)},
+        score=zebra_score,
+        answer=zebra_answer,
     ),
 }
 
@@ -1075,66 +2406,172 @@ class PixelReward:
         return [sum(self.weights[name] * score for name, score in zip(scores, row)) for row in rows]
 
 
-def load_prompts(path: str | None) -> list[Problem]:
-    """Prompts from a text file, one per line, or from GenEval's metadata (.jsonl), as problems. Raises DataError.
+# ---------------------------------------------------------------------------------------------
+# Files of completions -> figures; the command line
+# ---------------------------------------------------------------------------------------------
 
-    question is the prompt; answer what GenEval's detector has to find, {"include": [...], "exclude": [...]} as JSON,
-    and tag the category (single_object, two_object, counting, colors, position, color_attr): both "" in a text file.
-    """
-    if path is None:
-        raise DataError("t2i: give --data FILE, prompts one per line or GenEval's metadata .jsonl, or --data generated")
-    problems = []
-    if path.endswith(".jsonl"):
-        for number, row in read_jsonl(path):
-            if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-                raise DataError(f'{path}, line {number}: field "prompt" is missing or not text')
-            for field, kind in (("tag", str), ("include", list), ("exclude", list)):
-                if not isinstance(row.get(field, kind()), kind):
-                    raise DataError(f'{path}, line {number}: "{field}" is not {kind.__name__}; see GenEval\'s metadata')
-            scene = {field: row[field] for field in ("include", "exclude") if field in row}
-            answer = json.dumps(scene) if scene else ""
-            problems.append({"question": row["prompt"].strip(), "answer": answer, "tag": row.get("tag", "")})
-    else:
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read as a text file ({error})") from None
-        if any(line.startswith("{") for line in lines):
-            raise DataError(f"{path}: holds JSON; GenEval's metadata goes by the name of .jsonl")
-        problems = [{"question": line.strip(), "answer": "", "tag": ""} for line in lines if line.strip()]
-    if not problems:
-        raise DataError(f"{path}: no prompts; expected one per line, or GenEval's metadata in a file .jsonl")
-    return problems
+COMPLETION = (
+    *("completion", "completions", "generation", "generations", "response", "responses", "model_output"),
+    *("prediction", "predictions", "generated_text", "resps", "output", "outputs"),
+)
+VERDICT = ("correct", "is_correct", "verdict", "passed", "exact_match", "acc", "score")
 
 
-def main() -> None:
-    """Problems of each split, and what completions earn."""
-    for name, task in TASKS.items():
+class Scored(NamedTuple):
+    """One completion of a file: where it stands, what it earns, and the file's own verdict (None: it has none)."""
+
+    where: str
+    reward: float
+    score: float
+    answer: Any
+    gold: str
+    verdict: bool | None
+
+
+def completions_of(row: dict, where: str) -> list[str]:
+    """The completions of one row, under any of their names; one with both "input" and "output" is a row of data."""
+    names = [name for name in COMPLETION if not (name == "output" and "input" in row)]
+    value = next((row[name] for name in names if row.get(name) is not None), None)
+    while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
+        value = value[0]
+    texts = value if isinstance(value, list) else [value]
+    texts = [json.dumps(text) if isinstance(text, dict) else text for text in texts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError(f'{where}: no completion; expected a text in "completion" (or {", ".join(names[1:])})')
+    return texts
+
+
+def problem_of(name: str, row: dict, where: str) -> Problem:
+    """The problem that a row's completions answer. Its question may be missing, and a number be all of its answer."""
+    row = dict(row)
+    for field in ("prompt", "question"):
+        if isinstance(row.get(field), list):  # a chat
+            row[field] = "\n".join(str(m.get("content", "")) for m in row[field] if isinstance(m, dict))
+    if pick(row, QUESTION) is None:
+        row["question"] = "(not given)"
+    gold = pick(row, ("ground_truth", "gold", "gt", *ANSWER))
+    if name == "gsm8k" and isinstance(gold, (str, int, float)):
+        row["answer"] = gold if "####" in str(gold) else f"#### {gold}"
+    problem = TASKS[name].check(row, where)
+    return problem | ({"prompt": row["prompt"]} if isinstance(row.get("prompt"), str) else {})
+
+
+def score_file(name: str, path: str) -> list[Scored]:
+    """Every completion of a file, scored. DataError names the file and the line of what cannot be read."""
+    rows = []
+    for where, row in read_rows(path):
+        if isinstance(row.get("doc"), dict):  # lm-evaluation-harness
+            row = row["doc"] | row
+        problem, verdict = problem_of(name, row, where), pick(row, VERDICT)
+        verdict = bool(verdict) if verdict in (0, 1) else None
+        for text in completions_of(row, where):
+            prompt = problem.get("prompt")
+            text = text.removeprefix(prompt) if prompt else text
+            reward, score = sum(TASKS[name].reward(text, problem).values()), TASKS[name].score(text, problem)
+            rows.append(Scored(where, reward, score, TASKS[name].answer(text, problem), problem["answer"], verdict))
+    if not rows:
+        raise DataError(f'{path}: no completions; expected lines {{"prompt": ..., "completion": ..., "answer": ...}}')
+    return rows
+
+
+def report(name: str, rows: list[Scored], as_json: bool) -> None:
+    """Print accuracy, mean reward, the share without an answer, and where the file's own verdicts differ."""
+    n = len(rows)
+    mean = {"accuracy": sum(row.score for row in rows) / n, "mean_reward": sum(row.reward for row in rows) / n}
+    mean["no_answer"] = sum(not row.answer and row.answer != 0 for row in rows) / n
+    if as_json:
+        print(json.dumps({"task": name, "n": n} | {key: round(value, 6) for key, value in mean.items()}))
+        return
+    print(f"{name}, {n} completions")
+    for key, value in mean.items():
+        print(f"{key.replace('_', ' '):<12} {value:.4f}")
+    judged = [row for row in rows if row.verdict is not None]
+    differ = [row for row in judged if row.verdict != (row.score == 1)]
+    if judged:
+        print(f"the file's own verdicts: {len(judged)}, of which {len(differ)} differ")
+    for row in differ[:5]:
+        own, ours = ("right" if verdict else "wrong" for verdict in (row.verdict, row.score == 1))
+        print(
+            f"  {row.where}: the file says {own}, here {ours}; answer {str(row.answer)[:60]!r}, gold {row.gold[-60:]!r}"
+        )
+
+
+def show(names: list[str]) -> None:
+    """Problems of each split, and what completions of the first two tasks earn."""
+    for name in names:
         print(f"{name}\n" + "-" * len(name))
         for split in SPLITS:
-            problem = task.generate(split, 1, 0)[0]
+            problem = TASKS[name].generate(split, 1, 0)[0]
             print(f"{split:<11} {problem['question']}")
-            print("".join(f"{'':<11} | {line}\n" for line in task.target(problem).splitlines()))
-    problem = generate_gsm8k("train", 1, 0)[0]
-    right, steps = gold_answer(problem), problem["answer"]
-    tries = (steps, f"#### {right}", f"The answer is \\boxed{{${right}.00}}.", f"{right}", f"#### 99\n#### {right}", "")
-    show_rewards("gsm8k", problem, f"the answer is {right}", tries)
-    problem = generate_sudoku("train", 1, 0)[0]
-    grid = grid_text(problem["answer"])
-    ones = grid_text(problem["question"].replace(EMPTY, "1"))
-    tries = (grid, ones, grid_text(solved_grids()[0]), grid[:-2])
-    show_rewards("sudoku", problem, f"the puzzle is {problem['question']}", tries)
+            print("".join(f"{'':<11} | {line}\n" for line in TASKS[name].target(problem).splitlines()))
+    for name in names:
+        problem = TASKS[name].generate("train", 1, 0)[0]
+        if not TASKS[name].runs_code or code_execution_allowed:
+            show_rewards(name, problem, tries(name, problem))
 
 
-def show_rewards(name: str, problem: Problem, where: str, completions: tuple[str, ...]) -> None:
+def tries(name: str, problem: Problem) -> list[str]:
+    """A right completion of a problem, and what else somebody might write."""
+    target = TASKS[name].target(problem)
+    if name == "gsm8k":
+        right = gold_answer(problem)
+        return [
+            target,
+            f"#### {right}",
+            f"The answer is \\boxed{{{right}.00}}.",
+            f"{right}",
+            f"#### 99\n#### {right}",
+            "",
+        ]
+    if name == "sudoku":
+        ones = grid_text(problem["question"].replace(EMPTY, "1"))
+        return [target, ones, grid_text(solved_grids()[0]), target[:-2]]
+    return [target, problem["answer"], problem["question"], target + "\n" + target.replace("1", "7"), ""]
+
+
+def show_rewards(name: str, problem: Problem, completions: list[str]) -> None:
     """A table of completions and the terms of their rewards."""
     rows = [TASKS[name].reward(completion, problem) for completion in completions]
-    print(f"What completions of a {name} problem earn where {where}:")
-    print(f"{'completion':<44}" + "".join(f"{term:>13}" for term in rows[0]))
+    print(f"What completions earn where the {name} problem is {problem['question']!r}:")
+    print(f"{'completion':<60}" + "".join(f"{term:>13}" for term in rows[0]))
     for completion, row in zip(completions, rows):
-        print(f"{completion!r:<44}" + "".join(f"{value:>13.2f}" for value in row.values()))
+        print(f"{repr(completion)[:58]:<60}" + "".join(f"{value:>13.2f}" for value in row.values()))
     print()
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise DataError(message + " (see --help)")  # one line, not a page of usage
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Show the tasks, or score a file of completions; 0, or 2 with one line that says what to change."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--task", choices=tuple(TASKS), help="which task; default: show all")
+    parser.add_argument(
+        "--score", metavar="FILE", help="score completions: JSONL (or JSON) of prompt, completion, answer"
+    )
+    parser.add_argument("--json", action="store_true", help="with --score: one line of JSON")
+    parser.add_argument("--allow_code_execution", action="store_true", help="task mbpp: run the programs, in a sandbox")
+    try:
+        flags = parser.parse_args(argv)
+        if (flags.score or flags.json) and not (flags.task and flags.score):
+            raise DataError("--score needs --task, and --json needs --score")
+        if flags.allow_code_execution:
+            allow_code_execution()
+        if flags.score is None:
+            show([flags.task] if flags.task else list(TASKS))
+            return 0
+        if TASKS[flags.task].runs_code and not code_execution_allowed:
+            raise DataError(CODE_REFUSED.format(flags.task))
+        if TASKS[flags.task].runs_code and not flags.json:
+            print(f"sandbox      {protections()}")
+        report(flags.task, score_file(flags.task, flags.score), flags.json)
+    except DataError as error:
+        print(f"rewards.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

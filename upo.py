@@ -126,6 +126,7 @@ class Config:
     model: str = option("frozen base: hub id, or path of a model or run; default: the tiny one, trained here")
     data: str = option('training problems, a FILE or "generated"; default: published, for tiny generated')
     eval_data: str = option("held-out problems, a FILE; default: published, or every tenth of --data")
+    allow_code_execution: bool = option("task mbpp: run the programs that the model writes, in a sandbox", False)
     seed: int = option("seed of everything random", 0, within="[0, 4294967295]")
     output_dir: str = option("run directory; default runs/upo-TASK-REF-MODEL-sSEED")
     max_steps: int = option("RL steps (rollouts); the paper's sudoku run has 3500", paper=3500, tiny=350)
@@ -1020,6 +1021,8 @@ def describe(run: Run, source: dict[str, str], data: dict) -> None:
     run.say(f"UPO       task {cfg.task}, reference {cfg.ref}, seed {cfg.seed} -> {run.path}")
     run.say(f"base      {tiny}, frozen")
     run.say(f"data      {cfg.data or ('generated' if data['unseen'] else 'published')}: {sizes}")
+    if run.task.runs_code:
+        run.say(f"sandbox   {rewards.protections()}")
     tokens = "argmax" if cfg.temperature == 0 else f"temperature {cfg.temperature:g}"
     run.say(f"decoding  one position per forward, blocks of {cfg.block_length}; tokens by {tokens}")
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""

@@ -109,7 +109,7 @@ def write_checkpoint(path: Path, config: dict, weights: dict, tokenizer, tokeniz
 def gsm8k_file(path: Path, n: int = 60) -> Path:
     """Problems in GSM8K's own format: prose with <<calculator marks>> and a last line `#### N`."""
     lines = []
-    for p in rewards.generate_gsm8k("train", n, 7):
+    for p in rewards.TASKS["gsm8k"].generate("train", n, 7):
         first, second, last = p["answer"].splitlines()
         marked = [
             f"So it is {s.rpartition(' ')[0]} <<{s.replace(' ', '')}>>{s.rpartition(' ')[2]}." for s in (first, second)

@@ -433,7 +433,7 @@ def test_lora_starts_as_the_base_and_switches_off(llada):
 
 
 def test_tiny_tokenizer_spells_without_loss_and_frozen_weights_follow_the_seed():
-    problems = rewards.generate_gsm8k("train", 300, 0)
+    problems = rewards.TASKS["gsm8k"].generate("train", 300, 0)
     texts = [p["question"] + "\n" + p["answer"] for p in problems]
     tokenizer = m.tiny_tokenizer(texts)
     assert all(tokenizer.decode(tokenizer(text)["input_ids"]) == text for text in texts)
@@ -949,9 +949,9 @@ def test_a_template_without_a_system_role_gets_it_in_the_question(bpe):
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "{{ m.content }}{% endfor %}"
     )
-    messages = rewards.gsm8k_messages({"question": "What is 1 + 1?", "answer": "#### 2"})
+    messages = rewards.TASKS["gsm8k"].messages({"question": "What is 1 + 1?", "answer": "#### 2"})
     text = tokenizer.decode(m.prompt_ids(tokenizer, messages))
-    assert text == rewards.GSM8K_INSTRUCTION + "\n\nWhat is 1 + 1?"
+    assert text == rewards.INSTRUCTIONS["gsm8k"] + "\n\nWhat is 1 + 1?"
 
 
 def test_an_adapter_that_does_not_fit_is_refused(llada, data_file, tmp_path, capfd):
@@ -985,7 +985,7 @@ def test_an_adapter_that_does_not_fit_is_refused(llada, data_file, tmp_path, cap
 
 def sudoku_base(bpe):
     task = rewards.TASKS["sudoku"]
-    problems = rewards.generate_sudoku("train", 20, 0)
+    problems = rewards.TASKS["sudoku"].generate("train", 20, 0)
     tiny = m.tiny_tokenizer([task.messages(p)[-1]["content"] + "\n" + task.target(p) for p in problems])
     model = m.tiny_model(tiny, 0, "sudoku")
     other = type("", (), dict(tokenizer=bpe, mask_id=bpe.convert_tokens_to_ids("<|mdm_mask|>"), end_id=1, pad_id=0))

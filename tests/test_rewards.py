@@ -3,14 +3,24 @@
 import itertools
 import json
 import math
+import os
 import random
 import re
+import socket
+import sys
+import time
 from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
 import rewards
 from rewards import DataError
+
+
+def load(name, path, split="train"):
+    return rewards.TASKS[name].load(path, split)
 
 
 def solve(question: str) -> int:
@@ -25,7 +35,7 @@ def solve(question: str) -> int:
 
 @pytest.mark.parametrize("split", rewards.SPLITS)
 def test_generated_problems_are_right_and_worked_out(split):
-    for p in rewards.generate_gsm8k(split, 400, 3):
+    for p in rewards.TASKS["gsm8k"].generate(split, 400, 3):
         assert rewards.gold_answer(p) == solve(p["question"])
         lines = p["answer"].splitlines()
         for line in lines[:2]:
@@ -40,17 +50,19 @@ def pairs(problem):
 
 
 def test_splits_are_disjoint_and_unseen_pairs_never_train():
-    splits = {s: rewards.generate_gsm8k(s, 3000 if s == "train" else 800, 0) for s in rewards.SPLITS}
+    splits = {s: rewards.TASKS["gsm8k"].generate(s, 3000 if s == "train" else 800, 0) for s in rewards.SPLITS}
     questions = {s: {p["question"] for p in rows} for s, rows in splits.items()}
     for s in rewards.SPLITS:
         assert len(questions[s]) == len(splits[s])
         assert all(questions[s].isdisjoint(questions[other]) for other in rewards.SPLITS if other != s)
     # over several seeds, as a run's training seed must not matter
-    trained = {pair for seed in range(4) for p in rewards.generate_gsm8k("train", 3000, seed) for pair in pairs(p)}
+    trained = {
+        pair for seed in range(4) for p in rewards.TASKS["gsm8k"].generate("train", 3000, seed) for pair in pairs(p)
+    }
     assert all(pairs(p)[0] not in trained for p in splits["unseen"])
     assert sum(pairs(p)[0] in trained for p in splits["test"]) > 0.98 * len(splits["test"])
     for seed in range(4):
-        assert questions["test"].isdisjoint(p["question"] for p in rewards.generate_gsm8k("train", 3000, seed))
+        assert questions["test"].isdisjoint(p["question"] for p in rewards.TASKS["gsm8k"].generate("train", 3000, seed))
 
 
 def test_held_out_problems_are_the_same_for_every_run_and_never_train():
@@ -64,43 +76,14 @@ def test_held_out_problems_are_the_same_for_every_run_and_never_train():
 
 
 def test_generation_repeats_from_its_seed():
-    assert rewards.generate_gsm8k("train", 50, 1) == rewards.generate_gsm8k("train", 50, 1)
-    assert rewards.generate_gsm8k("train", 50, 1) != rewards.generate_gsm8k("train", 50, 2)
+    assert rewards.TASKS["gsm8k"].generate("train", 50, 1) == rewards.TASKS["gsm8k"].generate("train", 50, 1)
+    assert rewards.TASKS["gsm8k"].generate("train", 50, 1) != rewards.TASKS["gsm8k"].generate("train", 50, 2)
     random.seed(0)
     state = random.getstate()
-    rewards.generate_gsm8k("test", 50, 1)
+    rewards.TASKS["gsm8k"].generate("test", 50, 1)
     assert random.getstate() == state
     with pytest.raises(DataError, match="fewer than"):
-        rewards.generate_gsm8k("none", 1, 0)
-
-
-@pytest.mark.parametrize(
-    "completion,answer",
-    [
-        ("so 12 + 3 = 15\n#### 15", "15"),
-        ("#### $1,234.50", "1234.5"),
-        ("#### 42.0", "42"),
-        ("#### 42 apples.", "42"),
-        ("#### -7", "-7"),
-        ("\\boxed{42}", "42"),
-        ("\\boxed {\\$ 42}", "42"),
-        ("<answer>\n18\n</answer>", "18"),
-        ("<reasoning>3</reasoning><answer> 18 </answer>", "18"),
-        ("#### 15\n#### 15.0", "15"),
-        ("15", None),
-        ("The answer is 15", None),
-        ("#### 14\n#### 15", None),
-        ("#### 14 or 15", None),
-        ("####", None),
-        ("#### none", None),
-        ("", None),
-        ("#### \n15", "15"),
-        ("####15", "15"),
-        ("#### 15\n<answer>16</answer>", None),
-    ],
-)
-def test_extraction(completion, answer):
-    assert rewards.extract_answer(completion) == (None if answer is None else Decimal(answer))
+        rewards.TASKS["gsm8k"].generate("none", 1, 0)
 
 
 def test_reward_terms_by_hand():
@@ -113,26 +96,12 @@ def test_reward_terms_by_hand():
         "12 + 3\n#### 15\nand more": (2.0, 0.5),  # the answer is not the last line
         "15 15 15": (0.0, 0.0),  # digits are not an answer
         "#### 14\n#### 15": (0.0, 0.0),
+        "\n#### 15": (2.0, 0.5),  # an empty reasoning
+        "<reasoning>\n</reasoning>\n#### 15": (2.0, 0.5),
     }
     for completion, (correctness, form) in cases.items():
         assert rewards.gsm8k_reward(completion, p) == {"correctness": correctness, "format": form}, completion
         assert rewards.gsm8k_correct(completion, p) == (correctness == 2.0)
-
-
-def test_rewards_are_total_on_hostile_text():
-    p = {"question": "?", "answer": "#### 15"}
-    rng = random.Random(0)
-    noise = "".join(chr(rng.randrange(1, 0xD7FF)) for _ in range(5000))
-    for text in (
-        noise,
-        "#### " * 100_000,
-        "9" * 1_000_000,
-        "#### " + "9" * 100_000,
-        "\\boxed{" * 50_000,
-        "\x00\n" * 1000,
-    ):
-        terms = rewards.gsm8k_reward(text, p)
-        assert terms["correctness"] == 0 and all(math.isfinite(v) for v in terms.values())
 
 
 def test_target_drops_the_calculator_marks():
@@ -141,7 +110,7 @@ def test_target_drops_the_calculator_marks():
 
 
 def test_published_file(data_file):
-    problems = rewards.load_gsm8k(str(data_file))
+    problems = load("gsm8k", str(data_file))
     assert len(problems) == 60 and all("<<" in p["answer"] for p in problems)
     splits = rewards.published_splits(rewards.TASKS["gsm8k"], str(data_file), None, 3)
     assert [len(splits[s]) for s in rewards.SPLITS] == [49, 5, 3, 0]
@@ -164,21 +133,21 @@ def test_bad_files_name_file_and_line(tmp_path, text, message):
     file = tmp_path / "bad.jsonl"
     file.write_text(text)
     with pytest.raises(DataError, match=f"bad.jsonl.*{message}"):
-        rewards.load_gsm8k(str(file))
+        load("gsm8k", str(file))
 
 
 def test_a_line_separator_inside_a_string_is_no_line_break(tmp_path):
     file = tmp_path / "u.jsonl"
     file.write_text('{"question": "a\u2028b", "answer": "#### 1"}\r\n{"question": "c", "answer": "#### 2"}\n')
-    assert [p["question"] for p in rewards.load_gsm8k(str(file))] == ["a\u2028b", "c"]
+    assert [p["question"] for p in load("gsm8k", str(file))] == ["a\u2028b", "c"]
 
 
 def test_missing_and_binary_files(tmp_path):
     with pytest.raises(DataError, match="none.jsonl: cannot be read"):
-        rewards.load_gsm8k(str(tmp_path / "none.jsonl"))
+        load("gsm8k", str(tmp_path / "none.jsonl"))
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="b.jsonl: cannot be read"):
-        rewards.load_gsm8k(str(tmp_path / "b.jsonl"))
+        load("gsm8k", str(tmp_path / "b.jsonl"))
     (tmp_path / "few.jsonl").write_text(json.dumps({"question": "a", "answer": "#### 1"}) + "\n")
     with pytest.raises(DataError, match="too few"):
         rewards.published_splits(rewards.TASKS["gsm8k"], str(tmp_path / "few.jsonl"), None, 0)
@@ -224,17 +193,17 @@ def test_there_are_288_grids():
 
 @pytest.mark.parametrize("split", rewards.SPLITS)
 def test_generated_sudokus_have_one_solution(split):
-    problems = rewards.generate_sudoku(split, 150, 3)
+    problems = rewards.TASKS["sudoku"].generate(split, 150, 3)
     assert len({p["question"] for p in problems}) == 150
     for p in problems:
         assert solve_sudoku(p["question"]) == [p["answer"]] == rewards.solutions(p["question"])
         assert 5 <= 16 - p["question"].count("0") <= 8
         assert rewards.sudoku_ceiling(p) == 1
-        assert rewards.check_sudoku(p["question"], p["answer"], "here") == p
+        assert rewards.check_sudoku({"Puzzle": p["question"], "Solution": p["answer"]}, "here") == p
 
 
 def test_sudoku_splits_are_disjoint():
-    splits = {s: rewards.generate_sudoku(s, 2000 if s == "train" else 500, 0) for s in rewards.SPLITS}
+    splits = {s: rewards.TASKS["sudoku"].generate(s, 2000 if s == "train" else 500, 0) for s in rewards.SPLITS}
     puzzles = {s: {p["question"] for p in rows} for s, rows in splits.items()}
     assert all(puzzles[a].isdisjoint(puzzles[b]) for a in puzzles for b in puzzles if a != b)
     grids = {s: {p["answer"] for p in rows} for s, rows in splits.items()}
@@ -242,7 +211,7 @@ def test_sudoku_splits_are_disjoint():
         all(grids["unseen"].isdisjoint(grids[s]) for s in rewards.SPLITS if s != "unseen") and len(grids["unseen"]) > 20
     )
     for seed in range(1, 4):
-        assert puzzles["test"].isdisjoint(p["question"] for p in rewards.generate_sudoku("train", 2000, seed))
+        assert puzzles["test"].isdisjoint(p["question"] for p in rewards.TASKS["sudoku"].generate("train", 2000, seed))
 
 
 def test_sudoku_score_by_hand():
@@ -277,23 +246,21 @@ def test_published_sudokus(tmp_path):
     file.write_text(
         "\ufeffPuzzle,Solution\r\n1234341221434300,1234341221434321\r\n\r\n234341221434321,1234341221434321\r\n"
     )
-    problems = rewards.load_sudoku(str(file))  # the second lost its leading zero to a spreadsheet
+    problems = load("sudoku", str(file))  # the second lost its leading zero to a spreadsheet
     assert [p["question"] for p in problems] == ["1234341221434300", "0234341221434321"]
     for text in ("", "a,b\n1,2\n", "Puzzle,Solution\n"):
         file.write_text(text)
-        with pytest.raises(
-            DataError, match=r"puzzles\.csv(, line 1: expected the header Puzzle,Solution|: no puzzles)"
-        ):
-            rewards.load_sudoku(str(file))
+        with pytest.raises(DataError, match=r"puzzles\.csv(, line 2: .*|: no problems; .*) header Puzzle,Solution"):
+            load("sudoku", str(file))
     with pytest.raises(DataError, match="cannot be read"):
-        rewards.load_sudoku(str(tmp_path / "none.csv"))
-    with pytest.raises(DataError, match="--data FILE.csv"):
-        rewards.load_sudoku(None)
+        load("sudoku", str(tmp_path / "none.csv"))
+    with pytest.raises(DataError, match="--data FILE, a CSV file with the header"):
+        load("sudoku", None)
 
 
 def test_problems_that_are_held_out_do_not_train(tmp_path):
     """Not even where --data and --eval_data share them."""
-    problems = rewards.generate_sudoku("train", 60, 1)
+    problems = rewards.TASKS["sudoku"].generate("train", 60, 1)
     write = lambda name, rows: (tmp_path / name).write_text(
         "Puzzle,Solution\n" + "".join(f"{p['question']},{p['answer']}\n" for p in rows)
     )
@@ -315,3 +282,886 @@ def test_pass_at_is_the_mean_best_of_k():
     for k in range(1, 7):
         subsets = [max(s) for row in rows for s in itertools.combinations(row, k)]
         assert rewards.pass_at(rows, k) == pytest.approx(sum(subsets) / len(subsets))
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers: spellings, with the verdict that a careful person would give
+# ---------------------------------------------------------------------------------------------
+
+INSTRUCTED = rewards.INSTRUCTIONS["gsm8k"]
+# gold, then what is right, then what is wrong (or no answer at all)
+NUMBERS = {
+    "42": (
+        ["#### 42", "####42", "####  42  ", "#### \n42", "#### 42.", "#### 42.0", "#### 42.00", "#### $42", "#### 42$"]
+        + ["#### 42 apples", "#### 42 apples.", "#### **42**", "####\t42", "#### 42%", "#### 42 m^2", "#### 42 cm^{2}"]
+        + ["\\boxed{42}", "\\boxed {42}", "\\boxed{ 42 }", "\\boxed{\\$ 42}", "\\boxed{\\$42}", "$\\boxed{42}$", "\\fbox{42}"]
+        + ["\\boxed{42\\text{ apples}}", "\\boxed{42 \\mathrm{cm}^2}", "\\boxed{\\text{42}}", "\\boxed{x = 42}", "\\boxed 42"]
+        + ["\\boxed{5 + 37 = 42}", "\\boxed{\\frac{84}{2}}", "\\boxed{42}\\boxed{42.0}", "\\boxed{\\boxed{42}}"]
+        + ["<answer>42</answer>", "<answer>\n42\n</answer>", "<answer> $42 </answer>", "<answer>42", "<ANSWER>42</ANSWER>"]
+        + ["<answer>\\boxed{42}</answer>", "<answer>\n\\boxed{42}\n</answer>", "<answer>#### 42</answer>"]
+        + ["<answer>The total is 42 apples.</answer>", "<answer>6 * 7 = 42</answer>", "<answer>42.</answer>"]
+        + ["<reasoning>6 x 7</reasoning><answer>42</answer>", "<reasoning>\\boxed{6}</reasoning>\n<answer>42</answer>"]
+        + ["<think>#### 7, no</think>\n#### 42", "The answer is 42.", "The answer is: 42", "Answer: 42", "**Answer:** 42"]
+        + ["So the final answer is $42$. I hope it is correct.", "Final Answer: The final answer is $42$. I hope so."]
+        + ["The answer is **42**.", "the answer is 42 apples. Well done.", "#### 42<|eot_id|>", "#### 42<|endoftext|>\n<|eot_id|>"]
+        + ["#### Step 1: add 6 and 7\n6 * 7\n#### 42", "#### 1. Multiply\n6 * 7 = 42\n#### 42", "#### 42\n#### 42.0"]
+        + ["Put the answer in \\boxed{}.\n\\boxed{42}", "#### 42 apples\n\\boxed{42}", f"{INSTRUCTED}\n\\boxed{{42}}"],
+        ["42", "so 42 it is", "6 * 7 = 42", "", "####", "#### none", "#### forty", "\\boxed{}", "\\boxed{42", "answer 42"]
+        + ["#### 41\n#### 42", "#### 42\n#### 43", "#### 43\n#### 42", "\\boxed{42} or \\boxed{43}", "#### 42\n#### 41", "\\boxed{41} \\boxed{42}", "#### 42 or 43", "#### 41, 42", "#### 40 to 42"]
+        + ["#### 42\n<answer>41</answer>", "\\boxed{41}\n#### 42", "The answer is 41. The answer is 42.", "#### 42 43 44"]
+        + ["#### 420", "#### 4.2", "#### -42", "#### 4 2", "#### 42.5", "#### 42,000", "#### 1/42", "\\boxed{4}2", "#### 1042"]
+        + [INSTRUCTED, f"{INSTRUCTED}\n6 * 7", "42 42 42 42", "### 42", "#### " + "9" * 600 + "\n42", "<answer></answer> 42"]
+        + ["<reasoning>#### 42</reasoning>\n#### 41", "#### Step 42: multiply", "#### \u0664\u0663"],
+    ),
+    "1234.5": (
+        ["#### $1,234.50", "#### 1234.5", "\\boxed{1,234.50}", "\\boxed{1{,}234.5}", "\\boxed{1\\,234.5}", "#### 1,234.5 dollars"],
+        ["#### 1,23,4.5", "#### 1234", "#### 1.234,5", "#### 12345", "#### 1 234.5 678"],
+    ),
+    "1000000": (["#### 1,000,000", "#### 1000000.", "\\boxed{\\$1,000,000}", "\\boxed{1{,}000{,}000}"], ["#### 1,000", "#### 1,000,00"]),
+    "-7": (["#### -7", "#### \u22127", "\\boxed{-7}", "#### -$7", "#### -7 degrees", "\\boxed{-7.0}"], ["#### 7", "#### - 7 7"]),
+    "0.5": (["#### 0.5", "#### .5", "#### 1/2", "\\boxed{\\frac{1}{2}}", "#### $0.50", "\\boxed{\\dfrac{1}{2}}"], ["#### 5", "#### 1/0", "#### 2"]),
+    "0": (["#### 0", "\\boxed{0}", "#### 0.0", "#### -0", "#### $0"], ["####", "#### none", "#### 10"]),
+}  # fmt: skip
+SPELLED = [
+    (gold, text, right) for gold, lists in NUMBERS.items() for right, texts in zip((1, 0), lists) for text in texts
+]
+
+# (gold, what is right, what is wrong)
+EXPRESSIONS = [
+    (r"\frac{1}{2}", [r"\frac12", r"\dfrac{1}{2}", r"\tfrac12", "1/2", "0.5", ".5", r"\frac{ 1 }{ 2 }", "0.50", r"\frac{2}{4}"], ["2", "1", "0.05", "12", r"-\frac{1}{2}"]),
+    (r"-\frac{1}{3}", [r"\frac{-1}{3}", "-1/3", r"-\dfrac{1}{3}", r"x = -\frac13"], ["-0.333", r"\frac{1}{3}"]),
+    (r"3\frac{1}{2}", ["3.5", "7/2", r"\frac{7}{2}", "3 1/2"], [r"\frac{31}{2}", "3", "1.5"]),
+    ("10,000", ["10000", r"10{,}000", r"10,\!000", r"\$10,000", "10,000.00", r"10,000\text{ dollars}"], ["10", "1000", "(10,0)"]),
+    (r"50\%", ["50", r"50\%", "50%"], ["5", "500"]),
+    (r"90^\circ", ["90", r"90^{\circ}", r"90\text{ degrees}", "90 degrees"], ["9", "180"]),
+    (r"\text{Evelyn}", ["Evelyn", r"\text{ Evelyn }", r"\mathrm{Evelyn}", "evelyn", r"\textbf{Evelyn}"], ["Eve", r"\text{Angela}"]),
+    (r"\text{(C)}", ["C", "(C)", r"\text{C}", r"\textbf{(C)}"], ["(B)", "D"]),
+    ("(3, 4)", ["(3,4)", r"\left(3, 4\right)", "( 3 , 4.0 )", r"\left( 3,\,4 \right)"], ["(4,3)", "3,4,5", "[3,4)", "34", "(3,4,5)"]),
+    (r"\left[0,1\right)", ["[0,1)", "[0, 1)", r"x \in [0,1)"], ["(0,1)", "[0,1]", "(0,1]"]),
+    ("1,-2", ["-2,1", "1, -2", r"\{1,-2\}", "1 and -2", "x = 1, -2"], ["1", "-2", "1,2", "1,-2,3", "12"]),
+    (r"(-\infty, 5]", [r"(-\infty,5]", r"\left(-\infty, 5\right]"], ["(-5,5]", r"(\infty,5]"]),
+    (r"3\sqrt{2}", [r"3\sqrt2", r"3 \sqrt{2}"], [r"\sqrt{2}", r"2\sqrt{3}", "3"]),
+    ("x^2+2x+1", ["x^2 + 2x + 1", "$x^2+2x+1$", "x^2+2x+1."], ["x^2+2x", "x^2"]),
+    ("5", ["5", "5.0", "x=5", r"5 \text{ cm}", "5 cm", r"5\text{ square units}", "$5$", r"\(5\)", "5.", r"\$5", "+5"], ["55", "-5", "5x", "4,5", "5,5", "five"]),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", [r"\begin{pmatrix}1\\2\end{pmatrix}"], [r"\begin{pmatrix}2\\1\end{pmatrix}"]),
+    ("2k+2", ["2k + 2"], ["2k", "2"]),
+    (r"\pi", [r"\pi", "\u03c0"], ["3.14", r"2\pi"]),
+    (">", [">"], ["<", "="]),
+]  # fmt: skip
+COMPARED = [
+    (gold, text, right) for gold, *lists in EXPRESSIONS for right, texts in zip((1, 0), lists) for text in texts
+]
+SYMBOLIC = [  # what only math-verify finds equal
+    ("x+1", "1+x"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    ("x^2+2x+1", "(x+1)^2"),
+    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
+    ("x^{2}+1", "x^2+1"),
+]
+
+
+def test_there_are_enough_spellings():
+    assert len(set(SPELLED)) + len(set(COMPARED)) >= 150
+
+
+@pytest.mark.parametrize("gold,completion,right", SPELLED)
+def test_spellings_of_numbers(gold, completion, right):
+    problem = {"question": "How many?", "answer": f"#### {gold}"}
+    assert rewards.gsm8k_correct(completion, problem) == right
+
+
+@pytest.fixture(params=["math-verify", "plain"])
+def comparison(request, monkeypatch):
+    """With math-verify, and as if it were not installed."""
+    if request.param == "math-verify":
+        pytest.importorskip("math_verify")
+    else:
+        monkeypatch.setattr(rewards, "math_verify", lambda: None)
+    return request.param
+
+
+@pytest.mark.parametrize("gold,answer,right", COMPARED)
+def test_spellings_of_expressions(gold, answer, right, comparison):
+    problem = {"question": "What is it?", "answer": gold, "solution": f"It is $\\boxed{{{gold}}}$."}
+    assert rewards.math500_correct(f"So it is $\\boxed{{{answer}}}$.", problem) == right
+    assert rewards.math500_correct(problem["solution"], problem) == 1
+
+
+@pytest.mark.parametrize("gold,answer", SYMBOLIC)
+def test_math_verify_finds_what_the_plain_comparison_does_not(gold, answer, comparison):
+    assert rewards.same_answer(answer, gold, "What is it?") == (comparison == "math-verify")
+
+
+def test_a_part_of_the_question_is_no_answer(comparison):
+    problem = {"question": "Factor $x^2 - 1$.", "answer": "(x-1)(x+1)", "solution": ""}
+    assert rewards.math500_correct("\\boxed{x^2-1}", problem) == 0
+    assert rewards.math500_correct("\\boxed{(x-1)(x+1)}", problem) == 1
+    assert rewards.math500_correct("\\boxed{(x+1)(x-1)}", problem) == (comparison == "math-verify")
+
+
+def test_several_answers_are_right_only_where_the_solution_gives_them():
+    two = {"question": "?", "answer": "4", "solution": "It is \\boxed{3} or \\boxed{4}."}
+    one = {"question": "?", "answer": "4", "solution": "It is \\boxed{4}."}
+    right = {two["solution"]: (1, 0), "\\boxed{4}, \\boxed{3}": (1, 0), "\\boxed{4}": (1, 1), "\\boxed{3}": (0, 0)}
+    right |= {"\\boxed{3,4}": (1, 0), "\\boxed{3} \\boxed{4} \\boxed{5}": (0, 0), "\\boxed{4}\\boxed{4.0}": (1, 1)}
+    right |= {" ".join(f"\\boxed{{{n}}}" for n in range(100)): (0, 0)}
+    for completion, verdicts in right.items():
+        assert (rewards.math500_correct(completion, two), rewards.math500_correct(completion, one)) == verdicts, (
+            completion
+        )
+
+
+def test_math500_terms_by_hand():
+    p = {"question": "?", "answer": "\\frac{1}{2}", "solution": "\\boxed{\\frac{1}{2}}"}
+    cases = {
+        "2 x = 1\n\\boxed{0.5}": (2.0, 1.0),
+        "\\boxed{0.5}": (2.0, 0.5),
+        "2 x = 1\n\\boxed{2}": (0.0, 1.0),
+        "#### 1/2": (2.0, 0.5),
+        "\\boxed{1} \\boxed{2}": (0.0, 0.0),
+        "1/2": (0.0, 0.0),
+    }
+    for completion, (correctness, form) in cases.items():
+        assert rewards.math500_reward(completion, p) == {"correctness": correctness, "format": form}, completion
+
+
+def test_what_could_hang_sympy_is_not_handed_to_it():
+    for wild in ("9^{9^{9^9}}", "((10^{99})^{99})^{99}^9", "1000!", "9" * 40 + "+1", "2^{99999999}", "x" * 400):
+        assert not rewards.same_by_math_verify(wild, wild + "+0")
+
+
+# ---------------------------------------------------------------------------------------------
+# Rewards are total, and linear in the length of the text
+# ---------------------------------------------------------------------------------------------
+
+NO_CODE = [name for name, task in rewards.TASKS.items() if not task.runs_code]
+HOSTILE = [
+    "#### ",
+    "#### 1\n",
+    "9",
+    "\\boxed{",
+    "\\boxed{1}",
+    "\\boxed ",
+    "<answer>",
+    "<answer>1</answer>",
+    "{",
+    "}",
+    "(",
+    "-",
+]
+HOSTILE += [
+    "</think>",
+    "<think>",
+    "```",
+    "```python\n",
+    "\x00\n",
+    "\n",
+    " ",
+    "answer is ",
+    "answer: 1. ",
+    "1: red, Tom\n",
+    "| 1 | ",
+]
+HOSTILE += [
+    "\\frac{1}{",
+    "\\text{",
+    "$",
+    "^",
+    "\\\\",
+    "1,",
+    "1/",
+    "=",
+    "####\n",
+    "\u2028",
+    "<|",
+    "<|eot_id|>",
+    '{"House 1": ',
+]
+
+
+def noise(rng, n):
+    return "".join(
+        chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)])) for _ in range(n)
+    )
+
+
+@pytest.mark.parametrize("name", rewards.TASKS)
+def test_rewards_are_total(name, monkeypatch):
+    """Finite terms, a score between 0 and 1 and no exception: on noise, surrogates included, and on repeated pieces."""
+    monkeypatch.setattr(rewards, "run_program", lambda *job: [None] * len(job[3]))
+    task, rng = rewards.TASKS[name], random.Random(0)
+    problem = task.generate("test", 1, 0)[0]
+    pieces = [*HOSTILE, task.target(problem), problem["question"]]
+    texts = [noise(rng, 300) for _ in range(50)] + ["".join(rng.choices(pieces, k=40)) for _ in range(200)]
+    for text in texts + [piece * 500 for piece in pieces]:
+        assert all(math.isfinite(value) for value in task.reward(text, problem).values())
+        assert 0 <= task.score(text, problem) <= 1
+        task.answer(text, problem)
+
+
+def lines_run(call) -> int:
+    """How many lines of Python a call runs: its time, but the same on every machine."""
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+@pytest.mark.parametrize("name", NO_CODE)
+def test_work_grows_linearly(name):
+    """Twice the text runs at most 2.2 times the lines of Python; what these lines call is one pass of `re` each."""
+    task = rewards.TASKS[name]
+    problem = task.generate("test", 1, 0)[0]
+    for piece in [*HOSTILE, task.target(problem)]:
+        once, twice = (lines_run(lambda n=n: task.reward(piece * n, problem)) for n in (300, 600))
+        assert twice <= 2.2 * once + 100, (piece, once, twice)
+
+
+@pytest.mark.parametrize("name", NO_CODE)
+def test_a_megabyte_of_text(name):
+    """In bounded time: a generous bound, where quadratic work would take hours."""
+    problem, mixed = rewards.TASKS[name].generate("test", 1, 0)[0], "".join(HOSTILE)
+    for piece in (mixed, "\\boxed{", "#### 1 ", " "):
+        began = time.process_time()
+        rewards.TASKS[name].reward(piece * (1_000_000 // len(piece)), problem)
+        assert time.process_time() - began < 60, piece
+
+
+def test_on_what_hypothesis_finds(monkeypatch):
+    hypothesis = pytest.importorskip("hypothesis")
+    monkeypatch.setattr(rewards, "run_program", lambda *job: [None] * len(job[3]))
+    problems = {name: task.generate("test", 1, 0)[0] for name, task in rewards.TASKS.items()}
+    text = hypothesis.strategies.lists(
+        hypothesis.strategies.sampled_from(HOSTILE) | hypothesis.strategies.text(max_size=20), max_size=20
+    ).map("".join)
+
+    @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(text)
+    def total(completion):
+        for name, problem in problems.items():
+            assert math.isfinite(sum(rewards.TASKS[name].reward(completion, problem).values()))
+
+    total()
+
+
+# ---------------------------------------------------------------------------------------------
+# Generated problems, against solvers that know nothing of the generators
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["math500", "mbpp", "countdown", "zebra"])
+def test_generated_splits_are_disjoint_and_their_targets_right(name, monkeypatch):
+    task = rewards.TASKS[name]
+    splits = {s: task.generate(s, 1500 if s == "train" else 300, 0) for s in rewards.SPLITS}
+    asked = {s: {p["question"] for p in problems} for s, problems in splits.items()}
+    assert all(len(asked[s]) == len(splits[s]) for s in splits)
+    assert all(asked[a].isdisjoint(asked[b]) for a in asked for b in asked if a != b)
+    assert asked["test"].isdisjoint(p["question"] for p in task.generate("train", 1500, 1))
+    for problem in [p for problems in splits.values() for p in problems[:100]]:
+        if not task.runs_code:
+            assert task.score(task.target(problem), problem) == 1
+            assert task.score(problem["question"], problem) == task.score("", problem) == 0
+
+
+def test_equations_are_solved_by_their_answers():
+    spelled = set()
+    for p in rewards.TASKS["math500"].generate("train", 400, 5):
+        left, right = re.sub(r"Solve |Find . if |\.$", "", p["question"]).split(" = ")
+        if right.count(" "):
+            left, right = right, left
+        numbers = list(map(int, re.findall(r"\d+", left)))
+        a, b = numbers if re.match(r"\d+ [a-z]", left) else numbers[::-1]
+        value = re.findall(r"\d+", p["answer"])
+        x = Fraction(int(value[0]), int(value[1]) if len(value) > 1 else 1)
+        assert a * x + b == int(right), p
+        spelled.add(re.sub(r"\d+", "N", p["answer"]))
+    assert spelled == {"N", "\\frac{N}{N}", "\\dfrac{N}{N}", "\\tfrac{N}{N}", "N/N"}
+
+
+def test_generated_programs_pass_their_tests_in_plain_python():
+    for p in rewards.TASKS["mbpp"].generate("train", 300, 5):
+        scope = {}
+        exec(p["answer"], scope)  # our own generator's code
+        for test in p["tests"]:
+            exec(test, scope)
+
+
+def zebra_solutions(question: str) -> list[dict[str, int]]:
+    """All arrangements that a question allows, by exhaustive search over its words."""
+    entries = [group.split(", ") for group in re.findall(r"(?:Color|Name): ([^.]*)\.", question)]
+    clues = [c.split() for c in re.findall(r"[^.]+", question.partition("Name:")[2].partition(".")[2]) if c.strip()]
+    found = []
+    for ways in itertools.product(*(itertools.permutations(group) for group in entries)):
+        at = {entry: house for way in ways for house, entry in enumerate(way, 1)}
+
+        def holds(clue, at=at):
+            a, words, b = at[clue[0]], " ".join(clue[1:-1]), clue[-1]
+            b = at.get(b) or int(b)
+            rules = {"is in house": a == b, "is not in house": a != b, "is directly left of": a + 1 == b}
+            return (rules | {"is next to": abs(a - b) == 1, "lives with": a == b})[words]
+
+        if all(map(holds, clues)):
+            found.append(at)
+    return found
+
+
+@pytest.mark.parametrize("split", rewards.SPLITS)
+def test_zebras_have_one_solution(split):
+    for p in rewards.TASKS["zebra"].generate(split, 60, 3):
+        solutions = zebra_solutions(p["question"])
+        assert len(solutions) == 1
+        rows = {row.split(": ")[0]: row.split(": ")[1].split(", ") for row in p["answer"].splitlines()}
+        assert all(solutions[0][entry] == int(house) for house, entries in rows.items() for entry in entries)
+    trained = {p["answer"] for p in rewards.TASKS["zebra"].generate("train", 500, 0)}
+    assert split != "unseen" or trained.isdisjoint(p["answer"] for p in rewards.TASKS["zebra"].generate(split, 60, 3))
+
+
+def test_zebra_tables_by_hand():
+    p = rewards.zebra_problem("?", ["House", "Color", "Name"], [["1", "red", "Tom"], ["2", "blue", "Ann"]])
+    table = {"header": ["House", "Name", "Color"], "rows": [["1", "Tom", "red"], ["2", "Ann", "blue"]]}
+    houses = {"House 1": {"Color": "Red", "Name": "tom"}, "House 2": {"Color": "blue", "Name": "Ann"}}
+    cases = {
+        "1: red, Tom\n2: blue, Ann": 1,
+        "So:\n\nHouse 1: red, Tom\nHouse 2: blue, Ann.\n": 1,
+        "| House | Color | Name |\n|---|---|---|\n| 1 | Red | Tom |\n| 2 | blue | Ann |": 1,
+        "1: Color: red, Name: Tom\n2: Color: blue, Name: Ann": 1,
+        json.dumps(table): 1,
+        json.dumps(houses): 1,
+        json.dumps({"reasoning": "...", "solution": houses}): 1,
+        f"I think\n```json\n{json.dumps(houses, indent=1)}\n```": 1,
+        "<reasoning>1: blue, Ann</reasoning><answer>1: red, Tom\n2: blue, Ann</answer>": 1,
+        "1: red, Ann\n2: blue, Tom": 0.5,
+        "1: red, Tom": 0.5,
+        json.dumps({"House 1": {"Color": "red"}}): 0.25,
+        "1: red, Tom\n1: blue, Tom\n2: blue, Ann": 0,  # two rows for one house
+        "1: Tom, red\n2: Ann, blue": 0,
+        "red Tom blue Ann": 0,
+        "1: red, Tom, blue, Ann": 0,
+        "": 0,
+    }
+    for completion, score in cases.items():
+        assert rewards.zebra_score(completion, p) == score, completion
+
+
+def every_value(numbers):
+    """All values of expressions that use all numbers, by splitting them in two in every way: an independent search."""
+    if len(numbers) == 1:
+        return {Fraction(numbers[0])}
+    values = set()
+    for mask in range(1, 2 ** len(numbers) - 1):
+        left = every_value([n for i, n in enumerate(numbers) if mask >> i & 1])
+        right = every_value([n for i, n in enumerate(numbers) if not mask >> i & 1])
+        values |= {x + y for x in left for y in right} | {x - y for x in left for y in right}
+        values |= {x * y for x in left for y in right} | {x / y for x in left for y in right if y}
+    return values
+
+
+def test_the_search_for_countdown_solutions_misses_none():
+    rng = random.Random(0)
+    for _ in range(12):
+        numbers = [rng.randint(1, 12) for _ in range(rng.choice((2, 3, 4)))]
+        found = {value for value, _ in rewards.ways_to_make(tuple((Fraction(n), str(n)) for n in numbers))}
+        assert found == every_value(numbers)
+    with pytest.raises(DataError, match="No expression"):
+        rewards.countdown_target(rewards.countdown_problem([1, 1], 7))
+
+
+def test_expressions_against_python():
+    """Random expressions, where Python's own evaluation of Fractions is the second evaluator."""
+    rng = random.Random(1)
+
+    def write(depth):
+        if depth == 0 or rng.random() < 0.2:
+            return str(rng.randint(0, 9))
+        text = f"{write(depth - 1)}{rng.choice(['+', '-', '*', '/'])}{write(depth - 1)}"
+        return rng.choice([text, f"({text})", f"-({text})"])
+
+    for _ in range(2000):
+        text = write(rng.randint(0, 4))
+        try:
+            value = eval(re.sub(r"(\d+)", r"Fraction(\1)", text))  # our own generator's text
+        except ZeroDivisionError:
+            value = None
+        found = rewards.evaluate(text)
+        assert (found and found[0]) == value or (found is None and value is None), text
+        assert found is None or found[1] == list(map(int, re.findall(r"\d+", text)))
+
+
+def test_countdown_by_hand():
+    p = rewards.countdown_problem([3, 8, 5, 2], 32)
+    cases = {
+        "#### (3 + 5) * 8 / 2": 1.0,
+        "<answer>(3+5)*8/2</answer>": 1.0,
+        "\\boxed{(3+5) \\times 8 \\div 2}": 1.0,
+        "\\boxed{\\frac{(3+5)*8}{2}}": 1.0,
+        "#### (3 + 5) \u00d7 8 \u00f7 2 = 32": 1.0,
+        "#### $(3+5)*8/2$.": 1.0,
+        "<answer>[3 + 5] * 8 / 2</answer>": 1.0,
+        "#### 3 + 5 * 8 / 2": 0.1,
+        "#### (3 + 5) * 8 / 2 = 33": 0.0,
+        "#### 32": 0.0,
+        "#### 8 * 2 * 2": 0.0,
+        "#### 8 * 5 - 8": 0.0,
+        "#### (3 + 5) * 8 / 2 * 1": 0.0,
+        "#### 3 5 8 2": 0.0,
+        "#### 2 ** 5 + 3 - 8": 0.0,
+        "#### 2^5 + 8 - 3": 0.0,
+        "#### 35 - 8 / 2 + 1": 0.0,
+        "#### (3+5)*8//2": 0.0,
+        "#### 3/(5-5)+8+2": 0.0,
+        "#### ((3+5)*8/2": 0.0,
+        "#### __import__('os').system('true')": 0.0,
+        "(3 + 5) * 8 / 2": 0.0,
+        "#### (3 + 5) * 8 / 2\n#### 8 * 5 - 3 - 2": 0.0,
+        "#### 3.5 + 8 + 2": 0.0,
+        "#### " + "(" * 300 + "3" + ")" * 300: 0.0,
+        "#### 9" + "*9" * 10_000: 0.0,
+    }
+    for completion, reward in cases.items():
+        assert sum(rewards.countdown_reward(completion, p).values()) == pytest.approx(reward), completion
+
+
+# ---------------------------------------------------------------------------------------------
+# The sandbox. Every program here wants something that it must not get.
+# ---------------------------------------------------------------------------------------------
+
+SECRET = 987_654_321  # what the tests expect of f(2): a program that returns it has seen what it must not see
+HANG = 1.5  # seconds that a hanging program is given
+
+
+@pytest.fixture
+def sandbox(monkeypatch):
+    monkeypatch.setattr(rewards, "code_execution_allowed", True)
+    active, _ = rewards.run_sandbox({"imports": "", "program": "", "setup": "", "tests": [], "seconds": 5}, 5)
+    return active
+
+
+def run(program, *calls, seconds=5.0):
+    """What the calls come to beside a program, each a test of its own; None where one fails."""
+    results = rewards.run_program("", program, "", tuple((("eval", call),) for call in calls or ["f(2)"]), seconds)
+    return [rewards.unpack(json.loads(result)[0]) if result else None for result in results]
+
+
+def ours() -> set[int]:
+    """The processes of this machine whose parent is this process, or that a sandbox started."""
+    found = set()
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"def sandboxed()" in (directory / "cmdline").read_bytes():
+                found.add(int(directory.name))
+        except OSError:
+            pass
+    return found
+
+
+FOREVER = "while True: time.sleep(1)"
+# programs that are ended by their limits; nothing may be left of them
+ENDLESS = {
+    "a loop": "def f(x):\n while True: pass",
+    "a sleep": "import time\ndef f(x): time.sleep(1000)",
+    "a loop at import": "while True: pass\ndef f(x): return 4",
+    "infinite output": "def f(x):\n while True: print('a' * 100_000, flush=True)",
+    "infinite results": "import os\nwhile True:\n for fd in range(3, 20):\n  try: os.write(fd, b'0 [1]\\n' * 10_000)\n  except OSError: pass",
+    "signals ignored": f"import signal, time\nfor s in range(1, 65):\n try: signal.signal(s, signal.SIG_IGN)\n except (OSError, ValueError): pass\ndef f(x):\n {FOREVER}",
+    "a session of its own": f"import os, time, ctypes\ntry: os.setsid()\nexcept OSError: pass\nctypes.CDLL(None).prctl(1, 0)\ndef f(x):\n {FOREVER}",
+    "its timer stopped": f"import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0)\nsignal.alarm(0)\ndef f(x):\n {FOREVER}",
+    "a regex without end": "import re\ndef f(x): return re.match('(a+)+$', 'a' * 60 + 'b')",
+    "a power without end": "def f(x): return 9 ** 9 ** 9",
+    "stopping itself": f"import os, signal, time\ndef f(x):\n os.kill(os.getpid(), signal.SIGSTOP)\n {FOREVER}",
+}  # fmt: skip
+# programs that try something, and say in f(2) whether they could
+TRIES = {
+    "fork": "os.fork(); return True",
+    "a fork bomb": "[os.fork() for _ in range(1000)]; return True",
+    "a grandchild that sleeps": "if os.fork() == 0:\n   os.setsid()\n   if os.fork() == 0: time.sleep(1000)\n   os._exit(0)\n  return True",
+    "a thread": "threading.Thread(target=time.sleep, args=(1000,), daemon=True).start(); return True",
+    "a command": "subprocess.run(['/bin/sh', '-c', 'true']); return True",
+    "os.system": "return os.system('true') == 0",
+    "memory": "return len('a' * 3_000_000_000) > 0",
+    "memory by lists": "a = [0]\n  while len(a) < 2 ** 40: a += a\n  return True",
+    "a big file": "open('big', 'wb').write(b'a' * 50_000_000); return os.path.getsize('big') > 10_000_000",
+    "many open files": "a = [open(f'f{i}', 'w') for i in range(1000)]; return True",
+    "a connection": "s = socket.create_connection(('127.0.0.1', PORT), timeout=1); return True",
+    "a datagram": "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.sendto(b'a', ('127.0.0.1', PORT)); return True",
+    "the caller's file": "return open(CALLER).read() == 'secret'",
+    "the caller's file by a link": "os.symlink(CALLER, 'link'); return open('link').read() == 'secret'",
+    "the caller's file by a hard link": "os.link(CALLER, 'link'); return open('link').read() == 'secret'",
+    "a file beside the caller's": "open(CALLER + '.new', 'w').write('a'); return True",
+    "a way up": "os.chdir('../' * 20); return os.path.exists(CALLER)",
+    "the caller's folder": "return len(os.listdir(os.path.dirname(CALLER))) > 0",
+    "the home folder": "return os.path.exists(os.path.expanduser('~/.') + 'ssh') or os.path.exists(HOME + '/.cache')",
+    "the interpreter's library": "open(os.__file__, 'a').write('#'); return True",
+    "a signal to the caller": "os.kill(CALLER_PID, 0); return True",
+    "a kill of the caller": "os.kill(CALLER_PID, 9); return True",
+    "the environment": "return any('SECRET' in name for name in os.environ)",
+    "a mount": "import ctypes; return ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0",
+    "root again": "os.setuid(0); return True",
+    "a new root": "os.mkdir('a'); os.chroot('a'); return True",
+    "the limits raised": "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (100, 100)); return True",
+}
+# programs that want to pass a test without solving it: f(2) is expected to be SECRET
+CHEATS = {
+    "leaving before the tests": "import os\nos._exit(0)",
+    "leaving politely": "import sys\nsys.exit(0)",
+    "leaving in the test": "import os\ndef f(x): os._exit(0)",
+    "an object that equals all": "class A:\n def __eq__(self, other): return True\n def __hash__(self): return 0\n def __bool__(self): return True\ndef f(x): return A()",
+    "an int that equals all": "class A(int):\n def __eq__(self, other): return True\n __hash__ = int.__hash__\ndef f(x): return A(3)",
+    "builtins patched": "import builtins\nbuiltins.bool = lambda *a: True\nbuiltins.int = lambda *a: True\nbuiltins.eval = lambda *a: True\ndef f(x): return 3",
+    "json patched": "import json\njson.dumps = lambda *a, **k: '[true]'\ndef f(x): return 3",
+    "the harness patched": "import sys\nfor m in list(sys.modules.values()):\n for n in ('pack', 'unpack', 'run_steps', 'holds', 'pass_rate'):\n  if hasattr(m, n): setattr(m, n, lambda *a: True)\ndef f(x): return 3",
+    "modules replaced": "import sys\nsys.modules['ast'] = sys.modules['json'] = sys.modules['builtins'] = sys\ndef f(x): return 3",
+    "a verdict written": "import os\nfor fd in range(20):\n try: os.write(fd, b'0 [true]\\n0 true\\n0 passed\\n1 [true]\\n')\n except OSError: pass\ndef f(x): return 3",
+    "the frames of the caller": "import sys\ndef f(x):\n seen, todo, frame = set(), [], sys._getframe()\n while frame:\n  todo += [*frame.f_locals.values(), *frame.f_globals.values()]\n  frame = frame.f_back\n while todo and len(seen) < 100_000:\n  v = todo.pop()\n  if id(v) in seen: continue\n  seen.add(id(v))\n  if str(987654322 - 1) in str(v)[:10_000]: return 987654322 - 1\n  if isinstance(v, dict): todo += list(v.values())\n  elif isinstance(v, (list, tuple)): todo += list(v)\n return 3",
+    "all that is in memory": "import gc\ndef f(x):\n return next((o for o in gc.get_objects() if isinstance(o, int) and o == 987654322 - 1), 3)",
+    "its input": "import os, sys\ndef f(x):\n text = sys.stdin.read() + repr(sys.argv) + repr(os.environ)\n return 987654322 - 1 if str(987654322 - 1) in text else 3",
+    "deep recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x): return f(x + 1)",
+    "a deep value": "def f(x):\n a = []\n for _ in range(100_000): a = [a]\n return a",
+    "a value in itself": "def f(x):\n a = []\n a.append(a)\n return a",
+    "a huge value": "def f(x): return list(range(10_000_000))",
+    "a huge number": "def f(x): return 1 << 10_000_000",
+    "an exception without end": "class E(BaseException):\n def __str__(self): raise self\ndef f(x): raise E",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_endless_programs_end(sandbox, name):
+    before = ours()
+    began = time.monotonic()
+    assert run(ENDLESS[name], seconds=HANG) == [None] or name == "infinite results"
+    assert time.monotonic() - began < HANG + 60  # far less, but for a busy machine
+    assert ours() <= before
+
+
+@pytest.fixture
+def caller(tmp_path, monkeypatch):
+    """What belongs to the caller: a listening port, a file, a process id, the environment."""
+    file = tmp_path / "file"
+    file.write_text("secret")
+    monkeypatch.setenv("SECRET_TOKEN", "secret")
+    with socket.socket() as listening, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        datagrams.bind(listening.getsockname())
+        for one in (listening, datagrams):
+            one.settimeout(0.05)
+        names = f"CALLER, CALLER_PID, PORT, HOME = {str(file)!r}, {os.getpid()}, {listening.getsockname()[1]}, {str(Path.home())!r}"
+        yield file, names, listening, datagrams
+
+
+NEEDS = {"files": ("file", "folder", "way up"), "network": ("connection", "datagram"), "processes": ("signal", "kill")}
+
+
+@pytest.mark.parametrize("name", TRIES)
+def test_nothing_is_to_be_had(sandbox, caller, name):
+    if missing := [space for space, words in NEEDS.items() if any(w in name for w in words) and space not in sandbox]:
+        pytest.skip(f"this system separates no {missing}")
+    file, names, listening, datagrams = caller
+    modules = "import os, socket, subprocess, sys, threading, time"
+    before = ours()
+    program = f"{modules}\n{names}\ndef g(x):\n  {TRIES[name]}\ndef f(x):\n try: return g(x)\n except BaseException: return False"
+    assert run(program) in ([False], [None])
+    assert run("def f(x): return x * 21") == [42]  # the caller is well
+    assert ours() <= before and [p.name for p in file.parent.iterdir()] == ["file"] and file.read_text() == "secret"
+    for one, wait in ((listening, listening.accept), (datagrams, lambda: datagrams.recv(1))):
+        with pytest.raises(TimeoutError):
+            wait()
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheats_do_not_pass(sandbox, name, monkeypatch):
+    monkeypatch.setattr(rewards, "SECONDS", 2)
+    problem = {"question": "?", "answer": "def f(x): ...", "imports": "", "setup": ""}
+    problem["tests"] = [f"assert f(2) == {SECRET}", f"assert sorted([f(2), 0]) == [0, {SECRET}]"]
+    terms = rewards.mbpp_reward(f"```python\n{CHEATS[name]}\n```", problem)
+    assert terms["tests"] == 0
+
+
+def test_honest_programs_pass(sandbox):
+    values = [
+        None,
+        True,
+        -3,
+        2.5,
+        10**50,
+        "a\nb\u2028\ud800",
+        b"\xff",
+        1j,
+        [1, [2]],
+        (1,),
+        {1, 2},
+        frozenset("a"),
+        {"a": {1: (2,)}},
+    ]
+    for value in values:
+        assert rewards.unpack(json.loads(json.dumps(rewards.pack(value)))) == value
+        assert type(rewards.unpack(rewards.pack(value))) is type(value)
+    assert run("def f(x):\n open('a', 'w').write('hi')\n return open('a').read()") == ["hi"]
+    assert run("import os\ndef f(x): return os.listdir('.')") == [[]]
+    assert run("import collections\ndef f(x): return collections.Counter('aab')") == [{"a": 2, "b": 1}]
+    assert run("def f(x): return x", "f(1)", "f()", "f(3)") == [1, None, 3]
+    assert run("import math, re, heapq, datetime, itertools, functools, string, decimal\ndef f(x): return x") == [2]
+    assert math.isnan(run("def f(x): return float('nan')")[0])
+
+
+def test_how_tests_are_split(sandbox):
+    """Each kind of assertion, with a program that satisfies it and one that does not."""
+    code = "import math\nclass Pair:\n def __init__(self, a): self.a = a\ndef f(x): return [x, x]\ndef sum(a, b): return a * b"
+    cases = {
+        "assert f(2) == [2, 2]": 1,
+        "assert (f(2)) == ([2, 2]), 'a message'": 1,
+        "assert f(2) != [2, 2]": 0,
+        "assert set(f(2)) == set([2])": 1,
+        "assert not f(2)": 0,
+        "assert f(2)": 1,
+        "assert len(f(2)) == 2 and f(1)[0] == 1": 1,
+        "assert math.isclose(f(2)[0], 2.0000001, rel_tol=0.001)": 1,
+        "assert sum(2, 3) == 6": 1,  # the program's, not the built-in one
+        "assert f(f(1)) == [[1, 1], [1, 1]]": 1,
+        "assert Pair(3).a == 3": 1,
+        "assert f(root) == [7, 7]": 1,
+        "x = f(3)\nassert x == [3, 3]\nassert x[1] is not None": 1,
+        "assert f(1) != f(2)": 1,
+        "assert [f(x) for x in (1, 2)] == [[x] * 2 for x in (1, 2)]": 1,
+        "assert all(f(x)[0] == x for x in [1, 2])": 1,
+        "assert sorted(f(2), key=lambda x: -x) == [2, 2]": 1,
+        "assert f(1) < [1, 2]": 1,
+        "assert str(f(1)) == '[1, 1]'": 1,
+    }
+    for test, passes in cases.items():
+        problem = rewards.check_mbpp(
+            {"text": "?", "code": code, "test_list": [test], "test_setup_code": "root = 7"}, "here"
+        )
+        assert rewards.pass_rate(code, problem) == passes, test
+        assert (
+            rewards.pass_rate("def f(x): return 0\ndef sum(a, b): return 0\nclass Pair: a = 0", problem) == 0
+            or not passes
+        )
+    for test in ("assert 1 == 1", "f(2)", "for x in [1]:\n assert f(x)", "assert f(", ""):
+        with pytest.raises(DataError, match="here: (a test is not|field)"):
+            rewards.check_mbpp({"text": "?", "code": code, "test_list": [test]}, "here")
+
+
+def test_what_is_expected_never_enters_the_sandbox(sandbox, monkeypatch):
+    jobs, run_sandbox = [], rewards.run_sandbox
+    monkeypatch.setattr(rewards, "run_sandbox", lambda job, seconds: jobs.append(job) or run_sandbox(job, seconds))
+    problem = {"question": "?", "answer": "def f(x): ...", "imports": "", "setup": "", "tests": []}
+    problem["tests"] = [
+        f"assert f(5) == {SECRET}",
+        f"assert math.isclose(f(6), {SECRET})",
+        f"assert {{f(7)}} == {{{SECRET}}}",
+    ]
+    problem["imports"] = "import math"
+    assert rewards.pass_rate(f"def f(x): return {SECRET - 1} + 1  # {len(jobs)}", problem) == 1
+    programs = [job for job in jobs if job["program"]]
+    assert len(programs) == 1 and str(SECRET) not in json.dumps(programs) and len(jobs) == 3
+
+
+def test_code_is_found_in_completions():
+    code = "def f(x):\n    return x"
+    found = [
+        f"```python\n{code}\n```",
+        f"Here it is:\n```python\n{code}\n```\nIt works.",
+        f"```\n{code}\n```",
+        f"```py\n{code}\n```",
+        f"```Python\n{code}",
+        code,
+        code.replace("\n", "\r\n"),
+        f"[BEGIN]\n{code}\n[DONE]\nmore",
+        f"<answer>\n{code}\n</answer>",
+        f"{code}\n```\n",
+        f"```python\n{code}\n```\nFor example:\n```python\nprint(f(2))\n```",
+        f"```python\ndef f(x):\n    return 0\n```\nBetter:\n```python\n{code}\n```<|eot_id|>",
+    ]
+    for completion in found:
+        assert rewards.extract_code(completion) == code, completion
+    for completion in (
+        "",
+        "```python\n```",
+        "def f(x:",
+        "I cannot",
+        "```python\nreturn 3\n```",
+        "x",
+        "1 + 1",
+        code + "\0",
+    ):
+        assert rewards.extract_code(completion) is None, completion
+    assert rewards.extract_code("x = 1\n" * 50_000) is None and rewards.extract_code("x = " + "(" * 50_000) is None
+
+
+def test_mbpp_terms_by_hand(sandbox):
+    p = {"question": "?", "answer": "", "imports": "", "setup": "", "tests": ["assert f(1) == 2", "assert f(2) == 3"]}
+    cases = {
+        "```python\ndef f(x): return x + 1\n```": (2.0, 1.0, 1),
+        "def f(x): return x + 1": (2.0, 0.5, 1),
+        "```python\ndef f(x): return 2\n```": (1.0, 1.0, 0),
+        "```python\ndef g(x): return 2\n```": (0.0, 1.0, 0),
+        "```python\ndef f(x) return 2\n```": (0.0, 0.0, 0),
+        "": (0.0, 0.0, 0),
+    }
+    for completion, (tests, form, score) in cases.items():
+        assert rewards.mbpp_reward(completion, p) == {"tests": tests, "format": form}, completion
+        assert rewards.mbpp_score(completion, p) == score
+
+
+def test_code_runs_only_with_permission(monkeypatch):
+    monkeypatch.setattr(rewards, "code_execution_allowed", False)
+    rewards.run_program.cache_clear()
+    with pytest.raises(DataError, match="--allow_code_execution"):
+        run("def f(x): return 4")
+
+
+def test_without_namespaces_the_limits_remain(sandbox, monkeypatch):
+    """What a container that forbids namespaces leaves: no further process, no time, no memory, no big file."""
+    monkeypatch.setattr(rewards, "CLONE_NEWNS", -1)
+    rewards.run_program.cache_clear()
+    monkeypatch.setattr(rewards, "GRACE", 1)
+    if os.geteuid() == 0 and Path("/usr/bin/python3").exists():
+        monkeypatch.setattr(sys, "executable", "/usr/bin/python3")  # one that other users can read
+    try:
+        line = rewards.protections()
+    except DataError as error:
+        pytest.skip(str(error))
+    assert "NOT its own here: files, network, processes" in line
+    before = ours()
+    for name in ("a session of its own", "signals ignored", "a loop"):
+        assert run(ENDLESS[name], seconds=HANG) == [None]
+    for name in ("fork", "a thread", "memory", "a big file", "the environment"):
+        body = f"import os, threading, time\ndef g(x):\n  {TRIES[name]}\ndef f(x):\n try: return g(x)\n except BaseException: return False"
+        assert run(body) in ([False], [None]), name
+    assert run("def f(x): return x * 21") == [42] and ours() <= before
+    rewards.run_program.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------
+# Files of completions
+# ---------------------------------------------------------------------------------------------
+
+
+def scored(tmp_path, capsys, name, rows, *flags, suffix="jsonl"):
+    """The JSON line that scoring a file prints."""
+    file = tmp_path / f"file.{suffix}"
+    file.write_text(json.dumps(rows) if suffix == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    assert rewards.main(["--task", name, "--score", str(file), "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_scoring_by_hand(tmp_path, capsys):
+    rows = [
+        {"prompt": "q", "completion": "5 + 1 = 6\n#### 6", "answer": "#### 6"},
+        {"question": "q", "response": "\\boxed{6}", "ground_truth": 6},
+        {"question": "q", "generations": ["#### 7", "nothing"], "answer": "6.0"},
+    ]
+    figures = {"task": "gsm8k", "n": 4, "accuracy": 0.5, "mean_reward": (3 + 2.5 + 0.5) / 4, "no_answer": 0.25}
+    assert scored(tmp_path, capsys, "gsm8k", rows) == figures
+    assert scored(tmp_path, capsys, "gsm8k", rows, suffix="json") == figures
+    assert scored(tmp_path, capsys, "gsm8k", {"metrics": {"a": 1}, "generations": rows}, suffix="json") == figures
+
+
+P = {
+    "gsm8k": [{"question": "q", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}],
+    "math500": [{"problem": "q", "solution": "So $\\boxed{\\frac{1}{2}}$."}, {"problem": "q", "answer": "3", "solution": "\\boxed{3}"}],
+    "mbpp": [{"text": "q", "code": "def f(x):\r\n  return x", "test_list": ["assert f(1) == 1"], "test_setup_code": "", "challenge_test_list": []},
+             {"prompt": "q", "code": "import math\ndef f(x):\n return math.pi", "test_list": ["assert math.isclose(f(1), 3.14159, rel_tol=1e-3)"], "test_imports": ["import math"]}],
+    "countdown": [{"nums": [3, 8, 5], "target": 6}, {"input": "3,8,5", "output": "6"}, {"question": "Numbers: [3, 8, 5], target: 6"}],
+    "sudoku": [{"Puzzle": "1234341221430000", "Solution": "1234341221434321"}],
+    "zebra": [{"puzzle": "q", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ["2", "Arnold"]]}},
+              {"puzzle": "q", "solution": json.dumps({"House 1": {"Name": "Eric"}, "House 2": {"Name": "Arnold"}})}],
+}  # fmt: skip
+OTHER_NAMES = ("completion", "generations", "response", "model_output")
+
+
+@pytest.mark.parametrize("name", P)
+def test_published_rows_and_their_solutions(name, tmp_path, capsys, sandbox):
+    """Each published spelling of a problem loads; its own solution scores as right, and nonsense does not."""
+    for field, row in itertools.product(OTHER_NAMES, P[name]):
+        problem = rewards.TASKS[name].check(row, "here")
+        solution = problem["answer"] or rewards.TASKS[name].target(problem)
+        solution = row.get("solution", solution) if name == "math500" else solution
+        figures = scored(tmp_path, capsys, name, [row | {field: solution}, row | {field: "I do not know."}])
+        assert (figures["n"], figures["accuracy"], figures["no_answer"]) == (2, 0.5, 0.5)
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in P[name]))
+    assert len(rewards.TASKS[name].load(str(file), "train")) == len(P[name])
+    with pytest.raises(DataError, match="file.jsonl, line 1: "):
+        rewards.score_file(name, str(bad_file(tmp_path)))
+
+
+def bad_file(tmp_path):
+    file = tmp_path / "file.jsonl"
+    file.write_text(json.dumps({"completion": "a"}) + "\n")
+    return file
+
+
+def test_verdicts_of_the_file_are_compared(tmp_path, capsys):
+    file = tmp_path / "file.jsonl"
+    rows = [{"completion": "#### 6", "answer": 6, "correct": c} for c in (True, False, 1, 0)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rewards.main(["--task", "gsm8k", "--score", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy     1.0000" in out and "verdicts: 4, of which 2 differ" in out
+    assert "line 2: the file says wrong, here right; answer '6'" in out and "line 4: the file" in out
+
+
+def test_an_echo_of_the_prompt_is_no_answer(tmp_path, capsys):
+    prompt = "Question: How many? End with #### and the number, such as #### 6."
+    rows = [
+        {"prompt": prompt, "completion": text, "answer": 6}
+        for text in (prompt, prompt + "\n#### 6", prompt + "\n#### 7")
+    ]
+    assert scored(tmp_path, capsys, "gsm8k", rows)["accuracy"] == pytest.approx(1 / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "argv,text,message",
+    [
+        ("--task chess --score FILE", "", "argument --task: invalid choice: 'chess'"),
+        ("--score FILE", "", "--score needs --task"),
+        ("--task gsm8k --json", "", "--json needs --score"),
+        ("--task gsm8k --score none.jsonl", "", "none.jsonl: cannot be read"),
+        ("--task gsm8k --score FILE", "", "file.jsonl: no completions; expected lines"),
+        ("--task gsm8k --score FILE", "{", "file.jsonl, line 1: not JSON"),
+        (
+            "--task gsm8k --score FILE",
+            '{"completion": "a", "answer": 1}\n{"answer": 1}',
+            "file.jsonl, line 2: no completion",
+        ),
+        ("--task gsm8k --score FILE", '{"completion": 3, "answer": 1}', "file.jsonl, line 1: no completion"),
+        ("--task gsm8k --score FILE", '{"completion": "a"}', 'file.jsonl, line 1: field "answer"'),
+        (
+            "--task gsm8k --score FILE",
+            '[{"completion": "a", "answer": 1}, 2]',
+            "file.jsonl, item 2: expected a JSON object",
+        ),
+        (
+            "--task zebra --score FILE",
+            '{"completion": "a", "solution": {"header": ["House", "A"], "rows": [["1", "___"]]}}',
+            "is blank",
+        ),
+        ("--task mbpp --score FILE", "", "--task mbpp runs programs that a model wrote: add --allow_code_execution"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, argv, text, message):
+    monkeypatch.setattr(rewards, "code_execution_allowed", False)
+    file = tmp_path / "file.jsonl"
+    file.write_text(text)
+    assert rewards.main(argv.replace("FILE", str(file)).split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("rewards.py: error: ") and err.count("\n") == 1 and message in err
+
+
+def test_the_table_of_tasks_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr(rewards, "code_execution_allowed", False)
+    assert rewards.main([]) == 0
+    out = capsys.readouterr().out
+    assert (
+        all(f"{name}\n---" in out for name in rewards.TASKS) and "What completions earn where the zebra problem" in out
+    )

@@ -561,10 +561,16 @@ def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
     completion = torch.zeros(2, 9, dtype=torch.bool)
     completion[0, 3:8], completion[1, 5:8] = True, True  # blocks {3, 4}, {5, 6}, {7} and {5, 6}, {7}
     x[0, 3:5], x[:, 5:8] = base.model.mask_id, base.model.mask_id
-    order = upo.Order(lambda state, logits: upo.place(torch.arange(int(state.candidates.sum())), state.candidates), False)
+    order = upo.Order(
+        lambda state, logits: upo.place(torch.arange(int(state.candidates.sum())), state.candidates), False
+    )
     go = lambda rows: upo.unmask(base, m.Batch(x[rows], x[rows] >= 0, completion[rows]), order, cfg, [(0, i) for i in rows], [])  # fmt: skip
     together = go([0, 1])
-    assert together.unmask_step[0, 3:8].tolist() == [1, 0, 3, 2, 4] and together.unmask_step[1, 5:8].tolist() == [1, 0, 2]
+    assert together.unmask_step[0, 3:8].tolist() == [1, 0, 3, 2, 4] and together.unmask_step[1, 5:8].tolist() == [
+        1,
+        0,
+        2,
+    ]
     for i in range(2):
         assert torch.equal(go([i]).batch.x[0], together.batch.x[i])
 
@@ -661,7 +667,7 @@ def test_a_run_leaves_everything_it_is(whole):
     )
     rows = [json.loads(line) for line in (whole / "completions.jsonl").read_text().splitlines()]
     assert len(rows) == 7 * 6
-    problems = rewards.generate_sudoku("test", 6, 1)
+    problems = rewards.TASKS["sudoku"].generate("test", 6, 1)
     for name, figures in results["accuracy"].items():
         of = [row for row in rows if row["method"] == name]
         scores = torch.tensor([row["score"] for row in of])
@@ -805,7 +811,7 @@ def test_a_policy_with_a_damaged_file_is_named(whole, tmp_path, capfd):
 
 
 def csv_file(path, rows=12):
-    lines = [f"{p['question']},{p['answer']}" for p in rewards.generate_sudoku("test", rows, 9)]
+    lines = [f"{p['question']},{p['answer']}" for p in rewards.TASKS["sudoku"].generate("test", rows, 9)]
     path.write_text("\n".join(["Puzzle,Solution", *lines]) + "\n")
     return path
 
@@ -911,3 +917,29 @@ def test_the_picture_is_drawn_from_the_run(whole, tmp_path):
     upo.draw_orders(tmp_path / "order.png", {"upo": cells, "margin": cells})
     upo.draw_orders(tmp_path / "empty.png", {"upo": []})
     assert (tmp_path / "order.png").stat().st_size > 5000 and (whole / "order.png").is_file()
+
+
+@pytest.mark.parametrize("task", list(rewards.TASKS))
+def test_every_task_runs_end_to_end(task, tmp_path, monkeypatch):
+    """Two steps of maskgrpo.py on the tiny base; then, on what it leaves, two of upo.py where the paper has the task."""
+    few = {"train": 300, "validation": 16, "test": 6, "unseen": 6}
+    monkeypatch.setattr(
+        rewards, "generated_splits", lambda row, n, seed: {s: row.generate(s, few[s], seed) for s in few}
+    )
+    monkeypatch.setattr(rewards, "code_execution_allowed", False)
+    monkeypatch.chdir(tmp_path)
+    small = "--base_steps 20 --base_accuracy 1 --max_steps 2 --mu 1 --batch_size 8 --group_size 4 --eval_n 6 --pass_k 0"
+    flags = f"--task {task} {small} --eval_every 0 --sft_batch_size 16 --output_dir grpo".split()
+    if rewards.TASKS[task].runs_code:
+        assert m.cli(flags) == 2
+        flags.append("--allow_code_execution")
+    assert m.cli(flags) == 0
+    lines = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    terms = rewards.TASKS[task].reward("", rewards.TASKS[task].generate("test", 1, 0)[0])
+    assert len(lines) == 2 and all({f"reward/{term}" for term in terms} <= line.keys() for line in lines)
+    if task in ("sudoku", "zebra", "gsm8k", "math500"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        flags = flags_of("upo", task=task, model="grpo", max_steps=2, pass_n=0, eval_every=0)
+        assert upo_cli(flags) == 0
+        results = json.loads((tmp_path / "upo" / "results.json").read_text())
+        assert results["task"] == task and list(results["accuracy"]) == METHODS
