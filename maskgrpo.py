@@ -1535,12 +1535,9 @@ def load_splits(cfg: Config) -> dict[str, list[Problem]]:
 
 def forwards_of(cfg: Config) -> int:
     """Forwards of one rollout that no EOS cuts short."""
-    steps = (
-        cfg.steps
-        if TASKS[cfg.task].codebook
-        else -(-cfg.gen_length // cfg.block_length) * -(-cfg.block_length // cfg.tokens_per_step)
-    )
-    return steps * (2 if cfg.guidance else 1)
+    whole, rest = divmod(cfg.gen_length, cfg.block_length)
+    steps = whole * -(-cfg.block_length // cfg.tokens_per_step) + -(-rest // cfg.tokens_per_step)
+    return (cfg.steps if TASKS[cfg.task].codebook else steps) * (2 if cfg.guidance else 1)
 
 
 def decoding(cfg: Config) -> str:

@@ -988,7 +988,8 @@ def sudoku_base(bpe):
     problems = rewards.TASKS["sudoku"].generate("train", 20, 0)
     tiny = m.tiny_tokenizer([task.messages(p)[-1]["content"] + "\n" + task.target(p) for p in problems])
     model = m.tiny_model(tiny, 0, "sudoku")
-    other = type("", (), dict(tokenizer=bpe, mask_id=bpe.convert_tokens_to_ids("<|mdm_mask|>"), end_id=1, pad_id=0))
+    settings = dict(mask_id=bpe.convert_tokens_to_ids("<|mdm_mask|>"), end_id=1, pad_id=0, codebook=0)
+    other = type("", (), settings | dict(tokenizer=bpe))
     return task, problems, model, other
 
 
