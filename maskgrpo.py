@@ -302,7 +302,7 @@ TINY = dict(
     pad_token_id=None,
     embedded_default=True,
 )
-# What a task changes in it: deeper and narrower is where upo.py's policy finds more in the hidden states.
+# What a task changes in it: narrow, so that upo.py's rollouts are quick.
 TINY_OF = {"sudoku": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=5)}
 
 
@@ -384,18 +384,23 @@ class MaskedDiffusionModel(nn.Module):
         head.register_forward_pre_hook(lambda head, args: (args[0][self.read],))
         self.first_id, self.codebook = 0, 0
         if image:
-            self.first_id, self.codebook = len(tokenizer), getattr(config, "codebook_size", None) or 0
-            self.marks = {word: vocabulary.get(word, i) for word, i in IMAGE_MARKS.items()}
-            last = max(self.first_id + self.codebook - 1, *self.marks.values())
-            if not self.codebook or last >= config.vocab_size:
-                raise UsageError(
-                    f"{config.name_or_path or 'the model'}: draws no images: its config.json has codebook_size "
-                    f"{self.codebook or 'missing'}, its tokenizer {self.first_id} tokens, its embedding "
-                    f"{config.vocab_size}; --task t2i needs MMaDA or the tiny default"
-                )
-            self.pad_id = self.marks["<|pad|>"]
-            codes = slice(self.first_id, self.first_id + self.codebook)
-            head.forward = lambda h: nn.functional.linear(h, head.weight[codes])
+            self.predict_codes(head)
+
+    def predict_codes(self, head: nn.Module) -> None:
+        """Narrow the vocabulary head to the image's codes; UsageError for a model that draws no images."""
+        config, vocabulary = self.hf.config, self.tokenizer.get_vocab()
+        self.first_id, self.codebook = len(self.tokenizer), getattr(config, "codebook_size", None) or 0
+        self.marks = {word: vocabulary.get(word, i) for word, i in IMAGE_MARKS.items()}
+        last = max(self.first_id + self.codebook - 1, *self.marks.values())
+        if not self.codebook or last >= config.vocab_size:
+            raise UsageError(
+                f"{config.name_or_path or 'the model'}: draws no images: its config.json has codebook_size "
+                f"{self.codebook or 'missing'}, its tokenizer {self.first_id} tokens, its embedding "
+                f"{config.vocab_size}; --task t2i needs MMaDA or the tiny default"
+            )
+        self.pad_id = self.marks["<|pad|>"]
+        codes = slice(self.first_id, self.first_id + self.codebook)
+        head.forward = lambda h: nn.functional.linear(h, head.weight[codes])
 
     def forward(self, x: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True.

@@ -26,7 +26,7 @@ Departures from the authors' code
  4. Left padding is attended to by no one, so an action does not depend on the batch it was taken in.
  5. Everything on trajectories stays in log space and float32; no product of probabilities is formed.
  6. The head is the paper's 134M one; `--head block` copies the base's last block, as their code does. A base
-    with rotary positions has no absolute ones in its hidden states: the head's layer adds sines and cosines.
+    with rotary positions has no absolute ones in its hidden states: the head's layer adds them (`sinusoids`).
  7. Log-probabilities of positions are taken at the temperature that positions are sampled at.
  8. --steps_per_update draws its steps stratified over the trajectory, with known inclusion probability.
 
