@@ -987,7 +987,7 @@ def inside() -> str:
 def inside_source() -> str:
     return "\n".join(
         inspect.getsource(function)
-        for function in (sandboxed, run_steps, pack, unpack, confine, change_root, keep_time, limit_resources)
+        for function in (sandboxed, run_steps, pack, unpack, confine, become, change_root, keep_importing, keep_time, limit_resources)
     )
 
 
@@ -1018,8 +1018,8 @@ def protections() -> str:
     active, _ = run_sandbox({"imports": "", "program": "", "setup": "", "tests": [], "seconds": SECONDS}, SECONDS)
     if active is None:
         raise DataError(
-            "programs cannot be run here: the sandbox needs Linux or macOS and, where it is root without namespaces, "
-            f"a Python that other users may read ({sys.base_prefix})"
+            "programs cannot be run here: the sandbox needs Linux or macOS and, where it is root, the right to become "
+            "another user; run as a user who is not root"
         )
     without = [name for name in ("files", "network", "processes", "users") if name not in active]
     apart = f"; its own {', '.join(active)}" * bool(active) + f"; NOT its own here: {', '.join(without)}" * bool(
@@ -1109,7 +1109,7 @@ def confine(seconds: float) -> list[str]:
     """Take everything from this process but the interpreter and an empty directory; the names of what is separated.
 
     Namespaces need root or unprivileged user namespaces; root then changes to a user that nobody else is. Without
-    either, the limits remain, among them that no further process can be started.
+    namespaces the limits remain, among them that no further process can be started: where one can be, this ends.
     """
     libc, active = ctypes.CDLL(None, use_errno=True), []
     outside, group, user = os.geteuid(), os.getegid(), 1_500_000_000 + os.getpid()  # a user for this process alone
@@ -1122,23 +1122,38 @@ def confine(seconds: float) -> list[str]:
                     file.write(text)
         active += ["network", "processes"] + ["files"] * change_root(libc, os.getcwd())
         keep_time(seconds)
-    try:
-        if outside == 0:
-            os.chown(".", user, user)
-            os.setgroups([])
-            os.setresgid(user, user, user)
-            os.setresuid(user, user, user)
-            active.append("users")
-        elif active:
-            header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-            active += ["users"] * (libc.capset(header, none) == 0)
-    except OSError:  # a container without such users
-        pass
+    if outside == 0:
+        if "files" not in active:
+            keep_importing()
+        active += ["users"] * become(user)
+    if "users" not in active and active:
+        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        active += ["users"] * (libc.capset(header, none) == 0)
     limit_resources(seconds)
     if hasattr(libc, "prctl"):
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    return sorted(active)
+    try:
+        child = os.fork()
+    except OSError:
+        return sorted(active)
+    if child:
+        os.waitpid(child, 0)
+    os._exit(1)  # a root that stays root starts others whatever its limits
+
+
+def become(user: int) -> bool:
+    """Change from root to a user, with the current directory; False where the system has none such."""
+    for one in (user, 60_000 + user % 5_000):  # the second, where a container knows 65,536 of them
+        try:
+            os.setgroups([])
+            os.chown(".", one, one)
+            os.setresgid(one, one, one)
+            os.setresuid(one, one, one)
+            return True
+        except OSError:
+            pass
+    return False
 
 
 def change_root(libc: ctypes.CDLL, box: str) -> bool:
@@ -1167,6 +1182,19 @@ def change_root(libc: ctypes.CDLL, box: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def keep_importing() -> None:
+    """Reach the interpreter's modules through open directories: the way to them, as in root's home or in a directory
+    of mkdtemp, may be closed to the user that this process becomes."""
+    folders = [path for path in sys.path if os.path.isdir(path)] if os.path.isdir("/proc/self/fd") else []
+    opened = {path: f"/proc/self/fd/{os.open(path, os.O_RDONLY)}" for path in folders}
+    sys.path[:] = [opened.get(path, path) for path in sys.path]
+    for module in list(sys.modules.values()):
+        for i, path in enumerate(folder := getattr(module, "__path__", [])):
+            for start in opened:
+                if path.startswith(start + "/"):
+                    folder[i] = opened[start] + path[len(start) :]
 
 
 def keep_time(seconds: float) -> None:

@@ -742,6 +742,8 @@ HANG = 1.5  # seconds that a hanging program is given
 def sandbox(monkeypatch):
     monkeypatch.setattr(rewards, "code_execution_allowed", True)
     active, _ = rewards.run_sandbox({"imports": "", "program": "", "setup": "", "tests": [], "seconds": 5}, 5)
+    if active is None:
+        rewards.protections()  # says why, as an error
     return active
 
 
@@ -1024,20 +1026,15 @@ def test_without_namespaces_the_limits_remain(sandbox, monkeypatch):
     monkeypatch.setattr(rewards, "CLONE_NEWNS", -1)
     rewards.run_program.cache_clear()
     monkeypatch.setattr(rewards, "GRACE", 1)
-    if os.geteuid() == 0 and Path("/usr/bin/python3").exists():
-        monkeypatch.setattr(sys, "executable", "/usr/bin/python3")  # one that other users can read
-    try:
-        line = rewards.protections()
-    except DataError as error:
-        pytest.skip(str(error))
-    assert "NOT its own here: files, network, processes" in line
+    assert "NOT its own here: files, network, processes" in rewards.protections()
     before = ours()
     for name in ("a session of its own", "signals ignored", "a loop"):
         assert run(ENDLESS[name], seconds=HANG) == [None]
     for name in ("fork", "a thread", "memory", "a big file", "the environment"):
         body = f"import os, threading, time\ndef g(x):\n  {TRIES[name]}\ndef f(x):\n try: return g(x)\n except BaseException: return False"
         assert run(body) in ([False], [None]), name
-    assert run("def f(x): return x * 21") == [42] and ours() <= before
+    late = "def f(x):\n import collections, csv, decimal, email.message, encodings.cp437, statistics\n return x * 21"
+    assert run(late) == [42] and ours() <= before  # modules are found even where this user may not look
     rewards.run_program.cache_clear()
 
 
