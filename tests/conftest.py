@@ -157,6 +157,10 @@ def dream(tmp_path_factory, bpe) -> Path:
     return dream_checkpoint(tmp_path_factory.mktemp("dream") / "dream", bpe)
 
 
+# `--cpu --num_processes 2` would start one process (accelerate issue 2741); this starts two, with gloo
+LAUNCH_2 = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
+
+
 @pytest.fixture
 def start():
     """start(*argv, launch=(), **env) -> a running `maskgrpo.py` (or file=), by python or by `accelerate launch LAUNCH`."""

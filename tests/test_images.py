@@ -190,6 +190,44 @@ def test_log_probabilities_are_over_codes(tiny):
     torch.testing.assert_close(total, torch.ones(64))
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_guidance_in_a_rollout(tiny, scale):
+    """One step of emerge draws every code from softmax(l_u + (1 + scale)(l_c - l_u)); 4,096 codes, by chi-square."""
+    generator = torch.Generator().manual_seed(0)
+    with_prompt, without = torch.randn(2, 65, generator=generator) / 2
+    empty = torch.tensor(m.image_prompt(tiny, ""))
+
+    def model(x, attention, positions):
+        prompted = torch.tensor([not torch.equal(row[there][: len(empty)], empty) for row, there in zip(x, attention)])
+        logits = torch.where(prompted[:, None], with_prompt, without)  # (B, 65)
+        return logits[:, None].expand(*positions.shape, 65)[positions]
+
+    cfg = m.Config(task="t2i", sampler="emerge", steps=1, gen_length=65, guidance=scale)
+    task = rewards.TASKS["t2i"]
+    run = SimpleNamespace(cfg=cfg, task=task, device="cpu", everyone=lambda ok: ok, leave_if_stopped=lambda: None)
+    problems = rewards.TASKS["t2i"].generate("train", 64, 0)
+    done, *_ = m.roll_out(run, model, tiny, problems, [(0, i) for i in range(64)], 1.0)
+    counts = torch.bincount(done.x[done.completion] - tiny.first_id, minlength=65)
+    expected = 4096 * (without + (1 + scale) * (with_prompt - without)).softmax(0)
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert counts.sum() == 4096 and chi_square < 120  # 64 degrees of freedom: beyond it with probability 2e-5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_prompt_dropout_leaves_out_that_share_of_prompts(tiny, monkeypatch, share):
+    seen, make_batch = [], m.make_batch
+    monkeypatch.setattr(m, "make_batch", lambda base, prompts, *rest: seen.extend(prompts) or make_batch(base, prompts, *rest))
+    cfg = m.Config(task="t2i", prompt_dropout=share, sft_batch_size=64, sft_lr=1e-3)
+    run = SimpleNamespace(cfg=cfg, task=rewards.TASKS["t2i"], device="cpu", world=1, rank=0, everyone=lambda ok: ok)
+    run.accelerator = SimpleNamespace(backward=lambda loss: None, clip_grad_norm_=lambda *a: None)
+    optimizer = SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda: None)
+    lesson = m.encode_targets(tiny, run.task, [{"question": "a photo of a circle", "answer": "0 " * 64}] * 64, 65)
+    for step in range(10):
+        m.elbo_step(run, tiny, tiny, optimizer, lesson, step)
+    without = sum(ids == m.image_prompt(tiny, "") for ids in seen)
+    assert len(seen) == 640 and abs(without - 640 * share) <= 4 * (640 * share * (1 - share)) ** 0.5
+
+
 # ---------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, llada_checkpoint, wait_for, write_checkpoint
+from conftest import LAUNCH_2, ROOT, llada_checkpoint, wait_for, write_checkpoint
 from torch import nn
 
 import maskgrpo as m
@@ -621,10 +621,6 @@ def assert_close(one, two, atol=1e-5):
         torch.testing.assert_close(
             one[name], two[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
         )
-
-
-# `--cpu --num_processes 2` would start one process (accelerate issue 2741); this starts two, with gloo
-LAUNCH_2 = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
 
 
 @pytest.mark.parametrize("lora", [0, 4])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import llada_checkpoint
+from conftest import LAUNCH_2, llada_checkpoint
 from safetensors.torch import save_file
 
 import maskgrpo as m
@@ -522,9 +522,12 @@ def test_prompts_of_geneval(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
+RUN = ("--task", "t2i", "--eval_every", 0, "--steps", 2, "--mu", 2)
+
+
 def run(*flags):
     AcceleratorState._reset_state(reset_partial_state=True)
-    return m.cli([*map(str, ("--task", "t2i", "--eval_every", 0, "--steps", 2, "--mu", 2, *flags))])
+    return m.cli([*map(str, (*RUN, *flags))])
 
 
 def test_mmada_from_prompts_to_pixels_to_rewards(bpe, clip, server, tmp_path):
@@ -580,6 +583,27 @@ def test_a_scorer_that_fails_leaves_a_run_that_goes_on(server, tmp_path, monkeyp
     flags[-1] = tmp_path / "whole"
     assert run(*flags) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("method", ["maskgrpo", "truncation"])
+def test_two_processes_draw_and_learn_what_one_does(server, tmp_path, monkeypatch, script, method):
+    """The same images before and after, the same metrics; both samplers, guided; the pixels' brightness is the reward."""
+    monkeypatch.chdir(tmp_path)
+    base = ["--base_steps", 5, "--base_accuracy", 1, "--max_steps", 1, "--eval_n", 2, "--batch_size", 8]
+    assert run(*base, "--output_dir", tmp_path / "base") == 0
+    flags = ["--model", tmp_path / "base", "--rewards", f"{server.url}good=1", "--method", method, "--guidance", 1]
+    flags += ["--eval_n", 6, "--max_steps", 3, "--lr", 1e-3, "--warmup", 0]
+    assert run(*flags, "--batch_size", 16, "--output_dir", tmp_path / "one") == 0
+    code, out, err = script(*RUN, *flags, "--batch_size", 8, "--output_dir", tmp_path / "two", launch=LAUNCH_2)
+    assert code == 0 and "2 processes" in out, out + err
+    one, two = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
+    for a, b in zip(map(json.loads, one), map(json.loads, two), strict=True):
+        assert a["grad_norm"] > 0.01 and a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], abs=1e-4) for k in a)
+    for phase in ("before", "after"):
+        one, two = ((tmp_path / name / f"completions_{phase}.jsonl").read_text().splitlines() for name in ("one", "two"))
+        assert [json.loads(row)["completion"] for row in one] == [json.loads(row)["completion"] for row in two]
+    before, after = ((tmp_path / "one" / f"completions_{phase}.jsonl").read_text() for phase in ("before", "after"))
+    assert before != after
 
 
 def test_prompts_that_the_tiny_model_cannot_read_are_named(tmp_path, capfd):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import wait_for
+from conftest import LAUNCH_2, wait_for
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -734,9 +734,6 @@ def test_a_signal_saves_and_leaves(tiny_base, whole, tmp_path, start):
     assert process.returncode == 128 + signal.SIGTERM and "--resume" in out, out + err
     assert upo_cli(["--resume", "--output_dir", tmp_path / "run"]) == 0
     same_run(whole, tmp_path / "run")
-
-
-LAUNCH_2 = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
 
 
 def test_two_processes_equal_one(tiny_base, tmp_path, script):
