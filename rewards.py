@@ -987,7 +987,18 @@ def inside() -> str:
 def inside_source() -> str:
     return "\n".join(
         inspect.getsource(function)
-        for function in (sandboxed, run_steps, pack, unpack, confine, become, change_root, keep_importing, keep_time, limit_resources)
+        for function in (
+            sandboxed,
+            run_steps,
+            pack,
+            unpack,
+            confine,
+            become,
+            change_root,
+            keep_importing,
+            keep_time,
+            limit_resources,
+        )
     )
 
 

@@ -60,6 +60,7 @@ from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rewards
 from emerge_sampler import draw, exponential_noise, through_eos
@@ -172,10 +173,10 @@ class Config:
     weight_decay: float = option("AdamW weight decay", paper=0.1, tiny=0.0)
     max_grad_norm: float = option("gradient norm is clipped to this", paper=0.2, tiny=1.0, within="(0, inf)")
     # evaluation
-    eval_n: int = option("held-out problems of the table, 0: all", paper=0, tiny=3000)
+    eval_n: int = option("held-out problems of the table, 0: all", paper=0, tiny=4000)
     eval_every: int = option("steps between looks at 256 validation problems, 0: never", paper=250, tiny=50)
     eval_batch_size: int = option(
-        "trajectories per process and batch of evaluation", paper=32, tiny=256, within="[1, inf)"
+        "trajectories per process and batch of evaluation", paper=32, tiny=1024, within="[1, inf)"
     )
     pass_n: int = option("held-out problems for pass@N of random and top-K orders, 0: none", paper=0, tiny=200)
 
@@ -302,17 +303,29 @@ class UnmaskingPolicy(nn.Module):
         h = F.layer_norm(hidden.float(), hidden.shape[-1:])
         position = (attention.cumsum(1) - 1).clamp(min=0)  # counted from the first token behind the padding
         if self.block is None:
-            h = self.layer(h + sinusoids(position, h.shape[-1]), src_key_padding_mask=~attention)
+            h = self.at_allowed(h + sinusoids(position, h.shape[-1]), attention, allowed)
         else:
             h = self.block(inputs_embeds=hidden.float(), attention_mask=attention.long(), position_ids=position)[0]
-            h = F.layer_norm(h.float(), h.shape[-1:])
-        flags = torch.stack([candidates, masked], dim=-1)  # in the current block?, masked?
+            h = F.layer_norm(h[allowed].float(), h.shape[-1:])
+        flags = torch.stack([candidates, masked], dim=-1)[allowed]  # in the current block?, masked?
         with torch.autocast(h.device.type, enabled=False):  # a score in bf16 would move rho by 1%
-            scores = self.mlp(torch.cat([h.float(), flags, top], dim=-1)[allowed])[:, 0]
+            scores = self.mlp(torch.cat([h.float(), flags, top[allowed]], dim=-1))[:, 0]
         log_g = torch.full(allowed.shape, -torch.inf, device=scores.device).masked_scatter(
             allowed, scores / temperature
         )
         return log_g.log_softmax(1)  # softmax over the candidates only
+
+    def at_allowed(self, h: Tensor, attention: Tensor, allowed: Tensor) -> Tensor:
+        """The layer's output where g is not 0, (S, D) row-major: all others are keys and values and nothing more."""
+        first = allowed.long().argsort(dim=1, descending=True, stable=True)[:, : int(allowed.sum(1).max())]
+        here = first[..., None].expand(-1, -1, h.shape[-1])  # each row's allowed positions, then some others
+        layer, normed = self.layer, self.layer.norm1(h)
+        # on a CPU PyTorch's fused attention is slower than its plain one for sequences this short
+        with sdpa_kernel(SDPBackend.MATH) if h.device.type == "cpu" else contextlib.nullcontext():
+            queries = normed.gather(1, here)
+            attended, _ = layer.self_attn(queries, normed, normed, key_padding_mask=~attention, need_weights=False)
+        x = (h.gather(1, here) + attended)[allowed.gather(1, first)]
+        return x + layer.linear2(F.gelu(layer.linear1(layer.norm2(x))))
 
 
 def last_block(model: MaskedDiffusionModel) -> nn.Module:

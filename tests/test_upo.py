@@ -438,6 +438,25 @@ def test_the_head_has_the_papers_size():
     assert round((layer + mlp) / 8_015_581_184, 3) == 0.017  # of LLaDA-8B
 
 
+def test_the_layer_where_it_is_needed_is_pytorchs_layer_everywhere():
+    """Against nn.TransformerEncoderLayer on the whole sequence: values, and gradients of parameters and input."""
+    generator = torch.Generator().manual_seed(0)
+    policy = upo.UnmaskingPolicy(16, heads=4)
+    attention = torch.ones(6, 9, dtype=torch.bool)
+    attention[:3, :2] = False
+    allowed = attention & (torch.rand(6, 9, generator=generator) < 0.4)
+    allowed[4] = False  # a row without any; others have 1 to 6
+    assert allowed.sum(1).tolist() != sorted(allowed.sum(1).tolist())
+    weight, grads = torch.randn(int(allowed.sum()), 16, generator=generator), []
+    h = torch.randn(6, 9, 16, generator=generator, requires_grad=True)
+    outputs = [policy.at_allowed(h, attention, allowed), policy.layer(h, src_key_padding_mask=~attention)[allowed]]
+    torch.testing.assert_close(*outputs, atol=1e-6, rtol=1e-5)
+    for output in outputs:
+        grads.append(torch.autograd.grad((output * weight).sum(), [h, *policy.layer.parameters()]))
+    for one, two in zip(*grads):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
 def config_for(path, **values) -> upo.Config:
     flags = [
         "--model",
