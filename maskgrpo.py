@@ -118,7 +118,7 @@ IMAGE_METHODS = {
 TASK_SETTINGS = {
     "gsm8k": dict(topk=(None, 3)),  # its tiny blocks have 4 tokens
     "math500": dict(topk=(None, 3), base_accuracy=(None, 0.1)),
-    "mbpp": dict(topk=(None, 3)),
+    "mbpp": dict(topk=(None, 3), max_steps=(None, 80)),  # programs take time to run
     "countdown": dict(topk=(None, 3), base_accuracy=(None, 0.12)),
     # "accuracy" is the share of right entries, a third by chance
     "zebra": dict(topk=(None, 3), base_accuracy=(None, 0.4)),

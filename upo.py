@@ -917,8 +917,8 @@ def draw_orders(path: Path, pictures: dict[str, list[list[Cell]]]) -> None:
         for r, line in enumerate(lines):
             for c, cell in enumerate(line):
                 given, wrong = cell.step < 0, cell.right is False
-                face = "0.92" if given else colormaps["viridis"](0.25 + 0.7 * cell.step / last)
-                edge = dict(edgecolor="tab:red", linewidth=3) if wrong else dict(edgecolor="white", linewidth=1)
+                face = "0.92" if given else colormaps["YlGnBu"](0.05 + 0.45 * cell.step / last)
+                edge = dict(edgecolor="tab:red", linewidth=2.5, zorder=2) if wrong else dict(edgecolor="white")
                 axes.add_patch(Rectangle((c + 0.03, r + 0.03), 0.94, 0.94, facecolor=face, **edge))
                 size = min(15, 60 / max(len(cell.text), 1))
                 axes.text(c + 0.5, r + 0.42, cell.text, ha="center", va="center", fontsize=size, parse_math=False)
