@@ -585,13 +585,12 @@ def test_a_scorer_that_fails_leaves_a_run_that_goes_on(server, tmp_path, monkeyp
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("method", ["maskgrpo", "truncation"])
-def test_two_processes_draw_and_learn_what_one_does(server, tmp_path, monkeypatch, script, method):
-    """The same images before and after, the same metrics; both samplers, guided; the pixels' brightness is the reward."""
+def test_two_processes_draw_and_learn_what_one_does(server, tmp_path, monkeypatch, script):
+    """The same images before and after, the same metrics; guided; the pixels' brightness is the reward."""
     monkeypatch.chdir(tmp_path)
     base = ["--base_steps", 5, "--base_accuracy", 1, "--max_steps", 1, "--eval_n", 2, "--batch_size", 8]
     assert run(*base, "--output_dir", tmp_path / "base") == 0
-    flags = ["--model", tmp_path / "base", "--rewards", f"{server.url}good=1", "--method", method, "--guidance", 1]
+    flags = ["--model", tmp_path / "base", "--rewards", f"{server.url}good=1", "--guidance", 1]
     flags += ["--eval_n", 6, "--max_steps", 3, "--lr", 1e-3, "--warmup", 0]
     assert run(*flags, "--batch_size", 16, "--output_dir", tmp_path / "one") == 0
     code, out, err = script(*RUN, *flags, "--batch_size", 8, "--output_dir", tmp_path / "two", launch=LAUNCH_2)
