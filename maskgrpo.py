@@ -476,7 +476,9 @@ def resolve(path: str) -> tuple[str, str | None]:
     """(base model, adapter or None) of a hub id, a model directory, an adapter directory or a run directory."""
     inner = Path(path) / "model"
     path = str(inner) if inner.is_dir() else path
-    if not Path(path).is_dir() and (Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1):
+    if not Path(path).is_dir() and (
+        Path(path).exists() or path.startswith(("/", ".", "~", "runs/")) or path.count("/") > 1
+    ):
         raise UsageError(f"--model {path}: not a directory, and not a hub id either (those read OWNER/NAME)")
     adapter = Path(path) / "adapter_config.json"
     if not adapter.is_file():
@@ -1530,6 +1532,8 @@ def open_run(cfg: Config) -> None:
 
 def load_splits(cfg: Config) -> dict[str, list[Problem]]:
     """train, validation, test and unseen problems; unseen is empty for published data."""
+    if cfg.model:
+        resolve(cfg.model)  # a mistyped path, before anything is downloaded
     if cfg.data == "generated" or (cfg.data is None and is_tiny(cfg.model)):
         return rewards.generated_splits(TASKS[cfg.task], cfg.eval_n or 1000, cfg.seed)
     splits = rewards.published_splits(TASKS[cfg.task], cfg.data, cfg.eval_data, cfg.eval_n)

@@ -92,7 +92,6 @@ from maskgrpo import (
     save_checkpoint,
     say_settings,
     shuffled,
-    start_of,
     texts_of,
     write_atomically,
 )
@@ -625,28 +624,35 @@ class Trainer(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-def step_weights(cfg: Config, keys: list[tuple]) -> Tensor:
-    """(B, gen_length) float32: 1 / the chance that a step is in an update, 0 where it is not; one key per row.
+def step_weights(cfg: Config, most: list[int], keys: list[tuple]) -> Tensor:
+    """(B, max of most) float32: 1 / the chance that a step is in an update, 0 where it is not. most: the positions of
+    each row, which are its steps unless EOS comes first; one key per row.
 
     All steps, or with --steps_per_update the first one and, of every `stride` that follow, one at random:
     stratified like this the chance is 1 / stride exactly, however long the trajectory turns out to be. All
     passes over a rollout share the draw, so that the features of no other step need be kept.
     """
-    stride = stride_of(cfg)
-    windows = -(-(cfg.gen_length - 1) // stride)
-    offsets = torch.stack([torch.randint(stride, (windows,), generator=seeded(*key)) for key in keys])
-    drawn = (offsets[..., None] == torch.arange(stride)).flatten(1)[:, : cfg.gen_length - 1]
-    return F.pad(drawn.float() * stride, (1, 0), value=1.0)
+    rows = []
+    for steps, key in zip(most, keys, strict=True):
+        row, stride = torch.ones(steps), stride_of(cfg, steps)
+        if stride > 1:
+            offsets = torch.randint(stride, (-(-(steps - 1) // stride),), generator=seeded(*key))
+            row[1:] = stride * (offsets[:, None] == torch.arange(stride)).flatten()[: steps - 1]
+        rows.append(row)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def stride_of(cfg: Config) -> int:
-    """One step in `stride` is in an update."""
-    return -(-cfg.gen_length // cfg.steps_per_update) if cfg.steps_per_update else 1
+def stride_of(cfg: Config, most: int) -> int:
+    """One step in `stride` is in an update, of a trajectory of at most `most`."""
+    return max(1, -(-most // cfg.steps_per_update)) if cfg.steps_per_update else 1
 
 
-def complete(run: Run, base: FrozenBase, problems: list[Problem], order: Order, keys, weights=None):
-    """(Trajectories of one completion per problem, its text)."""
-    ends, batch = ends_of(base.model, run.task), open_batch(run, base.model, problems)
+def complete(run: Run, base: FrozenBase, problems: list[Problem], order: Order, keys, for_updates: bool = False):
+    """(Trajectories of one completion per problem, its text); for_updates: with what their steps need of them."""
+    ends, batch, weights = ends_of(base.model, run.task), open_batch(run, base.model, problems), None
+    if for_updates:
+        most = batch.completion.sum(1).tolist()
+        weights = step_weights(run.cfg, most, [(*key, SUBSET) for key in keys]).to(run.device)
     e = unmask(base, batch, order, run.cfg, keys, ends, weights)
     shown = through_eos(e.batch.x, batch.completion, ends)
     return e, texts_of(base.model, e.batch, shown, run.cfg.gen_length)
@@ -661,8 +667,7 @@ def collect(t: Trainer, train: list[Problem], step: int, order: Order, use: int)
     problems = [train[i] for i in chosen for _ in range(g)]
     with run.clock("rollout"):
         keys = [(cfg.seed, use, step, first + i, k) for i in range(groups) for k in range(g)]
-        weights = step_weights(cfg, [(*key, SUBSET) for key in keys]).to(run.device)
-        e, texts = complete(run, t.base, problems, order, keys, weights)
+        e, texts = complete(run, t.base, problems, order, keys, for_updates=True)
         reward = torch.tensor([sum(run.task.reward(*pair).values()) for pair in zip(texts, problems)])
     metrics = {"reward": reward.mean().item(), "group_reward_std": reward.view(-1, g).std(1).mean().item()}
     metrics |= {"entropy": e.entropy.mean().item(), "steps": e.length.float().mean().item()}
@@ -969,7 +974,7 @@ def load_policy(run: Run, base: FrozenBase) -> UnmaskingPolicy:
         raise UsageError(f"--policy {run.cfg.policy}: made for bases of width {width}, this one has {base.width}")
     policy = new_policy(run.cfg, base, run.device)
     try:
-        policy.load_state_dict(load_file(path / "model.safetensors", device=str(run.device)))
+        policy.load_state_dict(load_file(path / "model.safetensors"))
     except (RuntimeError, SafetensorError, OSError) as error:
         raise UsageError(f"--policy {path}: cannot be loaded: {first_line(error)}") from None
     return policy
@@ -997,6 +1002,8 @@ def with_policy(argv: list[str]) -> list[str]:
     flags = {name: saved[name] for name in names if saved[name] is not None} | {"model": given.model or saved["base"]}
     if file := given.eval_data or (given.data if given.data != "generated" else None):
         flags |= {"eval_data": file, "eval_n": 0}  # all of it, unless the flags behind these say how many
+    elif given.data == "generated":
+        flags.pop("eval_data", None)
     spelled = lambda name, value: (
         [f"--{'' if value else 'no-'}{name}"] if type(value) is bool else [f"--{name}", str(value)]
     )
@@ -1043,17 +1050,18 @@ def describe(run: Run, source: dict[str, str], data: dict) -> None:
     say_settings(run, source)
 
 
-def memory_of(run: Run, base: FrozenBase, policy: nn.Module, problem: Problem) -> str:
+def memory_of(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Problem]) -> str:
     """What the head is, and what a trajectory's features weigh: its kept steps, W positions each, of D numbers in the
     base's precision, 8 probabilities and a reference in float32, 4 flags. LLaDA-8B, 256 steps of 512 positions in
     bf16: 1.0 GiB, and an eighth of it with --steps_per_update 32."""
-    cfg, batch = run.cfg, open_batch(run, base.model, [problem])
-    steps = 1 + -(-(int(batch.completion.sum()) - 1) // stride_of(cfg))
+    cfg, batch = run.cfg, open_batch(run, base.model, problems[:256])
+    most = int(batch.completion.sum(1).max())
+    steps = 1 + -(-(most - 1) // stride_of(cfg, most))
     size = steps * batch.x.shape[1] * (base.width * (2 if cfg.bf16 else 4) + 4 * TOP + 4 + 4)
     mine, all_of_base = (sum(p.numel() for p in module.parameters()) for module in (policy, base.model))
     return (
         f"{mine / 1e6:.2f}M parameters train, the base has {all_of_base / 1e6:.2f}M; features of a trajectory: {steps} "
-        f"steps x {batch.x.shape[1]} positions, {size / 2**20:.2f} MiB; of a rollout at most "
+        f"steps x {batch.x.shape[1]} positions, {size / 2**20:.2f} MiB; of a rollout up to "
         f"{size * cfg.batch_size / 2**20:.0f} MiB"
     )
 
@@ -1114,19 +1122,21 @@ def splits_of(cfg: Config) -> dict[str, list[Problem]]:
     return {"train": [], "validation": [], "test": test, "unseen": []}
 
 
-def check_blanks(run: Run, base: FrozenBase, problems: list[Problem]) -> None:
-    """Raise UsageError where K is larger than any number of masked positions."""
-    most = max(start_of(base.model, run.task, p, run.cfg.gen_length).count(base.model.mask_id) for p in problems[:256])
-    if run.cfg.ref == "topk" and run.cfg.topk > most:
-        raise UsageError(f"--topk {run.cfg.topk}: at most {most} positions of a {run.cfg.task} problem are masked")
+def check_blanks(cfg: Config, problems: list[Problem]) -> None:
+    """Raise UsageError where K is larger than any number of blanks."""
+    task = TASKS[cfg.task]
+    if cfg.ref != "topk" or task.blanks is None or not problems:
+        return
+    most = max(sum(a != b for a, b in zip(task.blanks(p), task.target(p), strict=True)) for p in problems)
+    if cfg.topk > most:
+        raise UsageError(f"--topk {cfg.topk}: at most {most} positions of a {cfg.task} problem are masked")
 
 
 def trained_policy(run: Run, base: FrozenBase, base_name: str, data: dict) -> UnmaskingPolicy:
     """The policy after training, from the last checkpoint on if the run goes on; saved."""
     cfg, accelerator = run.cfg, run.accelerator
-    check_blanks(run, base, data["train"])
     policy = new_policy(cfg, base, run.device)
-    run.say("memory    " + memory_of(run, base, policy, data["train"][0]))
+    run.say("memory    " + memory_of(run, base, policy, data["train"]))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=BETAS, weight_decay=cfg.weight_decay)
     accelerator.gradient_accumulation_steps = 1
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
@@ -1148,6 +1158,7 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UsageError(f"accelerate: {accelerator.distributed_type.value} is not supported; use MULTI_GPU (DDP)")
     data = splits_of(cfg)
+    check_blanks(cfg, data["train"])
     if accelerator.is_main_process:
         open_run(cfg)
     accelerator.wait_for_everyone()

@@ -272,7 +272,7 @@ def test_steps_left_out_change_no_expectation():
     weigh = lambda e: upo.upo_loss(log_policy(theta)[e.state], e, advantages, ref="none", clip=0.2, beta=0.0).loss
     kl = lambda e: upo.kl_gradient(log_policy(theta)[e.state][e.at, e.action], e.log_old, e.log_ratio, e.weight, e.row)
     cfg = tabular_config(steps_per_update=2)
-    draws = {tuple(upo.step_weights(cfg, [(0, k)])[0].tolist()) for k in range(40)}
+    draws = {tuple(upo.step_weights(cfg, [3], [(0, k)])[0].tolist()) for k in range(40)}
     assert draws == {(1, 2, 0), (1, 0, 2)}
     parts = []
     for draw in draws:
@@ -284,7 +284,10 @@ def test_steps_left_out_change_no_expectation():
         mean = sum(gradient(quantity(part), theta) for part in parts) / len(parts)
         assert torch.allclose(mean, gradient(quantity(e), theta), atol=1e-6)
         assert not torch.allclose(gradient(quantity(parts[0]), theta), mean, atol=1e-4)
-    shares = upo.step_weights(tabular_config(steps_per_update=2), [(0, k) for k in range(4000)]).mean(0)
+    # a row's stride follows from its own positions: of 3, 2 steps on average; of 2 and of 1, all; 0 behind its last
+    few = upo.step_weights(cfg, [3, 2, 1], [(0, k) for k in range(3)])
+    assert few[1].tolist() == [1, 1, 0] and few[2].tolist() == [1, 0, 0]
+    shares = upo.step_weights(cfg, [3] * 4000, [(0, k) for k in range(4000)]).mean(0)
     assert (shares - 1).abs().max() < 0.08  # the mean weight is 1: five standard errors of 4,000 draws
 
 
@@ -774,6 +777,12 @@ def test_two_processes_equal_one(tiny_base, tmp_path, script):
         if name != "mlp.6.bias":
             torch.testing.assert_close(v, w, atol=1e-5, rtol=0)
     assert (tmp_path / "one" / "completions.jsonl").read_text() == (tmp_path / "two" / "completions.jsonl").read_text()
+    # --eval_only on two processes, of a policy and its base
+    again = ["--eval_only", "--policy", tmp_path / "two", "--eval_n", 6, "--pass_n", 0, "--output_dir", tmp_path / "again"]
+    code, out, err = script(*again, launch=LAUNCH_2, file="upo.py")
+    assert code == 0, out + err
+    figures = [json.loads((tmp_path / name / "results.json").read_text())["accuracy"] for name in ("two", "again")]
+    assert figures[0] == figures[1]
 
 
 @pytest.mark.parametrize("kind", ["llada", "dream"])
@@ -811,6 +820,20 @@ def test_gsm8k_on_what_maskgrpo_has_trained(tmp_path, monkeypatch):
 def test_k_above_the_number_of_blanks_is_named(tiny_base, tmp_path, capfd):
     assert upo_cli(flags_of(tmp_path / "run", model=tiny_base, topk=12)) == 2
     assert "--topk 12: at most 11 positions of a sudoku problem are masked" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()  # an earlier run there would have stayed where it was
+
+
+def test_a_mistyped_base_is_named(tmp_path, capfd):
+    assert upo_cli(flags_of(tmp_path / "run", model="runs/nothing")) == 2
+    assert "--model runs/nothing: not a directory" in capfd.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_generated_problems_for_a_policy_that_was_tested_on_a_file(whole, tmp_path):
+    shutil.copytree(whole / "policy", tmp_path / "policy")
+    file = tmp_path / "policy" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data": "a.csv", "eval_data": "b.csv"}))
+    words = upo.with_policy(["--eval_only", "--policy", str(tmp_path), "--data", "generated"])
+    assert "--eval_data" not in words and words[-2:] == ["--data", "generated"]
 
 
 def test_a_policy_with_a_damaged_file_is_named(whole, tmp_path, capfd):
