@@ -253,12 +253,22 @@ SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>")  # <|eot_id|> and its like, where 
 BRACES = re.compile(r"\\\\|\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s${}\\]+)")  # \boxed 42
 TAGS = re.compile(r"</?answer>", re.IGNORECASE)
-HASHES = re.compile(r"####\s*([^\n]*)")
-# A heading of the working, not an answer: "#### Step 2: ..."
+HASHES = re.compile(r"#{4,}\s*(?:\**(?:final\s+)?answer\b[*: \t]{0,8}\s*)?([^\n]*)", re.IGNORECASE)
+# A heading of the working, not an answer: "#### Step 2: ...", "#### 1. **Add**", "#### Day 1: ...", "#### The cost:"
 HEADING = re.compile(
-    r"(?:step|part|case|solution|problem|question|method|example|explanation)\b|\d{1,2}[.):]\s+[a-z]", re.I
+    r"\**(?:(?:step|part|case|solution|problem|question|method|example|explanation)\b|\d{1,2}[.):]\s+\**[a-z]|"
+    r"[a-z]{2,20}\s\d{1,2}\s?:|[^\n]{0,100}:[* \t]*$)",
+    re.IGNORECASE,
 )
-SAID = re.compile(r"\banswer(?:\s+is|\s*:|\s*=)(?:\s+is\b)?:?\**([^\n]{0,200})", re.IGNORECASE)
+WORDS = re.compile(r"\**[a-z]{2}", re.IGNORECASE)
+VALUE = r"(?:(?!(?:-|\d{1,2}[.)])\s+\**[a-z])[-+\u2212\d.$\\(\[{]|\S{1,40}[ \t]*$)"  # how an answer on a line of its own starts
+SAID = re.compile(
+    r"(?:\banswer(?:\s+(?:to|for)\s[^\n.:]{1,80}?)?(?:\s+(?:is|(?:should|would|will|must)\s+be)\b|\**\s*[:=])(?:\s+is\b)?"
+    rf"|^[#*]{{1,6}}[ \t]*(?:final\s+)?answer(?=[* \t]{{0,8}}\n)|^A:(?=\s{{0,4}}\**{VALUE}))"
+    rf"[:* \t]{{0,8}}(?:[\s*]{{0,12}}(?:(?:\$\$|\\\[)\s{{0,4}})?(?={VALUE}))?(?=([^\n]{{0,200}}))",
+    re.IGNORECASE | re.MULTILINE,
+)
+REASON = re.compile(r"\.\s|,?\s+(?:because|since|as)\b|,\s+(?:which|where|given)\b")  # what ends an announcement
 ALNUM = re.compile(r"[^\W_]")
 SAYS = re.compile(r"[^\W_]|[<>=]")  # what an answer holds at least; dots and lines wait to be filled in
 
@@ -318,11 +328,25 @@ def announced(text: str) -> list[str]:
     """announcements of a text without echoes and marked working."""
     inner, outer = boxes(text), answer_tags(text)
     hashes = [Span(m.start(), m.end(), m[1][: LONGEST + 1]) for m in HASHES.finditer(text)]
-    hashes = [span for span in hashes if not HEADING.match(span.text)]
+    last = max((span.start for span in inner + outer), default=0)
+    titles = (span.start < last and WORDS.match(span.text) and not SAID.search(span.text) for span in hashes)
+    hashes = [span for span, title in zip(hashes, titles) if not title and not HEADING.match(span.text)]
     spans = sorted(inner + without(outer, inner + hashes) + without(hashes, inner))
-    found = [span.text for span in spans] or [re.split(r"\.\s", m[1])[0] for m in SAID.finditer(text)]
+    found = [span.text for span in spans] or said(text)
     answers = (answer.strip() for answer in dict.fromkeys(found) if len(answer) <= LONGEST)
     return [answer for answer in answers if SAYS.search(answer)]
+
+
+def said(text: str) -> list[str]:
+    """What follows "the answer is" and its like, up to a sentence's end or a reason. Words that lead to a further
+    announcement are none: "Answer: the final answer is 5"."""
+    matches, found = [*SAID.finditer(text)], []
+    for match, after in zip(matches, [*matches[1:], None]):
+        led = after is not None and after.start() < match.end(1)
+        sentence, *rest = REASON.split(text[match.end() : after.start()] if led else match[1], maxsplit=1)
+        if not sentence.rstrip("* ").endswith(":") and (rest or not led or re.search(r"[\d\\]", sentence)):
+            found.append(sentence)
+    return found
 
 
 def without(spans: list[Span], others: list[Span]) -> list[Span]:
@@ -332,24 +356,38 @@ def without(spans: list[Span], others: list[Span]) -> list[Span]:
 
 
 NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
-UNIT_POWER = re.compile(r"(?<=[A-Za-z}])\s*\^?\s*\{?[23]\}?(?![\d.])")  # cm^2, m^{3}
+UNIT_POWER = re.compile(r"(?:(?<=[A-Za-z}])\s*\^\s*\{?[23]\}?|(?:(?<=\b[ckm]m)|(?<=\bm))[23])(?![\d.])")  # cm^2, m3
 LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mathit|mbox|hbox|operatorname)\s*\{([^{}]*)\}")
 FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+BRACED = [  # \frac12 and its like, with all their braces
+    (re.compile(r"\\[dtc]frac"), r"\\frac"),
+    (re.compile(r"\\frac\s*([^\s{\\])\s*([^\s{\\])"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\frac\s*([^\s{\\])\s*\{"), r"\\frac{\1}{"),
+    (re.compile(r"(\\frac\s*\{[^{}]*\})\s*([^\s{\\])"), r"\1{\2}"),
+]
+# "10 cookies (5 + 5)", "10 (= 2 * 5)": where the number comes from
+ASIDE = re.compile(r"(?<=[a-z])\s?\([^()]*[=+*/][^()]*\)|\(\s*=[^()]*\)")
 
 
 def parse_number(text: str) -> Decimal | None:
     r"""The one number in a short text: "$1,234.50", "42 apples", "5 + 37 = 42." ; None if there is none, or several.
 
-    Of an equation the right side counts; a fraction of two numbers is one.
+    Of an equation the right side counts; a fraction of two numbers is one, and so is a whole number with one.
     """
-    text = LATEX_TEXT.sub(r" \1 ", text.replace("\u2212", "-").replace("{,}", ","))
-    text = re.sub(r"\\[!,;: ]|[$*\\]+(?=[\d.$)-])|[$*]", "", FRACTION.sub(r"\1/\2", text)).rstrip(" .")
+    text = LATEX_TEXT.sub(r" \1 ", re.sub("[\u2212\u2013]", "-", text).replace("{,}", ","))
+    for pattern, spelling in BRACED:
+        text = pattern.sub(spelling, text)
+    text = FRACTION.sub(r"\1/\2", re.sub(r"(?<=\d)\\frac", r" \\frac", text))
+    text = re.sub(r"\\[!,;: ]|[$*\\]+(?=[\d.$)-])|[$*]", "", ASIDE.sub("", text)).rstrip(" .")
     text = UNIT_POWER.sub("", text.rpartition("=")[2])
     numbers = NUMBER.findall(text)
     try:
         values = [Decimal(number.replace(",", "")) for number in numbers]
-        if len(values) == 2 and re.search(r"(?:^|\s)" + r"\s*/\s*".join(map(re.escape, numbers)), text):
+        ratio = r"\s*/\s*".join(map(re.escape, numbers[-2:]))
+        if len(values) == 2 and re.search(rf"(?:^|\s){ratio}", text):
             values = [values[0] / values[1]]
+        elif len(values) == 3 and 0 <= values[1] < values[2] and re.search(rf"{re.escape(numbers[0])}\s+{ratio}", text):
+            values = [values[0] + (values[1] / values[2]).copy_sign(values[0])]
         return values[0].normalize() if len(values) == 1 and values[0].is_finite() else None
     except (InvalidOperation, ZeroDivisionError, OverflowError):
         return None
@@ -455,9 +493,10 @@ def gsm8k_answer(completion: str, problem: Problem) -> Decimal | None:
 
 
 def gold_answer(problem: Problem) -> Decimal | None:
-    """The number after the last `####` of a published answer."""
+    """The number after the last `####` of a published answer; without one, what it announces in another way."""
     _, mark, tail = problem["answer"].rpartition("####")
-    return parse_number(tail[:LONGEST]) if mark else None
+    numbers = {parse_number(text) for text in ([tail[:LONGEST]] if mark else announced(problem["answer"]))}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def gsm8k_correct(completion: str, problem: Problem) -> float:
@@ -526,10 +565,7 @@ PLAIN = [
     (re.compile(r"\\left\b|\\right\b|\\displaystyle|(?<!\\)\\[,;: ]|~|\\q?quad\b"), " "),
     (re.compile(r"\\\$|\$|\\\(|\\\)|\\\[|\\\]|\\?%|\*\*|^\s*=|\\big[lrg]?\b|\\Big[lrg]?\b"), ""),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\u00b0"), ""),
-    (re.compile(r"\\[dtc]frac"), r"\\frac"),
-    (re.compile(r"\\frac\s*([^\s{\\])\s*([^\s{\\])"), r"\\frac{\1}{\2}"),
-    (re.compile(r"\\frac\s*([^\s{\\])\s*\{"), r"\\frac{\1}{"),
-    (re.compile(r"(\\frac\s*\{[^{}]*\})\s*([^\s{\\])"), r"\1{\2}"),
+    *BRACED,
     (re.compile(r"\\sqrt\s*([^\s{\\\[])"), r"\\sqrt{\1}"),
     (re.compile(r"(?<![\w.}])(-?)(\d+)\s+(\d+)\s*/\s*(\d+)"), r"\1\2\\frac{\3}{\4}"),  # 3 1/2
     (re.compile(r"(?<![\w.}/)])(-?\d+)\s*/\s*(\d+)(?![\w./(^])"), r"\\frac{\1}{\2}"),
@@ -669,10 +705,14 @@ def same_answer(answer: str, gold: str, question: str) -> bool:
     return same_plain(a, b) or (alike and same_by_math_verify(gold, answer))
 
 
+FORMULA = re.compile(r"\A[A-Za-z\s.,:;'*]*(?<!\\)\$+([^$]+)(?<!\\)\$+[A-Za-z\s.,:;'*]*\Z")  # words around one formula
+
+
 def math500_answers(completion: str, problem: Problem) -> list[str]:
     """The different answers that a completion announces, in order."""
     different: dict[str, str] = {}  # plain spelling -> spelling
     for text in announcements(completion, problem):
+        text = FORMULA.sub(r"\1", text)
         if not any(same_plain(plain(text), other) for other in different):
             different[plain(text)] = text
         if len(different) > 10:  # no problem has so many solutions

@@ -320,6 +320,27 @@ NUMBERS = {
     "1000000": (["#### 1,000,000", "#### 1000000.", "\\boxed{\\$1,000,000}", "\\boxed{1{,}000{,}000}"], ["#### 1,000", "#### 1,000,00"]),
     "-7": (["#### -7", "#### \u22127", "\\boxed{-7}", "#### -$7", "#### -7 degrees", "\\boxed{-7.0}"], ["#### 7", "#### - 7 7"]),
     "0.5": (["#### 0.5", "#### .5", "#### 1/2", "\\boxed{\\frac{1}{2}}", "#### $0.50", "\\boxed{\\dfrac{1}{2}}"], ["#### 5", "#### 1/0", "#### 2"]),
+    "10": (
+        ["**Answer:**\n10", "The answer is:\n\n$$10$$", "The answer is:\n$$\n10\n$$", "Final Answer:\n\n**10**", "A: 10", "5 + 5\nA: 10"]
+        + ["The answer should be 10", "It is not 5, so the answer would be 10.", "The answer to the question is 10", "The answer to 5 + 5 is 10."]
+        + ["The answer is 10, because 5 plus 5 makes 10.", "The answer is 10 cookies (5 + 5).", "#### 10 apples (= 2 bags)", "#### 10 (= 2 * 5)"]
+        + ["#### Total cost for 3 months:\n5 + 5\n\\boxed{10}", "#### Solving for 3 x\n\\boxed{10}", "#### 1. **Add** 5 and 5\n\\boxed{10}"]
+        + ["#### Final Answer\n10", "### Final Answer\n\n**$10**", "#### Answer: 10", "#### Total: 10", "#### Day 1: 5\n#### Day 2: 5\n#### 10"]
+        + ["Answer: The final answer is 10", "Answer:\n- Tom has 5 apples\nThe answer is 10", "Answer:\n1. Add 5 and 5\nThe answer is 10."],
+        ["#### 10 or 3", "<answer>Tom has 10 apples and Ann has 3.</answer>", "#### 10 apples (or 3)", "#### 10 (3)", "#### 3 (4 + 5)"]
+        + ["The answer is 3, the answer is 10", "The answer is 10. The answer should be 3.", "The answer is 3. The answer is 10.", "A: 10\nA: 3", "A: 3\nThe answer is 10"]
+        + ["#### 10\n\\boxed{3}", "#### 3 apples\n\\boxed{10}", "#### The answer is 3\n\\boxed{10}", "#### \u201310", "#### 3\u201310"]
+        + ["Answer:\nTom has 10 apples", "Answer:\n1. Add 5 and 5 to get 10", "#### Day 10:", "#### Step\n10", "A lot: 10"],
+    ),
+    "3": (
+        ["<answer>Tom has 3 apples left.</answer>", "#### The answer is 3", "<answer>She needs $3</answer>", "Final answer: Tom needs 3 hours"]
+        + ["#### 3 m^2", "#### 3 cm^{2}", "#### 3 cm2", "#### 3 m2", "#### 3 km3", "#### 3 m/s^2", "\\boxed{3 \\text{ cm}^3}"],
+        ["#### 3 apples 2", "#### 3 and 2", "#### Tom 3 Ann 2"],
+    ),
+    "0.75": (["\\boxed{\\frac34}", "\\boxed{\\dfrac 34}", "\\boxed{\\frac3{4}}"], ["\\boxed{\\frac43}"]),
+    "34": (["\\boxed{34}"], ["\\boxed{\\frac34}", "\\boxed{\\frac3 4}"]),
+    "12.5": (["\\boxed{12\\frac{1}{2}}", "\\boxed{12\\frac12}", "#### 12 1/2", "#### 12 1/2 hours"], ["#### 12 2/1", "#### 12, 1/2", "#### 12 1 2"]),
+    "-5": (["#### \u20135", "#### -5"], ["#### 5", "#### 0\u20135"]),
     "0": (["#### 0", "\\boxed{0}", "#### 0.0", "#### -0", "#### $0"], ["####", "#### none", "#### 10"]),
 }  # fmt: skip
 SPELLED = [
@@ -350,6 +371,22 @@ EXPRESSIONS = [
 ]  # fmt: skip
 COMPARED = [
     (gold, text, right) for gold, *lists in EXPRESSIONS for right, texts in zip((1, 0), lists) for text in texts
+]
+# (gold, completion, whether it is right): where an answer to a MATH problem stands
+ANNOUNCED = [
+    ("[0,1]", "Final Answer: The final answer is $[0,1]$. I hope it is correct.", 1),
+    ("[0,1]", "The answer is the interval $[0,1]$.", 1),
+    ("(3,4)", "<answer>The point is $(3,4)$</answer>", 1),
+    ("(3,4)", "<answer>The points are $(3,4)$ and $(4,3)$</answer>", 0),
+    ("5", "<answer>$5$ or 6</answer>", 0),
+    ("5", "#### Solving for x\n6\n\\boxed{5}", 1),
+    ("5", "#### 1. **Simplify** the left side\n\\boxed{5}", 1),
+    ("5", "#### 6\n\\boxed{5}", 0),
+    ("5", "#### x = 6\n\\boxed{5}", 0),
+    ("C", "The answer is B. The answer is C.", 0),
+    ("6", "Answer: 5, the answer is 6", 0),
+    ("\\text{Evelyn}", "**Answer:**\nEvelyn", 1),
+    ("\\frac{1}{2}", "The answer is\n\\[\n\\frac{1}{2}\n\\]", 1),
 ]
 SYMBOLIC = [  # what only math-verify finds equal
     ("x+1", "1+x"),
@@ -385,6 +422,18 @@ def test_spellings_of_expressions(gold, answer, right, comparison):
     problem = {"question": "What is it?", "answer": gold, "solution": f"It is $\\boxed{{{gold}}}$."}
     assert rewards.math500_correct(f"So it is $\\boxed{{{answer}}}$.", problem) == right
     assert rewards.math500_correct(problem["solution"], problem) == 1
+
+
+@pytest.mark.parametrize("gold,completion,right", ANNOUNCED)
+def test_where_answers_stand(gold, completion, right, comparison):
+    problem = rewards.check_math500({"problem": "What is it?", "answer": gold}, "here")
+    assert rewards.math500_correct(completion, problem) == right
+
+
+def test_golds_that_are_announced_otherwise():
+    for answer in ("9 * 2 = 18\nA: 18", "It is \\boxed{18}.", "#### 18"):
+        problem = rewards.check_gsm8k({"question": "?", "answer": answer}, "here")
+        assert rewards.gsm8k_correct("9 * 2\nA: 18", problem) == 1 and rewards.gsm8k_correct("A: 9", problem) == 0
 
 
 @pytest.mark.parametrize("gold,answer", SYMBOLIC)
