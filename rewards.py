@@ -104,6 +104,21 @@ class DataError(ValueError):
 # ---------------------------------------------------------------------------------------------
 
 
+QUESTION = ("question", "problem", "prompt", "text", "instruction", "puzzle")
+# what nobody would call a model's own answer, as "answer" may be
+GOLD = (
+    *("ground_truth", "gold", "gt", "target", "expected_answer", "gold_answer", "correct_answer", "reference_answer"),
+    "reference",
+)
+ANSWER = ("answer", *GOLD, "label", "final_answer", "solution")
+COMPLETION = (
+    *("completion", "completions", "generation", "generations", "response", "responses", "model_output"),
+    *("prediction", "predictions", "generated_text", "resps", "output", "outputs", "model_response", "model_answer"),
+    *("samples", "pred"),
+)
+VERDICT = ("correct", "is_correct", "verdict", "passed", "exact_match", "acc", "correctness", "score")
+
+
 def read_text(path: str) -> str:
     """A whole UTF-8 file; DataError where there is none."""
     try:
@@ -118,7 +133,10 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
     if path.lower().endswith(".csv"):
         yield from read_csv(path, text)
         return
-    rows = json_list(text)
+    rows = json_rows(text)
+    if isinstance(rows, dict):
+        yield f"{path}, line 1", rows
+        return
     if rows is not None:
         for number, row in enumerate(rows, 1):
             yield f"{path}, item {number}", an_object(row, f"{path}, item {number}")
@@ -141,16 +159,19 @@ def an_object(row, where: str) -> dict:
     return row
 
 
-def json_list(text: str) -> list | None:
-    """The rows of a file that is one JSON value: a list, or an object with a list of objects in it; else None."""
+def json_rows(text: str) -> list | dict | None:
+    """The rows of a file that is one JSON value: a list, the one list of objects in an object, or an object that is a
+    row itself; None for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if isinstance(value, dict):
-        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-        return lists[0] if len(lists) == 1 else None
-    return value if isinstance(value, list) else None
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else None
+    if pick(value, ANSWER) is not None or any(isinstance(value.get(name), str) for name in COMPLETION):
+        return value
+    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    return lists[0] if len(lists) == 1 else value
 
 
 def read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
@@ -179,10 +200,6 @@ def pick_text(row: dict, names: tuple[str, ...], where: str, example: str) -> st
         others = f" (or {', '.join(names[1:])})" if names[1:] else ""
         raise DataError(f'{where}: field "{names[0]}"{others} is missing or not text; {example}')
     return value.strip()
-
-
-QUESTION = ("question", "problem", "prompt", "text", "instruction", "puzzle")
-ANSWER = ("answer", "ground_truth", "gold", "gt", "target", "reference", "expected_answer", "solution")
 
 
 def load_rows(check: Callable, hub: dict, example: str, path: str | None = None, split: str = "train") -> list[Problem]:
@@ -315,13 +332,33 @@ def announcements(completion: str, problem: Problem) -> list[str]:
     an answer behind it, do not count; nor does what has no letter, digit or relation, or is too long.
     """
     text = SPECIAL.sub("", completion)
-    for message in (problem.get("prompt"), problem["question"], *INSTRUCTIONS.values()):
-        if message and len(message) > 20:
-            text = text.replace(message, "")
+    for message in (problem.get("prompt", ""), problem["question"], *INSTRUCTIONS.values()):
+        text = without_echo(text, message)
     for tag in ("</reasoning>", "</think>"):
         behind = text.rpartition(tag)[2]
         text = behind if announced(behind) else text
     return announced(text)
+
+
+ECHO = 20  # characters, spaces apart: what is shorter may well be the completion's own
+
+
+def without_echo(text: str, message: str) -> str:
+    """A text without a message that it repeats, in whatever spaces, or whose end it begins with."""
+    own, wanted = "".join(text.split()), "".join(message.split())
+    if len(wanted) < ECHO or len(own) < ECHO:
+        return text
+    at = wanted.find(own[:ECHO])
+    while at >= 0 and not own.startswith(wanted[at:]):
+        at = wanted.find(own[:ECHO], at + 1)
+    if at < 0 and wanted not in own:
+        return text
+    places = [i for i, c in enumerate(text) if not c.isspace()]  # of own's characters
+    start, kept = len(wanted) - at if at >= 0 else 0, []
+    for piece in own[start:].split(wanted):
+        kept += [text[places[start] : places[start + len(piece) - 1] + 1]] if piece else []
+        start += len(piece) + len(wanted)
+    return "\n".join(kept)
 
 
 def announced(text: str) -> list[str]:
@@ -2489,11 +2526,7 @@ class PixelReward:
 # Files of completions -> figures; the command line
 # ---------------------------------------------------------------------------------------------
 
-COMPLETION = (
-    *("completion", "completions", "generation", "generations", "response", "responses", "model_output"),
-    *("prediction", "predictions", "generated_text", "resps", "output", "outputs"),
-)
-VERDICT = ("correct", "is_correct", "verdict", "passed", "exact_match", "acc", "score")
+SAID_RIGHT, SAID_WRONG = ("true", "correct", "right", "yes", "passed"), ("false", "incorrect", "wrong", "no", "failed")
 
 
 class Scored(NamedTuple):
@@ -2507,14 +2540,36 @@ class Scored(NamedTuple):
     verdict: bool | None
 
 
+def is_chat(value) -> bool:
+    """Whether a value is a list of messages, as chats are stored."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def said_in(value):
+    """The text of a completion: of a chat what the assistant says, of a message its content; other objects as JSON."""
+    if is_chat(value):
+        return "\n".join(str(m.get("content", "")) for m in value if m["role"] == "assistant")
+    if isinstance(value, dict):
+        return value["content"] if isinstance(value.get("content"), str) else json.dumps(value)
+    return value
+
+
+def verdicts_of(row: dict, count: int) -> list[bool | None]:
+    """The file's own verdict on each of a row's completions: one for all of them or a list; None where it has none."""
+    value = pick(row, VERDICT)
+    values = value if isinstance(value, list) else [value] * count
+    words = [value.strip().lower() if isinstance(value, str) else value for value in values]
+    verdicts = [True if w in (1, *SAID_RIGHT) else False if w in (0, *SAID_WRONG) else None for w in words]
+    return verdicts if len(verdicts) == count else [None] * count
+
+
 def completions_of(row: dict, where: str) -> list[str]:
     """The completions of one row, under any of their names; one with both "input" and "output" is a row of data."""
     names = [name for name in COMPLETION if not (name == "output" and "input" in row)]
     value = next((row[name] for name in names if row.get(name) is not None), None)
     while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]
-    texts = value if isinstance(value, list) else [value]
-    texts = [json.dumps(text) if isinstance(text, dict) else text for text in texts]
+    texts = [said_in(text) for text in (value if isinstance(value, list) and not is_chat(value) else [value])]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f'{where}: no completion; expected a text in "completion" (or {", ".join(names[1:])})')
     return texts
@@ -2528,9 +2583,11 @@ def problem_of(name: str, row: dict, where: str) -> Problem:
             row[field] = "\n".join(str(m.get("content", "")) for m in row[field] if isinstance(m, dict))
     if pick(row, QUESTION) is None:
         row["question"] = "(not given)"
-    gold = pick(row, ("ground_truth", "gold", "gt", *ANSWER))
+    gold = pick(row, (*GOLD, *ANSWER))
     if name == "gsm8k" and isinstance(gold, (str, int, float)):
-        row["answer"] = gold if "####" in str(gold) else f"#### {gold}"
+        row["answer"] = gold if "####" in str(gold) or announced(str(gold)) else f"#### {gold}"
+    elif name == "math500" and (gold := pick(row, (*GOLD, *ANSWER[:-1]))) is not None:
+        row["answer"] = gold
     problem = TASKS[name].check(row, where)
     return problem | ({"prompt": row["prompt"]} if isinstance(row.get("prompt"), str) else {})
 
@@ -2541,11 +2598,9 @@ def score_file(name: str, path: str) -> list[Scored]:
     for where, row in read_rows(path):
         if isinstance(row.get("doc"), dict):  # lm-evaluation-harness
             row = row["doc"] | row
-        problem, verdict = problem_of(name, row, where), pick(row, VERDICT)
-        verdict = bool(verdict) if verdict in (0, 1) else None
-        for text in completions_of(row, where):
-            prompt = problem.get("prompt")
-            text = text.removeprefix(prompt) if prompt else text
+        problem, texts = problem_of(name, row, where), completions_of(row, where)
+        for text, verdict in zip(texts, verdicts_of(row, len(texts))):
+            text = without_echo(text, problem.get("prompt", ""))
             reward, score = sum(TASKS[name].reward(text, problem).values()), TASKS[name].score(text, problem)
             rows.append(Scored(where, reward, score, TASKS[name].answer(text, problem), problem["answer"], verdict))
     if not rows:

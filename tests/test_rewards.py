@@ -1122,7 +1122,7 @@ P = {
     "zebra": [{"puzzle": "q", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ["2", "Arnold"]]}},
               {"puzzle": "q", "solution": json.dumps({"House 1": {"Name": "Eric"}, "House 2": {"Name": "Arnold"}})}],
 }  # fmt: skip
-OTHER_NAMES = ("completion", "generations", "response", "model_output")
+OTHER_NAMES = ("completion", "generations", "response", "model_answer", "samples")
 
 
 @pytest.mark.parametrize("name", P)
@@ -1154,6 +1154,16 @@ def test_verdicts_of_the_file_are_compared(tmp_path, capsys):
     assert rewards.main(["--task", "gsm8k", "--score", str(file)]) == 0
     out = capsys.readouterr().out
     assert "accuracy     1.0000" in out and "verdicts: 4, of which 2 differ" in out
+    own = [r.verdict for r in rewards.score_file("gsm8k", str(file))]
+    assert own == [True, False, True, False]
+    row = {"completions": ["#### 6", "#### 7"], "answer": 6}
+    said = {"correct": [True, False], "is_correct": ["true", "Incorrect"], "correctness": ["correct", "wrong"]}
+    said |= {"acc": [1.0, 0.0], "score": [True], "verdict": "maybe", "passed": "yes"}
+    verdicts = {"score": [None, None], "verdict": [None, None], "passed": [True, True]}
+    for field, value in said.items():
+        file.write_text(json.dumps(row | {field: value}))
+        own = [r.verdict for r in rewards.score_file("gsm8k", str(file))]
+        assert own == verdicts.get(field, [True, False]), field
     assert "line 2: the file says wrong, here right; answer '6'" in out and "line 4: the file" in out
 
 
@@ -1164,6 +1174,37 @@ def test_an_echo_of_the_prompt_is_no_answer(tmp_path, capsys):
         for text in (prompt, prompt + "\n#### 6", prompt + "\n#### 7")
     ]
     assert scored(tmp_path, capsys, "gsm8k", rows)["accuracy"] == pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_an_echo_in_other_spaces_or_of_the_end_is_no_answer(tmp_path, capsys, comparison):
+    prompt = "Solve 2 x = 84.  Write the answer\nin a box, such as \\boxed{42}."
+    echoes = {prompt: 0, prompt.replace(" ", "\n"): 0, prompt[-40:]: 0, prompt[-40:] + " So \\boxed{41}": 0, "Yes. " + prompt: 0}
+    own = {"\\boxed{42}": 1, prompt + "\nSo \\boxed{42}": 1, prompt[-40:] + "\n\\boxed{42}": 1, "\\boxed{42}.": 1}
+    for text, right in (echoes | own).items():
+        row = {"prompt": prompt, "completion": text, "answer": "42"}
+        figures = scored(tmp_path, capsys, "math500", [row])
+        assert figures["accuracy"] == right and (right or "41" in text or figures["mean_reward"] == 0), text
+    assert rewards.without_echo("a b", "") == "a b" and rewards.without_echo("ab " * 50, "a  b" * 50) == ""
+
+
+def test_the_gold_is_not_the_models_own_answer(tmp_path, capsys):
+    for name, field in itertools.product(("gsm8k", "math500"), ("ground_truth", "target", "expected_answer", "gold_answer")):
+        rows = [{"problem": "q", "completion": f"so \\boxed{{{n}}}", "answer": "41", field: "42"} for n in (41, 42)]
+        assert scored(tmp_path, capsys, name, rows[:1])["accuracy"] == 0
+        assert scored(tmp_path, capsys, name, rows[1:])["accuracy"] == 1
+        for field in ("label", "reference_answer", "final_answer", "correct_answer"):
+            assert scored(tmp_path, capsys, name, [{"problem": "q", "completion": "\\boxed{42}", field: "42"}])["accuracy"] == 1
+
+
+def test_chats_and_single_objects(tmp_path, capsys):
+    said = [{"role": "assistant", "content": "so \\boxed{\\frac{1}{2}}"}]
+    asked = [{"role": "user", "content": "as in \\boxed{7}?"}, *said]
+    for completion, n in ((said, 1), (asked, 1), (said[0], 1), ([said, asked], 2), ([said], 1)):
+        row = {"problem": "q", "completion": completion, "answer": "1/2", "steps": [{"a": 1}]}
+        figures = scored(tmp_path, capsys, "math500", [row])
+        assert (figures["n"], figures["accuracy"]) == (n, 1)
+        (tmp_path / "one.json").write_text(json.dumps(row, indent=1))
+        assert [row.score for row in rewards.score_file("math500", str(tmp_path / "one.json"))] == [1] * n
 
 
 @pytest.mark.parametrize(
