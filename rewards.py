@@ -1546,14 +1546,18 @@ def grid_text(digits: str) -> str:
     return "\n".join(" ".join(digits[i : i + SIDE]) for i in range(0, len(digits), SIDE))
 
 
+DIGITS = re.compile(r"[0-9\s|,.+\-\[\]*_&\\\u2500-\u257f]+")  # and what draws a table of them
+
+
 def sudoku_grid(completion: str, problem: Problem) -> str | None:
-    """The 16 digits that a completion gives, announced (<answer>) or alone; None for anything but a grid with the
-    puzzle's clues in place."""
-    found = announcements(completion, problem) or [SPECIAL.sub("", completion)]
-    grids = {re.sub(r"[\s|,.+-]", "", text) for text in found}
-    grid, puzzle = grids.pop(), problem["question"]
-    given = not grids and len(grid) == len(puzzle) and all(c in (EMPTY, g) for c, g in zip(puzzle, grid))
-    return grid if given else None
+    """The one set of 16 digits that stands alone, with words around it or not, in <answer> where there is one; an
+    echo of the puzzle is none. None for several, and for anything but a grid with the puzzle's clues in place."""
+    text, puzzle = SPECIAL.sub("", completion), problem["question"]
+    runs = (DIGITS.findall(part) for part in [span.text for span in answer_tags(text)] or [text])
+    found = {re.sub(r"\D", "", run) for run in itertools.chain(*runs)}
+    grids = [grid for grid in found if len(grid) == len(puzzle) and grid != puzzle]
+    given = len(grids) == 1 and all(c in (EMPTY, g) for c, g in zip(puzzle, grids[0]))
+    return grids[0] if given else None
 
 
 def sudoku_score(completion: str, problem: Problem) -> float:
@@ -1909,36 +1913,56 @@ def table_of(value) -> tuple[list[str], list[list[str]]] | None:
 
 
 HOUSE_LINE = re.compile(
-    r"^[ \t|>*#-]{0,10}(?:house)?[ \t#]{0,3}(\d{1,2})\**[ \t]{0,3}[:|,;.)-]([^\n]{1,500})$", re.I | re.M
+    r"[ \t|>*#-]{0,10}(house)?[ \t#]{0,3}(\d{1,2})\**[ \t]{0,3}(?(1)(?:[:|,;.)-]|$)|[:|,;.)-])(.*)", re.IGNORECASE
 )
 
 
 def zebra_answer(completion: str, problem: Problem) -> dict[str, list[str]] | None:
     """House -> its entries in the header's order, in lower case, "" where one is missing; None without a table, or
-    where a house has two different rows. Read are JSON as in ZebraLogic, and lines "1: red, Tom" or "| 1 | red |"."""
+    where a house has two different rows. Read are JSON as in ZebraLogic, and what `house_rows` reads."""
     text = SPECIAL.sub("", completion).replace(problem["question"], "").replace(INSTRUCTIONS["zebra"], "")
     for tag in ("</reasoning>", "</think>"):
         text = text.rpartition(tag)[2] or text
     text = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    header, names = problem["header"], {name.casefold(): i for i, name in enumerate(problem["header"])}
-    rows: list[list[str]] = []
-    if (table := table_of(last_object(text))) is not None:
-        order = [names.get(name.casefold(), -1) for name in table[0]]
-        for entries in table[1]:
-            placed = [""] * len(header)
-            for place, entry in zip(order, entries):
-                placed[place] = entry if place >= 0 else placed[place]
-            rows.append(placed)
-    else:
-        for house, line in HOUSE_LINE.findall(text):
-            entries = [entry for entry in re.split(r"[,;|]", line.strip(" \t|.*")) if entry.strip()]
-            rows += [[house, *entries]] if len(entries) == len(header) - 1 else []
+    header = [name.casefold() for name in problem["header"]]
+    table = table_of(last_object(text))
+    rows = house_rows(text, header) if table is None else [place(entries, table[0], header) for entries in table[1]]
     found: dict[str, list[str]] = {}
     for house, *entries in rows:
-        entries = [re.sub(r"[\s*_]+", " ", entry.rpartition(":")[2]).strip().casefold() for entry in entries]
+        entries = [re.sub(r"[\s*_]+", " ", entry).strip().casefold() for entry in entries]
         if found.setdefault(house.strip(), entries) != entries:
             return None
     return found or None
+
+
+def place(entries: list[str], names: list[str], header: list[str]) -> list[str]:
+    """Entries under names of their own, in the header's order; "" where one is missing."""
+    placed = dict(zip((name.strip(" *_").casefold() for name in names), entries))
+    return [placed.get(name, "") for name in header]
+
+
+def house_rows(text: str, header: list[str]) -> list[list[str]]:
+    """The rows of a table in lines: "1: red, Tom", "| 1 | red | Tom |", "House 1: Name: Tom, Color: red", or "House 1:"
+    and "- Name: Tom" below it. Entries stand under their own names, else in the order of the table's own header or of
+    the problem's."""
+    rows, order = [], header[1:]
+    for line in text.split("\n"):
+        match = HOUSE_LINE.match(line) if len(line) <= LONGEST else None
+        cells = re.split(r"[,;|]", (match[3] if match else line[:LONGEST]).strip(" \t|.*-"))
+        pairs = [cell.partition(":")[::2] for cell in cells if cell.strip()]
+        names = [name.strip(" \t*_").casefold() for name, _ in pairs]
+        entries = [entry for _, entry in pairs]
+        if match:
+            rows.append([match[2], *[""] * len(order)])
+        if sorted(names) == sorted(header) and not any(entries):
+            order = names[1:]
+        elif match and len(pairs) == len(order) and not (set(names) <= set(order) and all(entries)):
+            rows[-1][1:] = place([entry or name for name, entry in pairs], order, header[1:])
+        elif rows and pairs and set(names) <= set(order) and all(entries):
+            for name, entry in zip(names, entries):
+                at = header.index(name)
+                rows[-1][at] = entry if rows[-1][at] in ("", entry) else "-"  # two of them are none
+    return [row for row in rows if any(row[1:])]
 
 
 def last_object(text: str) -> str:

@@ -233,6 +233,37 @@ def test_sudoku_score_by_hand():
         assert rewards.sudoku_score(text, p) == 0
 
 
+def test_where_sudokus_stand():
+    p = {"question": "1234341221430000", "answer": "1234341221434321"}
+    right, wrong = p["answer"], "1234341221431234"
+    rows = [list(map(int, right[i : i + 4])) for i in range(0, 16, 4)]
+    lines = "\n".join(right[i : i + 4] for i in range(0, 16, 4))
+    grid = rewards.grid_text(right)
+    cases = {
+        f"```\n{grid}\n```": 1,
+        f"The solution is:\n{right}": 1,
+        f"The solution is:\n{lines}\n\nAll rows hold 1 to 4.": 1,
+        f"Here is the solved 4x4 grid:\n{grid}": 1,
+        str(rows): 1,
+        f"<answer>**{right}**</answer>": 1,
+        f"<answer>Solution: {right}</answer>": 1,
+        f"Final Answer:\n{lines}": 1,
+        f"Puzzle: {p['question']}\nSolution: {right}": 1,
+        f"{right}, that is\n{grid}": 1,
+        f"{wrong}, no\n<answer>{right}</answer>": 1,
+        f"{wrong} or {right}": 0,
+        f"{wrong}, no: {right}": 0,
+        f"<answer>{wrong}</answer> or <answer>{right}</answer>": 0,
+        f"{wrong}\n{right}": 0,
+        f"Row 1: {right}": 1,
+        f"1. {right}": 0,
+        f"{right}5": 0,
+        p["question"]: 0,
+    }
+    for text, score in cases.items():
+        assert rewards.sudoku_score(text, p) == score, text
+
+
 def test_sudoku_ceiling_of_several_solutions():
     puzzle = "1234341200000000"
     grids = solve_sudoku(puzzle)
@@ -688,6 +719,16 @@ def test_zebra_tables_by_hand():
         json.dumps({"reasoning": "...", "solution": houses}): 1,
         f"I think\n```json\n{json.dumps(houses, indent=1)}\n```": 1,
         "<reasoning>1: blue, Ann</reasoning><answer>1: red, Tom\n2: blue, Ann</answer>": 1,
+        "House 1:\n- Name: Tom\n- Color: red\n\nHouse 2:\n- Name: Ann\n- Color: blue": 1,
+        "### House 1\n- **Color:** red\n- **Name:** Tom\n### House 2\n- **Color:** blue\n- **Name:** Ann": 1,
+        "| House | Name | Color |\n|---|---|---|\n| 1 | Tom | red |\n| 2 | Ann | blue |": 1,
+        "House 1: Name: Tom, Color: red\nHouse 2: Name: Ann, Color: blue": 1,
+        "House 1:\n- Name: Tom\n- Name: Ann\n- Color: red": 0.25,  # two names for one house
+        "House 1: Name: Ann, Name: Tom, Color: red": 0.25,
+        "House 1:\n- Name: Tom\nHouse 1:\n- Name: Ann": 0,
+        "- Name: Tom\n- Color: red": 0,
+        "1\n- Name: Tom": 0,
+        "| House | Name | Color |\n| 1 | red | Tom |\n| 2 | blue | Ann |": 0,
         "1: red, Ann\n2: blue, Tom": 0.5,
         "1: red, Tom": 0.5,
         json.dumps({"House 1": {"Color": "red"}}): 0.25,
