@@ -268,7 +268,9 @@ def reserved(x: int, op: str, y: int) -> bool:
 LONGEST = 500  # characters; what is longer is no answer
 SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>")  # <|eot_id|> and its like, where a file kept them
 BRACES = re.compile(r"\\\\|\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
-BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s${}\\]+)")  # \boxed 42
+BARE_BOX = re.compile(  # \boxed 42, \boxed2, \boxed\frac12
+    r"\\(?:boxed|fbox)\s*((?:(?<=\s)|(?=\d))[^\s${}\\]+|\\(?:[dtc]?frac|sqrt|text|pi)(?:\s*(?:\d|\{[^{}]{0,80}\})){0,2})"
+)
 TAGS = re.compile(r"</?answer>", re.IGNORECASE)
 HASHES = re.compile(r"#{4,}\s*(?:\**(?:final\s+)?answer\b[*: \t]{0,8}\s*)?([^\n]*)", re.IGNORECASE)
 # A heading of the working, not an answer: "#### Step 2: ...", "#### 1. **Add**", "#### Day 1: ...", "#### The cost:"
@@ -597,8 +599,12 @@ def check_math500(row: dict, where: str) -> Problem:
 
 # Spellings that mean the same, applied one after the other.
 PLAIN = [
+    (
+        re.compile(r"(?<=[\d}])\s*\\(?:text|mathrm|mbox)\s*\{\s*[A-Za-z. ]+\}(?:\^\{?[23]\}?)?[\s.$]*$"),
+        "",
+    ),  # 10 \text{ apples}
     (LATEX_TEXT, r"\1"),
-    (re.compile(r"\\!"), ""),
+    (re.compile(r"(?<=\d),\\!\s*(?=\d{3})|\\!"), ""),
     (re.compile(r"\\left\b|\\right\b|\\displaystyle|(?<!\\)\\[,;: ]|~|\\q?quad\b"), " "),
     (re.compile(r"\\\$|\$|\\\(|\\\)|\\\[|\\\]|\\?%|\*\*|^\s*=|\\big[lrg]?\b|\\Big[lrg]?\b"), ""),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\u00b0"), ""),
@@ -614,6 +620,10 @@ PLAIN = [
     (re.compile(r"\\(?:infty|infinity)\b|\u221e|\binfinity\b"), r"\\infty"),
     (re.compile(r"\\pi\b|\u03c0"), r"\\pi"),
     (re.compile(r"\u2212"), "-"),
+    (re.compile(r"\u00b1"), r"\\pm"),
+    (re.compile(r"([_^])\s*\{\s*(\w)\s*\}"), r"\1\2"),
+    (re.compile(r"(?<![\w)}])\(([^()]+)\)\s*/\s*(?:\(([^()]+)\)|(\d+)(?![\w.(^]))"), r"\\frac{\1}{\2\3}"),  # (x + 1)/2
+    (re.compile(r"^\s*\((?:\\?[a-zA-Z]+\s*,\s*)+\\?[a-zA-Z]+\)\s*=\s*(?=\()"), ""),  # (x, y) = (2, 3)
     (re.compile(r"^\s*\(?[a-zA-Z](?:_\{?\w\}?)?(?:\([a-z]\))?\s*(?:=|\\in\b)\s*(?=[^=])"), ""),  # x = 5, x \in [0, 1]
 ]
 UNITS = re.compile(
@@ -632,6 +642,9 @@ def plain(answer: str) -> str:
         text = pattern.sub(spelling, text)
     text = re.sub(r"\s+", "", UNITS.sub("", text.strip())).rstrip(".,;:")
     text = re.sub(r"(?<!\d)\.(?=\d)", "0.", text)
+    if between := re.fullmatch(r"([^<>=]+)<(=?)[a-zA-Z]<(=?)([^<>=]+)", text):  # 0 < x <= 5
+        low, closed, closed_above, high = between.groups()
+        text = f"{'[' if closed else '('}{low},{high}{']' if closed_above else ')'}"
     choice = re.fullmatch(r"\(([A-Za-z])\)", text)
     return choice[1] if choice else text
 
@@ -652,7 +665,7 @@ def rational(text: str) -> Fraction | None:
 
 def elements(text: str) -> tuple[str, list[str]]:
     """(brackets, parts) of a plain answer: "(1,2)" -> ("()", ["1", "2"]); a set or bare list has none, and no order."""
-    text = re.sub(r"(?<=[\w}\)])(?:and|or)(?=[\w\\(-])", ",", text) if re.search(r"\d(?:and|or)", text) else text
+    text = re.sub(r"(?<=[\w}\)])(?:and|or)(?=[\w\\(-])", ",", text) if re.search(r"[\d})](?:and|or)", text) else text
     brackets = ""
     if text.startswith("\\{") and text.endswith("\\}"):
         text = text[2:-2]
@@ -664,7 +677,11 @@ def elements(text: str) -> tuple[str, list[str]]:
         if c == "," and depth == 0:
             parts.append(text[start:i])
             start = i + 1
-    return brackets, [*parts, text[start:]]
+    parts.append(text[start:])
+    if not brackets:  # 1 \pm x is 1 + x and 1 - x
+        signs = [("+", "-") if part.count("\\pm") == 1 else ("",) for part in parts]
+        parts = [re.sub(r"\\pm", s, part).removeprefix("+") for part, both in zip(parts, signs) for s in both]
+    return brackets, parts
 
 
 def closes_last(text: str) -> bool:
@@ -706,8 +723,10 @@ def math_verify():
     return module
 
 
-# What could keep sympy busy: towers of powers, factorials, long numbers.
-WILD = re.compile(r"!|\d{16}|\^\s*\{?\s*-?\d{3}|\^\s*\{?[^{}\s]*\}?\s*\^|\^\s*\{[^{}]*\^|binom|prod|sum|int|lim|mod")
+# What could keep sympy busy: towers of powers, factorials, long numbers; and a base, 42_5, which math-verify ignores.
+WILD = re.compile(
+    r"!|\d{16}|\d\s*_|\^\s*\{?\s*-?\d{3}|\^\s*\{?[^{}\s]*\}?\s*\^|\^\s*\{[^{}]*\^|\\[a-z]{0,3}(?:binom|prod|sum|int|lim|mod)"
+)
 
 
 def same_by_math_verify(gold: str, answer: str) -> bool:

@@ -399,6 +399,20 @@ EXPRESSIONS = [
     ("2k+2", ["2k + 2"], ["2k", "2"]),
     (r"\pi", [r"\pi", "\u03c0"], ["3.14", r"2\pi"]),
     (">", [">"], ["<", "="]),
+    (r"11,\! 111,\! 111,\! 100", ["11111111100", "11,111,111,100", r"11{,}111{,}111{,}100"], ["11,111,111", "(11,111,111,100)"]),
+    (r"1 \pm \sqrt{19}", [r"1+\sqrt{19}, 1-\sqrt{19}", r"1 - \sqrt{19} \text{ and } 1 + \sqrt{19}", r"1\pm\sqrt{19}", r"x = 1 \pm \sqrt{19}"], [r"1+\sqrt{19}", r"1-\sqrt{19}, 1-\sqrt{19}", r"19 \pm \sqrt{1}", r"\pm\sqrt{19}"]),
+    (r"3 \pm 2\sqrt{2}", [r"3+2\sqrt2, 3-2\sqrt2"], [r"3+2\sqrt2, 3-2\sqrt3", r"3-2\sqrt2"]),
+    (r"\{1\pm\sqrt5,-2\}", [r"1+\sqrt{5}, 1-\sqrt{5}, -2", r"-2, 1 \pm \sqrt 5"], [r"1+\sqrt5, 1-\sqrt5", r"1\pm\sqrt5, 2"]),
+    (r"\pm 3", ["3, -3", "-3, 3", "\u00b13"], ["3", "-3", "3,3"]),
+    ("(2,3)", ["(x, y) = (2, 3)", r"(r,\theta) = (2,3)"], ["(x, y) = (3, 2)", "(2, 3) = (x, y, z)", "2,3"]),
+    ("[-2,7]", [r"-2 \le x \le 7", r"-2 \leq x \leq 7", r"x \in [-2,7]"], [r"-2 < x \le 7", r"-2 < x < 7", r"-2 \le x", r"2 \le x \le 7"]),
+    (r"0 < x \le 5", ["(0,5]"], ["[0,5]", "(0,5)"]),
+    (r"10 \text{ integers}", ["10", r"10\text{ integers}"], ["1", r"10\text{ or }11"]),
+    ("10", [r"10\text{ apples}", r"10 \mathrm{ cm}^2", r"10\text{ apples}."], [r"10\text{ apples}, 5", r"\text{ten}"]),
+    ("4210_{5}", ["4210_5"], ["4210", "4210_6"]),
+    ("x^{2}+1", ["x^2+1"], ["x^{2+1}", "x^3+1"]),
+    (r"\frac{x+1}{2}", ["(x+1)/2", "(x + 1)/(2)"], ["x+1/2", "(x+1)/3", "(x+1)/2^2"]),
+    ("2", [r"2"], [r"\frac12"]),
 ]  # fmt: skip
 COMPARED = [
     (gold, text, right) for gold, *lists in EXPRESSIONS for right, texts in zip((1, 0), lists) for text in texts
@@ -424,7 +438,6 @@ SYMBOLIC = [  # what only math-verify finds equal
     (r"2\sqrt{3}", r"\sqrt{12}"),
     ("x^2+2x+1", "(x+1)^2"),
     (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
-    ("x^{2}+1", "x^2+1"),
 ]
 
 
@@ -470,6 +483,15 @@ def test_golds_that_are_announced_otherwise():
 @pytest.mark.parametrize("gold,answer", SYMBOLIC)
 def test_math_verify_finds_what_the_plain_comparison_does_not(gold, answer, comparison):
     assert rewards.same_answer(answer, gold, "What is it?") == (comparison == "math-verify")
+
+
+def test_boxes_without_braces(comparison):
+    for bare, answer in ((r"\boxed2", "2"), (r"\boxed 2.", "2"), (r"\boxed\frac12", "1/2"), (r"\boxed\frac{1}{2}", "1/2"), (r"\boxed\sqrt2", r"\sqrt{2}")):
+        problem = rewards.check_math500({"problem": "?", "solution": f"So it is ${bare}$"}, "here")
+        assert rewards.math500_correct(f"\\boxed{{{answer}}}", problem) == 1, bare
+        assert rewards.math500_correct(f"${bare}$ or $\\boxed{{7}}$", problem) == 0
+    with pytest.raises(DataError):
+        rewards.check_math500({"problem": "?", "solution": r"\boxed\left( \boxedx"}, "here")
 
 
 def test_a_part_of_the_question_is_no_answer(comparison):
