@@ -68,6 +68,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -266,7 +267,7 @@ def reserved(x: int, op: str, y: int) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 LONGEST = 500  # characters; what is longer is no answer
-SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>")  # <|eot_id|> and its like, where a file kept them
+SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>|</s>|\A<s>")  # <|eot_id|> and its like, where a file kept them
 BRACES = re.compile(r"\\\\|\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 BARE_BOX = re.compile(  # \boxed 42, \boxed2, \boxed\frac12
     r"\\(?:boxed|fbox)\s*((?:(?<=\s)|(?=\d))[^\s${}\\]+|\\(?:[dtc]?frac|sqrt|text|pi)(?:\s*(?:\d|\{[^{}]{0,80}\})){0,2})"
@@ -280,7 +281,9 @@ HEADING = re.compile(
     re.IGNORECASE,
 )
 WORDS = re.compile(r"\**[a-z]{2}", re.IGNORECASE)
-VALUE = r"(?:(?!(?:-|\d{1,2}[.)])\s+\**[a-z])[-+\u2212\d.$\\(\[{]|\S{1,40}[ \t]*$)"  # how an answer on a line of its own starts
+VALUE = (
+    r"(?:(?!(?:-|\d{1,2}[.)])\s+\**[a-z])[-+\u2212\d.$\\(\[{]|\S{1,40}[ \t]*$)"  # how an answer on its own line starts
+)
 SAID = re.compile(
     r"(?:\banswer(?:\s+(?:to|for)\s[^\n.:]{1,80}?)?(?:\s+(?:is|(?:should|would|will|must)\s+be)\b|\**\s*[:=])(?:\s+is\b)?"
     rf"|^[#*]{{1,6}}[ \t]*(?:final\s+)?answer(?=[* \t]{{0,8}}\n)|^A:(?=\s{{0,4}}\**{VALUE}))"
@@ -850,20 +853,33 @@ def mbpp_target(problem: Problem) -> str:
 
 
 LONGEST_PROGRAM = 100_000  # characters
-FENCED = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
-DEFINES = re.compile(r"^[ \t]*(?:(?:async[ ]+)?def|class)\s+\w|^\w+\s*=", re.MULTILINE)
+FENCED = re.compile(r"(```|~~~)[ \t]*[\w+#.-]*[ \t]*\r?\n(.*?)(?:\1|\Z)", re.DOTALL)
+DEFINES = re.compile(r"^[ \t]*(?:(?:async[ ]+)?def|class)\s+(\w+)|^(\w+)\s*=", re.MULTILINE)
+CODE_LINE = re.compile(
+    r"\s|$|[@#)\]}]|(?:(?:async\s+)?def|class|import|from\s+[\w.]+\s+import|if|elif|for|while|with)\s|"
+    r"(?:else|try|finally|except\b[^:]*):|\w[\w.]*(?:\[[^\]]*\])*\s*[-+*/%&|^:]?=|\w[\w.]*\("
+)
 
 
-def extract_code(completion: str) -> str | None:
-    """The program of a completion: the last fenced block that defines something; without fences all of its text, or
-    what stands between [BEGIN] and [DONE] or in <answer>. None if that is no Python, or defines nothing."""
+def extract_code(completion: str, tests: tuple[str, ...] | list[str] = ()) -> str | None:
+    """The program of a completion: the last fenced block that defines what the tests call, else the last that defines
+    something; without fences all of its text, or what stands between [BEGIN] and [DONE] or in <answer>, or its lines
+    of code. None if that is no Python, or defines nothing."""
+    called = set(re.findall(r"\b([A-Za-z_]\w*)\s*\(", "\n".join(tests)))
     text = SPECIAL.sub("", completion).replace("\r\n", "\n")
     bare = text.partition("[DONE]")[0].rpartition("[BEGIN]")[2].partition("```")[0]
     bare = TAGS.split(bare)[1] if TAGS.search(bare) else bare
-    for blocks in (FENCED.findall(text), [bare]):
-        programs = [block for block in blocks if DEFINES.search(block) and compiles(block)]
+    lines = itertools.groupby(bare.split("\n"), key=lambda line: CODE_LINE.match(line) is not None)
+    for blocks in (
+        [match[2] for match in FENCED.finditer(text)],
+        [bare],
+        ["\n".join(part) for code, part in lines if code],
+    ):
+        blocks = (block if compiles(block) else textwrap.dedent(block) for block in blocks if DEFINES.search(block))
+        programs = [block for block in blocks if compiles(block)]
+        wanted = [block for block in programs if called & set(itertools.chain(*DEFINES.findall(block)))]
         if programs:
-            return programs[-1].strip("\n")
+            return (wanted or programs)[-1].strip("\n").rstrip()
     return None
 
 
@@ -985,13 +1001,13 @@ def holds(imports: str, conditions: tuple[str, ...], values: str | None) -> bool
 
 def mbpp_score(completion: str, problem: Problem) -> float:
     """1 if the completion's program passes all tests, else 0: pass@1 is its mean."""
-    program = extract_code(completion)
+    program = extract_code(completion, problem["tests"])
     return float(program is not None and pass_rate(program, problem) == 1)
 
 
 def mbpp_reward(completion: str, problem: Problem) -> Reward:
     """tests: 2.0 times the share that passes; format: 0.5 for a program that compiles, 0.5 for one fenced block."""
-    program = extract_code(completion)
+    program = extract_code(completion, problem["tests"])
     if program is None:
         return {"tests": 0.0, "format": 0.0}
     fenced = len(FENCED.findall(completion)) == 1
@@ -1354,14 +1370,17 @@ def countdown_problem(numbers: list[int], target: int) -> Problem:
 
 
 def check_countdown(row: dict, where: str) -> Problem:
-    """nums (numbers, input "3,8,5") and target (output); or ground_truth: [[3, 8, 5], 6]; or both in the question's
-    words, "Numbers: 3, 8, 5. Target: 6.". DataError for all else."""
+    """nums (numbers, input "3,8,5") and target (output); or ground_truth, [[3, 8, 5], 6] or with both by name; or both
+    in the question's words, "Numbers: 3, 8, 5. Target: 6.". DataError for all else."""
     both = pick(row, ("ground_truth", "solution", "answer"))
+    row = row | both if isinstance(both, dict) else row
     pair = both if isinstance(both, list) and len(both) == 2 and isinstance(both[0], list) else (None, None)
     numbers, target = pick(row, ("nums", "numbers", "input")) or pair[0], row.get("target", row.get("output", pair[1]))
     words = str(pick(row, QUESTION) or "")
-    if numbers is None and (said := re.search(r"numbers?:?\s*\[?(\d[\d,\s]*)", words, re.IGNORECASE)):
-        numbers, said = said[1], re.search(r"(?:target(?: of|:)?|equals?|make)\s*(-?\d+)", words, re.IGNORECASE)
+    listed = re.search(r"numbers?:?\s*\[?(\d[\d,\s]*)", words, re.IGNORECASE) or re.search(r"\[(\d[\d,\s]*)\]", words)
+    if numbers is None and listed:
+        goal = r"(?:target(?: of|:)?|equals?|make|evaluates? to(?: exactly)?)\s*(-?\d+)"
+        numbers, said = listed[1], re.search(goal, words, re.IGNORECASE)
         target = said[1] if said and target is None else target
     try:
         numbers = re.findall(r"\d+", numbers) if isinstance(numbers, str) else numbers
@@ -1398,7 +1417,9 @@ def countdown_target(problem: Problem) -> str:
 
 
 SPELLINGS = (
-    (re.compile(r"\\left|\\right|\\[,;:! ]|[$`*]{2}|\$|\\\(|\\\)|\\\[|\\\]"), ""),
+    (LATEX_TEXT, r"\1"),
+    (re.compile(r"\\left|\\right|\\[,;:! ]|[*]{2}|[$`]|\\\(|\\\)|\\\[|\\\]"), ""),
+    (re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])"), "*"),
     (FRACTION, r"((\1)/(\2))"),
     (re.compile(r"\\times|\\cdot|[\u00d7\u00b7\u22c5\u2217]"), "*"),
     (re.compile(r"\\div|\u00f7|\u2215"), "/"),
@@ -1409,14 +1430,19 @@ SPELLINGS = (
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "negative": 3}
 
 
+def spelled(expression: str) -> str:
+    """An expression with + - * / and parentheses for all that means the same."""
+    for pattern, spelling in SPELLINGS:
+        expression = pattern.sub(spelling, expression)
+    return expression
+
+
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
     """(exact value, the numbers used) of whole numbers, + - * / and parentheses; None for anything else.
 
     The shunting-yard algorithm, in one pass and without recursion.
     """
-    for pattern, spelling in SPELLINGS:
-        expression = pattern.sub(spelling, expression)
-    tokens = re.findall(r"\d+|\S", expression)
+    tokens = re.findall(r"\d+|\S", spelled(expression))
     values, operators, used, after_value = [], [], [], False
     for token in [*tokens, None]:
         if token is not None and token.isascii() and token.isdigit() and not after_value and len(token) <= 20:
@@ -1456,14 +1482,20 @@ def apply(op: str, values: list[Fraction]) -> bool:
     return True
 
 
-def countdown_answer(completion: str, problem: Problem) -> str | None:
-    """The announced expression, without a true "= target" behind it; None without one, or with several."""
-    answers = {re.sub(r"\s+", "", text).rstrip(".") for text in announcements(completion, problem)}
-    if len(answers) != 1:
+def expression_of(text: str, numbers: list[int]) -> str | None:
+    """The expression of "E", "E = 23", "23 = E" or "E = 3 + 20 = 23"; None where its sides differ."""
+    sides = spelled(re.sub(r"\s+", "", text).rstrip(".")).split("=")
+    found = [evaluate(side) for side in sides]
+    if len(sides) > 1 and (None in found or len({value for value, _ in found}) > 1):
         return None
-    left, equals, right = answers.pop().partition("=")
-    claimed, made = (evaluate(right), evaluate(left)) if equals else (None, None)
-    return left if not equals or (claimed and made and claimed[0] == made[0]) else None
+    uses_all = (side for side, made in zip(sides, found) if made and sorted(made[1]) == sorted(numbers))
+    return next(uses_all, sides[0])
+
+
+def countdown_answer(completion: str, problem: Problem) -> str | None:
+    """The announced expression, without a true "= target" beside it; None without one, or with several."""
+    answers = {expression_of(text, problem["numbers"]) for text in announcements(completion, problem)}
+    return answers.pop() if len(answers) == 1 else None
 
 
 def countdown_terms(completion: str, problem: Problem) -> tuple[float, float]:
@@ -2075,7 +2107,7 @@ TASKS = {
         target=mbpp_target,
         reward=mbpp_reward,
         score=mbpp_score,
-        answer=lambda completion, problem: extract_code(completion),
+        answer=lambda completion, problem: extract_code(completion, problem["tests"]),
         runs_code=True,
     ),
     "countdown": task(

@@ -818,6 +818,19 @@ def test_countdown_by_hand():
         "#### (3 + 5) \u00d7 8 \u00f7 2 = 32": 1.0,
         "#### $(3+5)*8/2$.": 1.0,
         "<answer>[3 + 5] * 8 / 2</answer>": 1.0,
+        "#### (3 + 5) x 8 / 2": 1.0,
+        "#### 32 = (3 + 5) * 8 / 2": 1.0,
+        "#### (3 + 5) * 8 / 2 = 8 * 8 / 2 = 64 / 2 = 32": 1.0,
+        "#### `(3 + 5) * 8 / 2`": 1.0,
+        "\\boxed{\\text{(3 + 5) * 8 / 2}}": 1.0,
+        "#### (3 + 5) * 8 / 2\n\\boxed{(3+5) \\times 8 \\div 2 = 32}": 1.0,
+        "#### (3 + 5) * 8 / 2</s>": 1.0,
+        "#### (3 + 5) * 8 / 2 = 8 * 8 / 3 = 32": 0.0,
+        "#### 33 = (3 + 5) * 8 / 2": 0.0,
+        "#### 32 = 32": 0.0,
+        "#### (3 + 5) * 8 / 2 = x": 0.0,
+        "#### (3 + 5) * 8 / 2\n#### (5 + 3) * 2 * 2 = 32": 0.0,
+        "#### x8 * 3": 0.0,
         "#### 3 + 5 * 8 / 2": 0.1,
         "#### (3 + 5) * 8 / 2 = 33": 0.0,
         "#### 32": 0.0,
@@ -1108,6 +1121,27 @@ def test_code_is_found_in_completions():
         code + "\0",
     ):
         assert rewards.extract_code(completion) is None, completion
+    other = "x = f(1, 2)\nprint(x)"
+    found = [
+        f"```python\n{code}\n```\nUse it:\n```python\n{other}\n```",
+        f"```python\n{code}\n```\nA test:\n```python\ndef test():\n    assert f(1) == 1\n```",
+        f"```bash\nx=1\npip install numpy\n```\n```python\n{code}\n```",
+        f"```bash\npip install numpy\n```\n```python\n{code}\n```",
+        f"```PYTHON\n{code}\n```",
+        f"~~~python\n{code}\n~~~",
+        f"~~~\n{code}\n~~~\nSo it is.",
+        "1. The program:\n   ```python\n" + "".join(f"   {line}\n" for line in code.split("\n")) + "   ```\n2. Done",
+        f"Here is the code:\n\n{code}\n\nThis works because x is returned.",
+        f"Sure!\n{code}\nIt returns x.</s>",
+        f"<s>{code}</s>",
+    ]
+    for completion in found:
+        assert rewards.extract_code(completion, ["assert f(1) == 1"]) == code, completion
+    both = "```python\ndef f(x):\n    return 0\n```\n```python\ndef g(x):\n    return 1\n```"
+    assert [rewards.extract_code(both, [f"assert {name}(1)"])[4] for name in "fgh"] == ["f", "g", "g"]
+    assert rewards.extract_code("The answer is\nx is 5\nnothing") is None
+    spaces = 'def f(x):\n    return """a\n   \nb"""'
+    assert rewards.extract_code(f"```python\n{spaces}\n```") == spaces
     assert rewards.extract_code("x = 1\n" * 50_000) is None and rewards.extract_code("x = " + "(" * 50_000) is None
 
 
@@ -1180,7 +1214,8 @@ P = {
     "math500": [{"problem": "q", "solution": "So $\\boxed{\\frac{1}{2}}$."}, {"problem": "q", "answer": "3", "solution": "\\boxed{3}"}],
     "mbpp": [{"text": "q", "code": "def f(x):\r\n  return x", "test_list": ["assert f(1) == 1"], "test_setup_code": "", "challenge_test_list": []},
              {"prompt": "q", "code": "import math\ndef f(x):\n return math.pi", "test_list": ["assert math.isclose(f(1), 3.14159, rel_tol=1e-3)"], "test_imports": ["import math"]}],
-    "countdown": [{"nums": [3, 8, 5], "target": 6}, {"input": "3,8,5", "output": "6"}, {"question": "Numbers: [3, 8, 5], target: 6"}],
+    "countdown": [{"nums": [3, 8, 5], "target": 6}, {"input": "3,8,5", "output": "6"}, {"question": "Numbers: [3, 8, 5], target: 6"},
+                  {"prompt": "Use each of [3, 8, 5] once, so that it evaluates to exactly 6.", "output": None}, {"prompt": "q", "ground_truth": {"numbers": [3, 8, 5], "target": 6}}],
     "sudoku": [{"Puzzle": "1234341221430000", "Solution": "1234341221434321"}],
     "zebra": [{"puzzle": "q", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ["2", "Arnold"]]}},
               {"puzzle": "q", "solution": json.dumps({"House 1": {"Name": "Eric"}, "House 2": {"Name": "Arnold"}})}],
