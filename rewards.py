@@ -754,7 +754,7 @@ def same_answer(answer: str, gold: str, question: str) -> bool:
     although it may equal it: "Factor x^2 - 1" is not answered by x^2 - 1.
     """
     a, b = plain(answer), plain(gold)
-    if a == b:
+    if a == b or (re.fullmatch(r"\d+_\{?\d+\}?", b) and a == b.partition("_")[0]):  # the question names the base
         return True
     if re.search(r"\W", a) and a in plain(question[:10_000]):
         return False
@@ -2675,7 +2675,8 @@ def score_file(name: str, path: str) -> list[Scored]:
             row = row["doc"] | row
         problem, texts = problem_of(name, row, where), completions_of(row, where)
         for text, verdict in zip(texts, verdicts_of(row, len(texts))):
-            text = without_echo(text, problem.get("prompt", ""))
+            prompt = problem.get("prompt", "")
+            text = without_echo(text.removeprefix(prompt), prompt)  # a whole prompt, however short, is an echo
             reward, score = sum(TASKS[name].reward(text, problem).values()), TASKS[name].score(text, problem)
             rows.append(Scored(where, reward, score, TASKS[name].answer(text, problem), problem["answer"], verdict))
     if not rows:

@@ -409,7 +409,9 @@ EXPRESSIONS = [
     (r"0 < x \le 5", ["(0,5]"], ["[0,5]", "(0,5)"]),
     (r"10 \text{ integers}", ["10", r"10\text{ integers}"], ["1", r"10\text{ or }11"]),
     ("10", [r"10\text{ apples}", r"10 \mathrm{ cm}^2", r"10\text{ apples}."], [r"10\text{ apples}, 5", r"\text{ten}"]),
-    ("4210_{5}", ["4210_5"], ["4210", "4210_6"]),
+    ("4210_{5}", ["4210_5", "4210"], ["4210_6", "421", "4210_{12}"]),
+    ("10", ["10"], ["10_2"]),
+    ("101_{12}", ["101_{12}", "101"], ["101_1", "101_2"]),
     ("x^{2}+1", ["x^2+1"], ["x^{2+1}", "x^3+1"]),
     (r"\frac{x+1}{2}", ["(x+1)/2", "(x + 1)/(2)"], ["x+1/2", "(x+1)/3", "(x+1)/2^2"]),
     ("2", [r"2"], [r"\frac12"]),
@@ -564,6 +566,7 @@ HOSTILE += [
     "1: red, Tom\n",
     "| 1 | ",
 ]
+HOSTILE += ["answer to ", "**Answer:**\n", "A: 5\n", "House 1:\n- Name: Tom\n", "\\pm ", "1234 ", "~~~\n", "\\boxed\\frac{"]
 HOSTILE += [
     "\\frac{1}{",
     "\\text{",
@@ -623,7 +626,7 @@ def test_work_grows_linearly(name):
     """Twice the text runs at most 2.2 times the lines of Python; what these lines call is one pass of `re` each."""
     task = rewards.TASKS[name]
     problem = task.generate("test", 1, 0)[0]
-    for piece in [*HOSTILE, task.target(problem)]:
+    for piece in [*HOSTILE, task.target(problem), problem["question"]]:
         once, twice = (lines_run(lambda n=n: task.reward(piece * n, problem)) for n in (300, 600))
         assert twice <= 2.2 * once + 100, (piece, once, twice)
 
@@ -1277,6 +1280,7 @@ def test_an_echo_of_the_prompt_is_no_answer(tmp_path, capsys):
 def test_an_echo_in_other_spaces_or_of_the_end_is_no_answer(tmp_path, capsys, comparison):
     prompt = "Solve 2 x = 84.  Write the answer\nin a box, such as \\boxed{42}."
     echoes = {prompt: 0, prompt.replace(" ", "\n"): 0, prompt[-40:]: 0, prompt[-40:] + " So \\boxed{41}": 0, "Yes. " + prompt: 0}
+    assert scored(tmp_path, capsys, "gsm8k", [{"prompt": "#### 42?", "completion": "#### 42?", "answer": 42}])["accuracy"] == 0
     own = {"\\boxed{42}": 1, prompt + "\nSo \\boxed{42}": 1, prompt[-40:] + "\n\\boxed{42}": 1, "\\boxed{42}.": 1}
     for text, right in (echoes | own).items():
         row = {"prompt": prompt, "completion": text, "answer": "42"}
