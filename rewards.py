@@ -602,10 +602,8 @@ def check_math500(row: dict, where: str) -> Problem:
 
 # Spellings that mean the same, applied one after the other.
 PLAIN = [
-    (
-        re.compile(r"(?<=[\d}])\s*\\(?:text|mathrm|mbox)\s*\{\s*[A-Za-z. ]+\}(?:\^\{?[23]\}?)?[\s.$]*$"),
-        "",
-    ),  # 10 \text{ apples}
+    # 10 \text{ apples}
+    (re.compile(r"(?<=[\d}])\s*\\(?:text|mathrm|mbox)\s*\{\s*[A-Za-z. ]+\}(?:\^\{?[23]\}?)?[\s.$]*$"), ""),
     (LATEX_TEXT, r"\1"),
     (re.compile(r"(?<=\d),\\!\s*(?=\d{3})|\\!"), ""),
     (re.compile(r"\\left\b|\\right\b|\\displaystyle|(?<!\\)\\[,;: ]|~|\\q?quad\b"), " "),
@@ -870,11 +868,8 @@ def extract_code(completion: str, tests: tuple[str, ...] | list[str] = ()) -> st
     bare = text.partition("[DONE]")[0].rpartition("[BEGIN]")[2].partition("```")[0]
     bare = TAGS.split(bare)[1] if TAGS.search(bare) else bare
     lines = itertools.groupby(bare.split("\n"), key=lambda line: CODE_LINE.match(line) is not None)
-    for blocks in (
-        [match[2] for match in FENCED.finditer(text)],
-        [bare],
-        ["\n".join(part) for code, part in lines if code],
-    ):
+    fenced = [match[2] for match in FENCED.finditer(text)]
+    for blocks in (fenced, [bare], ["\n".join(part) for code, part in lines if code]):
         blocks = (block if compiles(block) else textwrap.dedent(block) for block in blocks if DEFINES.search(block))
         programs = [block for block in blocks if compiles(block)]
         wanted = [block for block in programs if called & set(itertools.chain(*DEFINES.findall(block)))]
