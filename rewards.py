@@ -408,7 +408,7 @@ BRACED = [  # \frac12 and its like, with all their braces
     (re.compile(r"(\\frac\s*\{[^{}]*\})\s*([^\s{\\])"), r"\1{\2}"),
 ]
 # "10 cookies (5 + 5)", "10 (= 2 * 5)": where the number comes from
-ASIDE = re.compile(r"(?<=[a-z])\s?\([^()]*[=+*/][^()]*\)|\(\s*=[^()]*\)")
+ASIDE = re.compile(r"(?<=[a-z])\s?\([^()a-zA-Z]*[=+*/][^()a-zA-Z]*\)|\(\s*=[^()]*\)")
 
 
 def parse_number(text: str) -> Decimal | None:

@@ -358,7 +358,7 @@ NUMBERS = {
         + ["#### Total cost for 3 months:\n5 + 5\n\\boxed{10}", "#### Solving for 3 x\n\\boxed{10}", "#### 1. **Add** 5 and 5\n\\boxed{10}"]
         + ["#### Final Answer\n10", "### Final Answer\n\n**$10**", "#### Answer: 10", "#### Total: 10", "#### Day 1: 5\n#### Day 2: 5\n#### 10"]
         + ["Answer: The final answer is 10", "Answer:\n- Tom has 5 apples\nThe answer is 10", "Answer:\n1. Add 5 and 5\nThe answer is 10."],
-        ["#### 10 or 3", "<answer>Tom has 10 apples and Ann has 3.</answer>", "#### 10 apples (or 3)", "#### 10 (3)", "#### 3 (4 + 5)"]
+        ["#### 10 or 3", "<answer>Tom has 10 apples and Ann has 3.</answer>", "#### 10 apples (or 3)", "#### 10 apples (or = 3)", "#### Tom: 3\n#### Ann: 10", "#### 10 (3)", "#### 3 (4 + 5)"]
         + ["The answer is 3, the answer is 10", "The answer is 10. The answer should be 3.", "The answer is 3. The answer is 10.", "A: 10\nA: 3", "A: 3\nThe answer is 10"]
         + ["#### 10\n\\boxed{3}", "#### 3 apples\n\\boxed{10}", "#### The answer is 3\n\\boxed{10}", "#### \u201310", "#### 3\u201310"]
         + ["Answer:\nTom has 10 apples", "Answer:\n1. Add 5 and 5 to get 10", "#### Day 10:", "#### Step\n10", "A lot: 10"],
