@@ -68,6 +68,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -104,6 +105,21 @@ class DataError(ValueError):
 # ---------------------------------------------------------------------------------------------
 
 
+QUESTION = ("question", "problem", "prompt", "text", "instruction", "puzzle")
+# what nobody would call a model's own answer, as "answer" may be
+GOLD = (
+    *("ground_truth", "gold", "gt", "target", "expected_answer", "gold_answer", "correct_answer", "reference_answer"),
+    "reference",
+)
+ANSWER = ("answer", *GOLD, "label", "final_answer", "solution")
+COMPLETION = (
+    *("completion", "completions", "generation", "generations", "response", "responses", "model_output"),
+    *("prediction", "predictions", "generated_text", "resps", "output", "outputs", "model_response", "model_answer"),
+    *("samples", "pred"),
+)
+VERDICT = ("correct", "is_correct", "verdict", "passed", "exact_match", "acc", "correctness", "score")
+
+
 def read_text(path: str) -> str:
     """A whole UTF-8 file; DataError where there is none."""
     try:
@@ -118,7 +134,10 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
     if path.lower().endswith(".csv"):
         yield from read_csv(path, text)
         return
-    rows = json_list(text)
+    rows = json_rows(text)
+    if isinstance(rows, dict):
+        yield f"{path}, line 1", rows
+        return
     if rows is not None:
         for number, row in enumerate(rows, 1):
             yield f"{path}, item {number}", an_object(row, f"{path}, item {number}")
@@ -141,16 +160,19 @@ def an_object(row, where: str) -> dict:
     return row
 
 
-def json_list(text: str) -> list | None:
-    """The rows of a file that is one JSON value: a list, or an object with a list of objects in it; else None."""
+def json_rows(text: str) -> list | dict | None:
+    """The rows of a file that is one JSON value: a list, the one list of objects in an object, or an object that is a
+    row itself; None for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if isinstance(value, dict):
-        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-        return lists[0] if len(lists) == 1 else None
-    return value if isinstance(value, list) else None
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else None
+    if pick(value, ANSWER) is not None or any(isinstance(value.get(name), str) for name in COMPLETION):
+        return value
+    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    return lists[0] if len(lists) == 1 else value
 
 
 def read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
@@ -179,10 +201,6 @@ def pick_text(row: dict, names: tuple[str, ...], where: str, example: str) -> st
         others = f" (or {', '.join(names[1:])})" if names[1:] else ""
         raise DataError(f'{where}: field "{names[0]}"{others} is missing or not text; {example}')
     return value.strip()
-
-
-QUESTION = ("question", "problem", "prompt", "text", "instruction", "puzzle")
-ANSWER = ("answer", "ground_truth", "gold", "gt", "target", "reference", "expected_answer", "solution")
 
 
 def load_rows(check: Callable, hub: dict, example: str, path: str | None = None, split: str = "train") -> list[Problem]:
@@ -249,16 +267,30 @@ def reserved(x: int, op: str, y: int) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 LONGEST = 500  # characters; what is longer is no answer
-SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>")  # <|eot_id|> and its like, where a file kept them
+SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>|</s>|\A<s>")  # <|eot_id|> and its like, where a file kept them
 BRACES = re.compile(r"\\\\|\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
-BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s${}\\]+)")  # \boxed 42
-TAGS = re.compile(r"</?answer>", re.IGNORECASE)
-HASHES = re.compile(r"####\s*([^\n]*)")
-# A heading of the working, not an answer: "#### Step 2: ..."
-HEADING = re.compile(
-    r"(?:step|part|case|solution|problem|question|method|example|explanation)\b|\d{1,2}[.):]\s+[a-z]", re.I
+BARE_BOX = re.compile(  # \boxed 42, \boxed2, \boxed\frac12
+    r"\\(?:boxed|fbox)\s*((?:(?<=\s)|(?=\d))[^\s${}\\]+|\\(?:[dtc]?frac|sqrt|text|pi)(?:\s*(?:\d|\{[^{}]{0,80}\})){0,2})"
 )
-SAID = re.compile(r"\banswer(?:\s+is|\s*:|\s*=)(?:\s+is\b)?:?\**([^\n]{0,200})", re.IGNORECASE)
+TAGS = re.compile(r"</?answer>", re.IGNORECASE)
+HASHES = re.compile(r"#{4,}\s*(?:\**(?:final\s+)?answer\b[*: \t]{0,8}\s*)?([^\n]*)", re.IGNORECASE)
+# A heading of the working, not an answer: "#### Step 2: ...", "#### 1. **Add**", "#### Day 1: ...", "#### The cost:"
+HEADING = re.compile(
+    r"\**(?:(?:step|part|case|solution|problem|question|method|example|explanation)\b|\d{1,2}[.):]\s+\**[a-z]|"
+    r"[a-z]{2,20}\s\d{1,2}\s?:|[^\n]{0,100}:[* \t]*$)",
+    re.IGNORECASE,
+)
+WORDS = re.compile(r"\**[a-z]{2}", re.IGNORECASE)
+VALUE = (
+    r"(?:(?!(?:-|\d{1,2}[.)])\s+\**[a-z])[-+\u2212\d.$\\(\[{]|\S{1,40}[ \t]*$)"  # how an answer on its own line starts
+)
+SAID = re.compile(
+    r"(?:\banswer(?:\s+(?:to|for)\s[^\n.:]{1,80}?)?(?:\s+(?:is|(?:should|would|will|must)\s+be)\b|\**\s*[:=])(?:\s+is\b)?"
+    rf"|^[#*]{{1,6}}[ \t]*(?:final\s+)?answer(?=[* \t]{{0,8}}\n)|^A:(?=\s{{0,4}}\**{VALUE}))"
+    rf"[:* \t]{{0,8}}(?:[\s*]{{0,12}}(?:(?:\$\$|\\\[)\s{{0,4}})?(?={VALUE}))?(?=([^\n]{{0,200}}))",
+    re.IGNORECASE | re.MULTILINE,
+)
+REASON = re.compile(r"\.\s|,?\s+(?:because|since|as)\b|,\s+(?:which|where|given)\b")  # what ends an announcement
 ALNUM = re.compile(r"[^\W_]")
 SAYS = re.compile(r"[^\W_]|[<>=]")  # what an answer holds at least; dots and lines wait to be filled in
 
@@ -305,24 +337,58 @@ def announcements(completion: str, problem: Problem) -> list[str]:
     an answer behind it, do not count; nor does what has no letter, digit or relation, or is too long.
     """
     text = SPECIAL.sub("", completion)
-    for message in (problem.get("prompt"), problem["question"], *INSTRUCTIONS.values()):
-        if message and len(message) > 20:
-            text = text.replace(message, "")
+    for message in (problem.get("prompt", ""), problem["question"], *INSTRUCTIONS.values()):
+        text = without_echo(text, message)
     for tag in ("</reasoning>", "</think>"):
         behind = text.rpartition(tag)[2]
         text = behind if announced(behind) else text
     return announced(text)
 
 
+ECHO = 20  # characters, spaces apart: what is shorter may well be the completion's own
+
+
+def without_echo(text: str, message: str) -> str:
+    """A text without a message that it repeats, in whatever spaces, or whose end it begins with."""
+    own, wanted = "".join(text.split()), "".join(message.split())
+    if len(wanted) < ECHO or len(own) < ECHO:
+        return text
+    at = wanted.find(own[:ECHO])
+    while at >= 0 and not own.startswith(wanted[at:]):
+        at = wanted.find(own[:ECHO], at + 1)
+    if at < 0 and wanted not in own:
+        return text
+    places = [i for i, c in enumerate(text) if not c.isspace()]  # of own's characters
+    start, kept = len(wanted) - at if at >= 0 else 0, []
+    for piece in own[start:].split(wanted):
+        kept += [text[places[start] : places[start + len(piece) - 1] + 1]] if piece else []
+        start += len(piece) + len(wanted)
+    return "\n".join(kept)
+
+
 def announced(text: str) -> list[str]:
     """announcements of a text without echoes and marked working."""
     inner, outer = boxes(text), answer_tags(text)
     hashes = [Span(m.start(), m.end(), m[1][: LONGEST + 1]) for m in HASHES.finditer(text)]
-    hashes = [span for span in hashes if not HEADING.match(span.text)]
+    last = max((span.start for span in inner + outer), default=0)
+    titles = (span.start < last and WORDS.match(span.text) and not SAID.search(span.text) for span in hashes)
+    hashes = [span for span, title in zip(hashes, titles) if not title and not HEADING.match(span.text)]
     spans = sorted(inner + without(outer, inner + hashes) + without(hashes, inner))
-    found = [span.text for span in spans] or [re.split(r"\.\s", m[1])[0] for m in SAID.finditer(text)]
+    found = [span.text for span in spans] or said(text)
     answers = (answer.strip() for answer in dict.fromkeys(found) if len(answer) <= LONGEST)
     return [answer for answer in answers if SAYS.search(answer)]
+
+
+def said(text: str) -> list[str]:
+    """What follows "the answer is" and its like, up to a sentence's end or a reason. Words that lead to a further
+    announcement are none: "Answer: the final answer is 5"."""
+    matches, found = [*SAID.finditer(text)], []
+    for match, after in zip(matches, [*matches[1:], None]):
+        led = after is not None and after.start() < match.end(1)
+        sentence, *rest = REASON.split(text[match.end() : after.start()] if led else match[1], maxsplit=1)
+        if not sentence.rstrip("* ").endswith(":") and (rest or not led or re.search(r"[\d\\]", sentence)):
+            found.append(sentence)
+    return found
 
 
 def without(spans: list[Span], others: list[Span]) -> list[Span]:
@@ -332,24 +398,38 @@ def without(spans: list[Span], others: list[Span]) -> list[Span]:
 
 
 NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
-UNIT_POWER = re.compile(r"(?<=[A-Za-z}])\s*\^?\s*\{?[23]\}?(?![\d.])")  # cm^2, m^{3}
+UNIT_POWER = re.compile(r"(?:(?<=[A-Za-z}])\s*\^\s*\{?[23]\}?|(?:(?<=\b[ckm]m)|(?<=\bm))[23])(?![\d.])")  # cm^2, m3
 LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mathit|mbox|hbox|operatorname)\s*\{([^{}]*)\}")
 FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+BRACED = [  # \frac12 and its like, with all their braces
+    (re.compile(r"\\[dtc]frac"), r"\\frac"),
+    (re.compile(r"\\frac\s*([^\s{\\])\s*([^\s{\\])"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\frac\s*([^\s{\\])\s*\{"), r"\\frac{\1}{"),
+    (re.compile(r"(\\frac\s*\{[^{}]*\})\s*([^\s{\\])"), r"\1{\2}"),
+]
+# "10 cookies (5 + 5)", "10 (= 2 * 5)": where the number comes from
+ASIDE = re.compile(r"(?<=[a-z])\s?\([^()a-zA-Z]*[=+*/][^()a-zA-Z]*\)|\(\s*=[^()]*\)")
 
 
 def parse_number(text: str) -> Decimal | None:
     r"""The one number in a short text: "$1,234.50", "42 apples", "5 + 37 = 42." ; None if there is none, or several.
 
-    Of an equation the right side counts; a fraction of two numbers is one.
+    Of an equation the right side counts; a fraction of two numbers is one, and so is a whole number with one.
     """
-    text = LATEX_TEXT.sub(r" \1 ", text.replace("\u2212", "-").replace("{,}", ","))
-    text = re.sub(r"\\[!,;: ]|[$*\\]+(?=[\d.$)-])|[$*]", "", FRACTION.sub(r"\1/\2", text)).rstrip(" .")
+    text = LATEX_TEXT.sub(r" \1 ", re.sub("[\u2212\u2013]", "-", text).replace("{,}", ","))
+    for pattern, spelling in BRACED:
+        text = pattern.sub(spelling, text)
+    text = FRACTION.sub(r"\1/\2", re.sub(r"(?<=\d)\\frac", r" \\frac", text))
+    text = re.sub(r"\\[!,;: ]|[$*\\]+(?=[\d.$)-])|[$*]", "", ASIDE.sub("", text)).rstrip(" .")
     text = UNIT_POWER.sub("", text.rpartition("=")[2])
     numbers = NUMBER.findall(text)
     try:
         values = [Decimal(number.replace(",", "")) for number in numbers]
-        if len(values) == 2 and re.search(r"(?:^|\s)" + r"\s*/\s*".join(map(re.escape, numbers)), text):
+        ratio = r"\s*/\s*".join(map(re.escape, numbers[-2:]))
+        if len(values) == 2 and re.search(rf"(?:^|\s){ratio}", text):
             values = [values[0] / values[1]]
+        elif len(values) == 3 and 0 <= values[1] < values[2] and re.search(rf"{re.escape(numbers[0])}\s+{ratio}", text):
+            values = [values[0] + (values[1] / values[2]).copy_sign(values[0])]
         return values[0].normalize() if len(values) == 1 and values[0].is_finite() else None
     except (InvalidOperation, ZeroDivisionError, OverflowError):
         return None
@@ -455,9 +535,10 @@ def gsm8k_answer(completion: str, problem: Problem) -> Decimal | None:
 
 
 def gold_answer(problem: Problem) -> Decimal | None:
-    """The number after the last `####` of a published answer."""
+    """The number after the last `####` of a published answer; without one, what it announces in another way."""
     _, mark, tail = problem["answer"].rpartition("####")
-    return parse_number(tail[:LONGEST]) if mark else None
+    numbers = {parse_number(text) for text in ([tail[:LONGEST]] if mark else announced(problem["answer"]))}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def gsm8k_correct(completion: str, problem: Problem) -> float:
@@ -521,15 +602,14 @@ def check_math500(row: dict, where: str) -> Problem:
 
 # Spellings that mean the same, applied one after the other.
 PLAIN = [
+    # 10 \text{ apples}
+    (re.compile(r"(?<=[\d}])\s*\\(?:text|mathrm|mbox)\s*\{\s*[A-Za-z. ]+\}(?:\^\{?[23]\}?)?[\s.$]*$"), ""),
     (LATEX_TEXT, r"\1"),
-    (re.compile(r"\\!"), ""),
+    (re.compile(r"(?<=\d),\\!\s*(?=\d{3})|\\!"), ""),
     (re.compile(r"\\left\b|\\right\b|\\displaystyle|(?<!\\)\\[,;: ]|~|\\q?quad\b"), " "),
     (re.compile(r"\\\$|\$|\\\(|\\\)|\\\[|\\\]|\\?%|\*\*|^\s*=|\\big[lrg]?\b|\\Big[lrg]?\b"), ""),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\u00b0"), ""),
-    (re.compile(r"\\[dtc]frac"), r"\\frac"),
-    (re.compile(r"\\frac\s*([^\s{\\])\s*([^\s{\\])"), r"\\frac{\1}{\2}"),
-    (re.compile(r"\\frac\s*([^\s{\\])\s*\{"), r"\\frac{\1}{"),
-    (re.compile(r"(\\frac\s*\{[^{}]*\})\s*([^\s{\\])"), r"\1{\2}"),
+    *BRACED,
     (re.compile(r"\\sqrt\s*([^\s{\\\[])"), r"\\sqrt{\1}"),
     (re.compile(r"(?<![\w.}])(-?)(\d+)\s+(\d+)\s*/\s*(\d+)"), r"\1\2\\frac{\3}{\4}"),  # 3 1/2
     (re.compile(r"(?<![\w.}/)])(-?\d+)\s*/\s*(\d+)(?![\w./(^])"), r"\\frac{\1}{\2}"),
@@ -541,6 +621,10 @@ PLAIN = [
     (re.compile(r"\\(?:infty|infinity)\b|\u221e|\binfinity\b"), r"\\infty"),
     (re.compile(r"\\pi\b|\u03c0"), r"\\pi"),
     (re.compile(r"\u2212"), "-"),
+    (re.compile(r"\u00b1"), r"\\pm"),
+    (re.compile(r"([_^])\s*\{\s*(\w)\s*\}"), r"\1\2"),
+    (re.compile(r"(?<![\w)}])\(([^()]+)\)\s*/\s*(?:\(([^()]+)\)|(\d+)(?![\w.(^]))"), r"\\frac{\1}{\2\3}"),  # (x + 1)/2
+    (re.compile(r"^\s*\((?:\\?[a-zA-Z]+\s*,\s*)+\\?[a-zA-Z]+\)\s*=\s*(?=\()"), ""),  # (x, y) = (2, 3)
     (re.compile(r"^\s*\(?[a-zA-Z](?:_\{?\w\}?)?(?:\([a-z]\))?\s*(?:=|\\in\b)\s*(?=[^=])"), ""),  # x = 5, x \in [0, 1]
 ]
 UNITS = re.compile(
@@ -559,6 +643,9 @@ def plain(answer: str) -> str:
         text = pattern.sub(spelling, text)
     text = re.sub(r"\s+", "", UNITS.sub("", text.strip())).rstrip(".,;:")
     text = re.sub(r"(?<!\d)\.(?=\d)", "0.", text)
+    if between := re.fullmatch(r"([^<>=]+)<(=?)[a-zA-Z]<(=?)([^<>=]+)", text):  # 0 < x <= 5
+        low, closed, closed_above, high = between.groups()
+        text = f"{'[' if closed else '('}{low},{high}{']' if closed_above else ')'}"
     choice = re.fullmatch(r"\(([A-Za-z])\)", text)
     return choice[1] if choice else text
 
@@ -579,7 +666,7 @@ def rational(text: str) -> Fraction | None:
 
 def elements(text: str) -> tuple[str, list[str]]:
     """(brackets, parts) of a plain answer: "(1,2)" -> ("()", ["1", "2"]); a set or bare list has none, and no order."""
-    text = re.sub(r"(?<=[\w}\)])(?:and|or)(?=[\w\\(-])", ",", text) if re.search(r"\d(?:and|or)", text) else text
+    text = re.sub(r"(?<=[\w}\)])(?:and|or)(?=[\w\\(-])", ",", text) if re.search(r"[\d})](?:and|or)", text) else text
     brackets = ""
     if text.startswith("\\{") and text.endswith("\\}"):
         text = text[2:-2]
@@ -591,7 +678,11 @@ def elements(text: str) -> tuple[str, list[str]]:
         if c == "," and depth == 0:
             parts.append(text[start:i])
             start = i + 1
-    return brackets, [*parts, text[start:]]
+    parts.append(text[start:])
+    if not brackets:  # 1 \pm x is 1 + x and 1 - x
+        signs = [("+", "-") if part.count("\\pm") == 1 else ("",) for part in parts]
+        parts = [re.sub(r"\\pm", s, part).removeprefix("+") for part, both in zip(parts, signs) for s in both]
+    return brackets, parts
 
 
 def closes_last(text: str) -> bool:
@@ -633,8 +724,10 @@ def math_verify():
     return module
 
 
-# What could keep sympy busy: towers of powers, factorials, long numbers.
-WILD = re.compile(r"!|\d{16}|\^\s*\{?\s*-?\d{3}|\^\s*\{?[^{}\s]*\}?\s*\^|\^\s*\{[^{}]*\^|binom|prod|sum|int|lim|mod")
+# What could keep sympy busy: towers of powers, factorials, long numbers; and a base, 42_5, which math-verify ignores.
+WILD = re.compile(
+    r"!|\d{16}|\d\s*_|\^\s*\{?\s*-?\d{3}|\^\s*\{?[^{}\s]*\}?\s*\^|\^\s*\{[^{}]*\^|\\[a-z]{0,3}(?:binom|prod|sum|int|lim|mod)"
+)
 
 
 def same_by_math_verify(gold: str, answer: str) -> bool:
@@ -659,7 +752,7 @@ def same_answer(answer: str, gold: str, question: str) -> bool:
     although it may equal it: "Factor x^2 - 1" is not answered by x^2 - 1.
     """
     a, b = plain(answer), plain(gold)
-    if a == b:
+    if a == b or (re.fullmatch(r"\d+_\{?\d+\}?", b) and a == b.partition("_")[0]):  # the question names the base
         return True
     if re.search(r"\W", a) and a in plain(question[:10_000]):
         return False
@@ -669,10 +762,14 @@ def same_answer(answer: str, gold: str, question: str) -> bool:
     return same_plain(a, b) or (alike and same_by_math_verify(gold, answer))
 
 
+FORMULA = re.compile(r"\A[A-Za-z\s.,:;'*]*(?<!\\)\$+([^$]+)(?<!\\)\$+[A-Za-z\s.,:;'*]*\Z")  # words around one formula
+
+
 def math500_answers(completion: str, problem: Problem) -> list[str]:
     """The different answers that a completion announces, in order."""
     different: dict[str, str] = {}  # plain spelling -> spelling
     for text in announcements(completion, problem):
+        text = FORMULA.sub(r"\1", text)
         if not any(same_plain(plain(text), other) for other in different):
             different[plain(text)] = text
         if len(different) > 10:  # no problem has so many solutions
@@ -754,20 +851,30 @@ def mbpp_target(problem: Problem) -> str:
 
 
 LONGEST_PROGRAM = 100_000  # characters
-FENCED = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
-DEFINES = re.compile(r"^[ \t]*(?:(?:async[ ]+)?def|class)\s+\w|^\w+\s*=", re.MULTILINE)
+FENCED = re.compile(r"(```|~~~)[ \t]*[\w+#.-]*[ \t]*\r?\n(.*?)(?:\1|\Z)", re.DOTALL)
+DEFINES = re.compile(r"^[ \t]*(?:(?:async[ ]+)?def|class)\s+(\w+)|^(\w+)\s*=", re.MULTILINE)
+CODE_LINE = re.compile(
+    r"\s|$|[@#)\]}]|(?:(?:async\s+)?def|class|import|from\s+[\w.]+\s+import|if|elif|for|while|with)\s|"
+    r"(?:else|try|finally|except\b[^:]*):|\w[\w.]*(?:\[[^\]]*\])*\s*[-+*/%&|^:]?=|\w[\w.]*\("
+)
 
 
-def extract_code(completion: str) -> str | None:
-    """The program of a completion: the last fenced block that defines something; without fences all of its text, or
-    what stands between [BEGIN] and [DONE] or in <answer>. None if that is no Python, or defines nothing."""
+def extract_code(completion: str, tests: tuple[str, ...] | list[str] = ()) -> str | None:
+    """The program of a completion: the last fenced block that defines what the tests call, else the last that defines
+    something; without fences all of its text, or what stands between [BEGIN] and [DONE] or in <answer>, or its lines
+    of code. None if that is no Python, or defines nothing."""
+    called = set(re.findall(r"\b([A-Za-z_]\w*)\s*\(", "\n".join(tests)))
     text = SPECIAL.sub("", completion).replace("\r\n", "\n")
     bare = text.partition("[DONE]")[0].rpartition("[BEGIN]")[2].partition("```")[0]
     bare = TAGS.split(bare)[1] if TAGS.search(bare) else bare
-    for blocks in (FENCED.findall(text), [bare]):
-        programs = [block for block in blocks if DEFINES.search(block) and compiles(block)]
+    lines = itertools.groupby(bare.split("\n"), key=lambda line: CODE_LINE.match(line) is not None)
+    fenced = [match[2] for match in FENCED.finditer(text)]
+    for blocks in (fenced, [bare], ["\n".join(part) for code, part in lines if code]):
+        blocks = (block if compiles(block) else textwrap.dedent(block) for block in blocks if DEFINES.search(block))
+        programs = [block for block in blocks if compiles(block)]
+        wanted = [block for block in programs if called & set(itertools.chain(*DEFINES.findall(block)))]
         if programs:
-            return programs[-1].strip("\n")
+            return (wanted or programs)[-1].strip("\n").rstrip()
     return None
 
 
@@ -889,13 +996,13 @@ def holds(imports: str, conditions: tuple[str, ...], values: str | None) -> bool
 
 def mbpp_score(completion: str, problem: Problem) -> float:
     """1 if the completion's program passes all tests, else 0: pass@1 is its mean."""
-    program = extract_code(completion)
+    program = extract_code(completion, problem["tests"])
     return float(program is not None and pass_rate(program, problem) == 1)
 
 
 def mbpp_reward(completion: str, problem: Problem) -> Reward:
     """tests: 2.0 times the share that passes; format: 0.5 for a program that compiles, 0.5 for one fenced block."""
-    program = extract_code(completion)
+    program = extract_code(completion, problem["tests"])
     if program is None:
         return {"tests": 0.0, "format": 0.0}
     fenced = len(FENCED.findall(completion)) == 1
@@ -1258,14 +1365,17 @@ def countdown_problem(numbers: list[int], target: int) -> Problem:
 
 
 def check_countdown(row: dict, where: str) -> Problem:
-    """nums (numbers, input "3,8,5") and target (output); or ground_truth: [[3, 8, 5], 6]; or both in the question's
-    words, "Numbers: 3, 8, 5. Target: 6.". DataError for all else."""
+    """nums (numbers, input "3,8,5") and target (output); or ground_truth, [[3, 8, 5], 6] or with both by name; or both
+    in the question's words, "Numbers: 3, 8, 5. Target: 6.". DataError for all else."""
     both = pick(row, ("ground_truth", "solution", "answer"))
+    row = row | both if isinstance(both, dict) else row
     pair = both if isinstance(both, list) and len(both) == 2 and isinstance(both[0], list) else (None, None)
     numbers, target = pick(row, ("nums", "numbers", "input")) or pair[0], row.get("target", row.get("output", pair[1]))
     words = str(pick(row, QUESTION) or "")
-    if numbers is None and (said := re.search(r"numbers?:?\s*\[?(\d[\d,\s]*)", words, re.IGNORECASE)):
-        numbers, said = said[1], re.search(r"(?:target(?: of|:)?|equals?|make)\s*(-?\d+)", words, re.IGNORECASE)
+    listed = re.search(r"numbers?:?\s*\[?(\d[\d,\s]*)", words, re.IGNORECASE) or re.search(r"\[(\d[\d,\s]*)\]", words)
+    if numbers is None and listed:
+        goal = r"(?:target(?: of|:)?|equals?|make|evaluates? to(?: exactly)?)\s*(-?\d+)"
+        numbers, said = listed[1], re.search(goal, words, re.IGNORECASE)
         target = said[1] if said and target is None else target
     try:
         numbers = re.findall(r"\d+", numbers) if isinstance(numbers, str) else numbers
@@ -1302,7 +1412,9 @@ def countdown_target(problem: Problem) -> str:
 
 
 SPELLINGS = (
-    (re.compile(r"\\left|\\right|\\[,;:! ]|[$`*]{2}|\$|\\\(|\\\)|\\\[|\\\]"), ""),
+    (LATEX_TEXT, r"\1"),
+    (re.compile(r"\\left|\\right|\\[,;:! ]|[*]{2}|[$`]|\\\(|\\\)|\\\[|\\\]"), ""),
+    (re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])"), "*"),
     (FRACTION, r"((\1)/(\2))"),
     (re.compile(r"\\times|\\cdot|[\u00d7\u00b7\u22c5\u2217]"), "*"),
     (re.compile(r"\\div|\u00f7|\u2215"), "/"),
@@ -1313,14 +1425,19 @@ SPELLINGS = (
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "negative": 3}
 
 
+def spelled(expression: str) -> str:
+    """An expression with + - * / and parentheses for all that means the same."""
+    for pattern, spelling in SPELLINGS:
+        expression = pattern.sub(spelling, expression)
+    return expression
+
+
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
     """(exact value, the numbers used) of whole numbers, + - * / and parentheses; None for anything else.
 
     The shunting-yard algorithm, in one pass and without recursion.
     """
-    for pattern, spelling in SPELLINGS:
-        expression = pattern.sub(spelling, expression)
-    tokens = re.findall(r"\d+|\S", expression)
+    tokens = re.findall(r"\d+|\S", spelled(expression))
     values, operators, used, after_value = [], [], [], False
     for token in [*tokens, None]:
         if token is not None and token.isascii() and token.isdigit() and not after_value and len(token) <= 20:
@@ -1360,14 +1477,20 @@ def apply(op: str, values: list[Fraction]) -> bool:
     return True
 
 
-def countdown_answer(completion: str, problem: Problem) -> str | None:
-    """The announced expression, without a true "= target" behind it; None without one, or with several."""
-    answers = {re.sub(r"\s+", "", text).rstrip(".") for text in announcements(completion, problem)}
-    if len(answers) != 1:
+def expression_of(text: str, numbers: list[int]) -> str | None:
+    """The expression of "E", "E = 23", "23 = E" or "E = 3 + 20 = 23"; None where its sides differ."""
+    sides = spelled(re.sub(r"\s+", "", text).rstrip(".")).split("=")
+    found = [evaluate(side) for side in sides]
+    if len(sides) > 1 and (None in found or len({value for value, _ in found}) > 1):
         return None
-    left, equals, right = answers.pop().partition("=")
-    claimed, made = (evaluate(right), evaluate(left)) if equals else (None, None)
-    return left if not equals or (claimed and made and claimed[0] == made[0]) else None
+    uses_all = (side for side, made in zip(sides, found) if made and sorted(made[1]) == sorted(numbers))
+    return next(uses_all, sides[0])
+
+
+def countdown_answer(completion: str, problem: Problem) -> str | None:
+    """The announced expression, without a true "= target" beside it; None without one, or with several."""
+    answers = {expression_of(text, problem["numbers"]) for text in announcements(completion, problem)}
+    return answers.pop() if len(answers) == 1 else None
 
 
 def countdown_terms(completion: str, problem: Problem) -> tuple[float, float]:
@@ -1469,14 +1592,18 @@ def grid_text(digits: str) -> str:
     return "\n".join(" ".join(digits[i : i + SIDE]) for i in range(0, len(digits), SIDE))
 
 
+DIGITS = re.compile(r"[0-9\s|,.+\-\[\]*_&\\\u2500-\u257f]+")  # and what draws a table of them
+
+
 def sudoku_grid(completion: str, problem: Problem) -> str | None:
-    """The 16 digits that a completion gives, announced (<answer>) or alone; None for anything but a grid with the
-    puzzle's clues in place."""
-    found = announcements(completion, problem) or [SPECIAL.sub("", completion)]
-    grids = {re.sub(r"[\s|,.+-]", "", text) for text in found}
-    grid, puzzle = grids.pop(), problem["question"]
-    given = not grids and len(grid) == len(puzzle) and all(c in (EMPTY, g) for c, g in zip(puzzle, grid))
-    return grid if given else None
+    """The one set of 16 digits that stands alone, with words around it or not, in <answer> where there is one; an
+    echo of the puzzle is none. None for several, and for anything but a grid with the puzzle's clues in place."""
+    text, puzzle = SPECIAL.sub("", completion), problem["question"]
+    runs = (DIGITS.findall(part) for part in [span.text for span in answer_tags(text)] or [text])
+    found = {re.sub(r"\D", "", run) for run in itertools.chain(*runs)}
+    grids = [grid for grid in found if len(grid) == len(puzzle) and grid != puzzle]
+    given = len(grids) == 1 and all(c in (EMPTY, g) for c, g in zip(puzzle, grids[0]))
+    return grids[0] if given else None
 
 
 def sudoku_score(completion: str, problem: Problem) -> float:
@@ -1832,36 +1959,56 @@ def table_of(value) -> tuple[list[str], list[list[str]]] | None:
 
 
 HOUSE_LINE = re.compile(
-    r"^[ \t|>*#-]{0,10}(?:house)?[ \t#]{0,3}(\d{1,2})\**[ \t]{0,3}[:|,;.)-]([^\n]{1,500})$", re.I | re.M
+    r"[ \t|>*#-]{0,10}(house)?[ \t#]{0,3}(\d{1,2})\**[ \t]{0,3}(?(1)(?:[:|,;.)-]|$)|[:|,;.)-])(.*)", re.IGNORECASE
 )
 
 
 def zebra_answer(completion: str, problem: Problem) -> dict[str, list[str]] | None:
     """House -> its entries in the header's order, in lower case, "" where one is missing; None without a table, or
-    where a house has two different rows. Read are JSON as in ZebraLogic, and lines "1: red, Tom" or "| 1 | red |"."""
+    where a house has two different rows. Read are JSON as in ZebraLogic, and what `house_rows` reads."""
     text = SPECIAL.sub("", completion).replace(problem["question"], "").replace(INSTRUCTIONS["zebra"], "")
     for tag in ("</reasoning>", "</think>"):
         text = text.rpartition(tag)[2] or text
     text = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    header, names = problem["header"], {name.casefold(): i for i, name in enumerate(problem["header"])}
-    rows: list[list[str]] = []
-    if (table := table_of(last_object(text))) is not None:
-        order = [names.get(name.casefold(), -1) for name in table[0]]
-        for entries in table[1]:
-            placed = [""] * len(header)
-            for place, entry in zip(order, entries):
-                placed[place] = entry if place >= 0 else placed[place]
-            rows.append(placed)
-    else:
-        for house, line in HOUSE_LINE.findall(text):
-            entries = [entry for entry in re.split(r"[,;|]", line.strip(" \t|.*")) if entry.strip()]
-            rows += [[house, *entries]] if len(entries) == len(header) - 1 else []
+    header = [name.casefold() for name in problem["header"]]
+    table = table_of(last_object(text))
+    rows = house_rows(text, header) if table is None else [place(entries, table[0], header) for entries in table[1]]
     found: dict[str, list[str]] = {}
     for house, *entries in rows:
-        entries = [re.sub(r"[\s*_]+", " ", entry.rpartition(":")[2]).strip().casefold() for entry in entries]
+        entries = [re.sub(r"[\s*_]+", " ", entry).strip().casefold() for entry in entries]
         if found.setdefault(house.strip(), entries) != entries:
             return None
     return found or None
+
+
+def place(entries: list[str], names: list[str], header: list[str]) -> list[str]:
+    """Entries under names of their own, in the header's order; "" where one is missing."""
+    placed = dict(zip((name.strip(" *_").casefold() for name in names), entries))
+    return [placed.get(name, "") for name in header]
+
+
+def house_rows(text: str, header: list[str]) -> list[list[str]]:
+    """The rows of a table in lines: "1: red, Tom", "| 1 | red | Tom |", "House 1: Name: Tom, Color: red", or "House 1:"
+    and "- Name: Tom" below it. Entries stand under their own names, else in the order of the table's own header or of
+    the problem's."""
+    rows, order = [], header[1:]
+    for line in text.split("\n"):
+        match = HOUSE_LINE.match(line) if len(line) <= LONGEST else None
+        cells = re.split(r"[,;|]", (match[3] if match else line[:LONGEST]).strip(" \t|.*-"))
+        pairs = [cell.partition(":")[::2] for cell in cells if cell.strip()]
+        names = [name.strip(" \t*_").casefold() for name, _ in pairs]
+        entries = [entry for _, entry in pairs]
+        if match:
+            rows.append([match[2], *[""] * len(order)])
+        if sorted(names) == sorted(header) and not any(entries):
+            order = names[1:]
+        elif match and len(pairs) == len(order) and not (set(names) <= set(order) and all(entries)):
+            rows[-1][1:] = place([entry or name for name, entry in pairs], order, header[1:])
+        elif rows and pairs and set(names) <= set(order) and all(entries):
+            for name, entry in zip(names, entries):
+                at = header.index(name)
+                rows[-1][at] = entry if rows[-1][at] in ("", entry) else "-"  # two of them are none
+    return [row for row in rows if any(row[1:])]
 
 
 def last_object(text: str) -> str:
@@ -1955,7 +2102,7 @@ TASKS = {
         target=mbpp_target,
         reward=mbpp_reward,
         score=mbpp_score,
-        answer=lambda completion, problem: extract_code(completion),
+        answer=lambda completion, problem: extract_code(completion, problem["tests"]),
         runs_code=True,
     ),
     "countdown": task(
@@ -2449,11 +2596,7 @@ class PixelReward:
 # Files of completions -> figures; the command line
 # ---------------------------------------------------------------------------------------------
 
-COMPLETION = (
-    *("completion", "completions", "generation", "generations", "response", "responses", "model_output"),
-    *("prediction", "predictions", "generated_text", "resps", "output", "outputs"),
-)
-VERDICT = ("correct", "is_correct", "verdict", "passed", "exact_match", "acc", "score")
+SAID_RIGHT, SAID_WRONG = ("true", "correct", "right", "yes", "passed"), ("false", "incorrect", "wrong", "no", "failed")
 
 
 class Scored(NamedTuple):
@@ -2467,14 +2610,36 @@ class Scored(NamedTuple):
     verdict: bool | None
 
 
+def is_chat(value) -> bool:
+    """Whether a value is a list of messages, as chats are stored."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def said_in(value):
+    """The text of a completion: of a chat what the assistant says, of a message its content; other objects as JSON."""
+    if is_chat(value):
+        return "\n".join(str(m.get("content", "")) for m in value if m["role"] == "assistant")
+    if isinstance(value, dict):
+        return value["content"] if isinstance(value.get("content"), str) else json.dumps(value)
+    return value
+
+
+def verdicts_of(row: dict, count: int) -> list[bool | None]:
+    """The file's own verdict on each of a row's completions: one for all of them or a list; None where it has none."""
+    value = pick(row, VERDICT)
+    values = value if isinstance(value, list) else [value] * count
+    words = [value.strip().lower() if isinstance(value, str) else value for value in values]
+    verdicts = [True if w in (1, *SAID_RIGHT) else False if w in (0, *SAID_WRONG) else None for w in words]
+    return verdicts if len(verdicts) == count else [None] * count
+
+
 def completions_of(row: dict, where: str) -> list[str]:
     """The completions of one row, under any of their names; one with both "input" and "output" is a row of data."""
     names = [name for name in COMPLETION if not (name == "output" and "input" in row)]
     value = next((row[name] for name in names if row.get(name) is not None), None)
     while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]
-    texts = value if isinstance(value, list) else [value]
-    texts = [json.dumps(text) if isinstance(text, dict) else text for text in texts]
+    texts = [said_in(text) for text in (value if isinstance(value, list) and not is_chat(value) else [value])]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f'{where}: no completion; expected a text in "completion" (or {", ".join(names[1:])})')
     return texts
@@ -2488,9 +2653,11 @@ def problem_of(name: str, row: dict, where: str) -> Problem:
             row[field] = "\n".join(str(m.get("content", "")) for m in row[field] if isinstance(m, dict))
     if pick(row, QUESTION) is None:
         row["question"] = "(not given)"
-    gold = pick(row, ("ground_truth", "gold", "gt", *ANSWER))
+    gold = pick(row, (*GOLD, *ANSWER))
     if name == "gsm8k" and isinstance(gold, (str, int, float)):
-        row["answer"] = gold if "####" in str(gold) else f"#### {gold}"
+        row["answer"] = gold if "####" in str(gold) or announced(str(gold)) else f"#### {gold}"
+    elif name == "math500" and (gold := pick(row, (*GOLD, *ANSWER[:-1]))) is not None:
+        row["answer"] = gold
     problem = TASKS[name].check(row, where)
     return problem | ({"prompt": row["prompt"]} if isinstance(row.get("prompt"), str) else {})
 
@@ -2501,11 +2668,10 @@ def score_file(name: str, path: str) -> list[Scored]:
     for where, row in read_rows(path):
         if isinstance(row.get("doc"), dict):  # lm-evaluation-harness
             row = row["doc"] | row
-        problem, verdict = problem_of(name, row, where), pick(row, VERDICT)
-        verdict = bool(verdict) if verdict in (0, 1) else None
-        for text in completions_of(row, where):
-            prompt = problem.get("prompt")
-            text = text.removeprefix(prompt) if prompt else text
+        problem, texts = problem_of(name, row, where), completions_of(row, where)
+        for text, verdict in zip(texts, verdicts_of(row, len(texts))):
+            prompt = problem.get("prompt", "")
+            text = without_echo(text.removeprefix(prompt), prompt)  # a whole prompt, however short, is an echo
             reward, score = sum(TASKS[name].reward(text, problem).values()), TASKS[name].score(text, problem)
             rows.append(Scored(where, reward, score, TASKS[name].answer(text, problem), problem["answer"], verdict))
     if not rows:

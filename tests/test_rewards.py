@@ -233,6 +233,37 @@ def test_sudoku_score_by_hand():
         assert rewards.sudoku_score(text, p) == 0
 
 
+def test_where_sudokus_stand():
+    p = {"question": "1234341221430000", "answer": "1234341221434321"}
+    right, wrong = p["answer"], "1234341221431234"
+    rows = [list(map(int, right[i : i + 4])) for i in range(0, 16, 4)]
+    lines = "\n".join(right[i : i + 4] for i in range(0, 16, 4))
+    grid = rewards.grid_text(right)
+    cases = {
+        f"```\n{grid}\n```": 1,
+        f"The solution is:\n{right}": 1,
+        f"The solution is:\n{lines}\n\nAll rows hold 1 to 4.": 1,
+        f"Here is the solved 4x4 grid:\n{grid}": 1,
+        str(rows): 1,
+        f"<answer>**{right}**</answer>": 1,
+        f"<answer>Solution: {right}</answer>": 1,
+        f"Final Answer:\n{lines}": 1,
+        f"Puzzle: {p['question']}\nSolution: {right}": 1,
+        f"{right}, that is\n{grid}": 1,
+        f"{wrong}, no\n<answer>{right}</answer>": 1,
+        f"{wrong} or {right}": 0,
+        f"{wrong}, no: {right}": 0,
+        f"<answer>{wrong}</answer> or <answer>{right}</answer>": 0,
+        f"{wrong}\n{right}": 0,
+        f"Row 1: {right}": 1,
+        f"1. {right}": 0,
+        f"{right}5": 0,
+        p["question"]: 0,
+    }
+    for text, score in cases.items():
+        assert rewards.sudoku_score(text, p) == score, text
+
+
 def test_sudoku_ceiling_of_several_solutions():
     puzzle = "1234341200000000"
     grids = solve_sudoku(puzzle)
@@ -320,6 +351,27 @@ NUMBERS = {
     "1000000": (["#### 1,000,000", "#### 1000000.", "\\boxed{\\$1,000,000}", "\\boxed{1{,}000{,}000}"], ["#### 1,000", "#### 1,000,00"]),
     "-7": (["#### -7", "#### \u22127", "\\boxed{-7}", "#### -$7", "#### -7 degrees", "\\boxed{-7.0}"], ["#### 7", "#### - 7 7"]),
     "0.5": (["#### 0.5", "#### .5", "#### 1/2", "\\boxed{\\frac{1}{2}}", "#### $0.50", "\\boxed{\\dfrac{1}{2}}"], ["#### 5", "#### 1/0", "#### 2"]),
+    "10": (
+        ["**Answer:**\n10", "The answer is:\n\n$$10$$", "The answer is:\n$$\n10\n$$", "Final Answer:\n\n**10**", "A: 10", "5 + 5\nA: 10"]
+        + ["The answer should be 10", "It is not 5, so the answer would be 10.", "The answer to the question is 10", "The answer to 5 + 5 is 10."]
+        + ["The answer is 10, because 5 plus 5 makes 10.", "The answer is 10 cookies (5 + 5).", "#### 10 apples (= 2 bags)", "#### 10 (= 2 * 5)"]
+        + ["#### Total cost for 3 months:\n5 + 5\n\\boxed{10}", "#### Solving for 3 x\n\\boxed{10}", "#### 1. **Add** 5 and 5\n\\boxed{10}"]
+        + ["#### Final Answer\n10", "### Final Answer\n\n**$10**", "#### Answer: 10", "#### Total: 10", "#### Day 1: 5\n#### Day 2: 5\n#### 10"]
+        + ["Answer: The final answer is 10", "Answer:\n- Tom has 5 apples\nThe answer is 10", "Answer:\n1. Add 5 and 5\nThe answer is 10."],
+        ["#### 10 or 3", "<answer>Tom has 10 apples and Ann has 3.</answer>", "#### 10 apples (or 3)", "#### 10 apples (or = 3)", "#### Tom: 3\n#### Ann: 10", "#### 10 (3)", "#### 3 (4 + 5)"]
+        + ["The answer is 3, the answer is 10", "The answer is 10. The answer should be 3.", "The answer is 3. The answer is 10.", "A: 10\nA: 3", "A: 3\nThe answer is 10"]
+        + ["#### 10\n\\boxed{3}", "#### 3 apples\n\\boxed{10}", "#### The answer is 3\n\\boxed{10}", "#### \u201310", "#### 3\u201310"]
+        + ["Answer:\nTom has 10 apples", "Answer:\n1. Add 5 and 5 to get 10", "#### Day 10:", "#### Step\n10", "A lot: 10"],
+    ),
+    "3": (
+        ["<answer>Tom has 3 apples left.</answer>", "#### The answer is 3", "<answer>She needs $3</answer>", "Final answer: Tom needs 3 hours"]
+        + ["#### 3 m^2", "#### 3 cm^{2}", "#### 3 cm2", "#### 3 m2", "#### 3 km3", "#### 3 m/s^2", "\\boxed{3 \\text{ cm}^3}"],
+        ["#### 3 apples 2", "#### 3 and 2", "#### Tom 3 Ann 2"],
+    ),
+    "0.75": (["\\boxed{\\frac34}", "\\boxed{\\dfrac 34}", "\\boxed{\\frac3{4}}"], ["\\boxed{\\frac43}"]),
+    "34": (["\\boxed{34}"], ["\\boxed{\\frac34}", "\\boxed{\\frac3 4}"]),
+    "12.5": (["\\boxed{12\\frac{1}{2}}", "\\boxed{12\\frac12}", "#### 12 1/2", "#### 12 1/2 hours"], ["#### 12 2/1", "#### 12, 1/2", "#### 12 1 2"]),
+    "-5": (["#### \u20135", "#### -5"], ["#### 5", "#### 0\u20135"]),
     "0": (["#### 0", "\\boxed{0}", "#### 0.0", "#### -0", "#### $0"], ["####", "#### none", "#### 10"]),
 }  # fmt: skip
 SPELLED = [
@@ -347,16 +399,47 @@ EXPRESSIONS = [
     ("2k+2", ["2k + 2"], ["2k", "2"]),
     (r"\pi", [r"\pi", "\u03c0"], ["3.14", r"2\pi"]),
     (">", [">"], ["<", "="]),
+    (r"11,\! 111,\! 111,\! 100", ["11111111100", "11,111,111,100", r"11{,}111{,}111{,}100"], ["11,111,111", "(11,111,111,100)"]),
+    (r"1 \pm \sqrt{19}", [r"1+\sqrt{19}, 1-\sqrt{19}", r"1 - \sqrt{19} \text{ and } 1 + \sqrt{19}", r"1\pm\sqrt{19}", r"x = 1 \pm \sqrt{19}"], [r"1+\sqrt{19}", r"1-\sqrt{19}, 1-\sqrt{19}", r"19 \pm \sqrt{1}", r"\pm\sqrt{19}"]),
+    (r"3 \pm 2\sqrt{2}", [r"3+2\sqrt2, 3-2\sqrt2"], [r"3+2\sqrt2, 3-2\sqrt3", r"3-2\sqrt2"]),
+    (r"\{1\pm\sqrt5,-2\}", [r"1+\sqrt{5}, 1-\sqrt{5}, -2", r"-2, 1 \pm \sqrt 5"], [r"1+\sqrt5, 1-\sqrt5", r"1\pm\sqrt5, 2"]),
+    (r"\pm 3", ["3, -3", "-3, 3", "\u00b13"], ["3", "-3", "3,3"]),
+    ("(2,3)", ["(x, y) = (2, 3)", r"(r,\theta) = (2,3)"], ["(x, y) = (3, 2)", "(2, 3) = (x, y, z)", "2,3"]),
+    ("[-2,7]", [r"-2 \le x \le 7", r"-2 \leq x \leq 7", r"x \in [-2,7]"], [r"-2 < x \le 7", r"-2 < x < 7", r"-2 \le x", r"2 \le x \le 7"]),
+    (r"0 < x \le 5", ["(0,5]"], ["[0,5]", "(0,5)"]),
+    (r"10 \text{ integers}", ["10", r"10\text{ integers}"], ["1", r"10\text{ or }11"]),
+    ("10", [r"10\text{ apples}", r"10 \mathrm{ cm}^2", r"10\text{ apples}."], [r"10\text{ apples}, 5", r"\text{ten}"]),
+    ("4210_{5}", ["4210_5", "4210"], ["4210_6", "421", "4210_{12}"]),
+    ("10", ["10"], ["10_2"]),
+    ("101_{12}", ["101_{12}", "101"], ["101_1", "101_2"]),
+    ("x^{2}+1", ["x^2+1"], ["x^{2+1}", "x^3+1"]),
+    (r"\frac{x+1}{2}", ["(x+1)/2", "(x + 1)/(2)"], ["x+1/2", "(x+1)/3", "(x+1)/2^2"]),
+    ("2", [r"2"], [r"\frac12"]),
 ]  # fmt: skip
 COMPARED = [
     (gold, text, right) for gold, *lists in EXPRESSIONS for right, texts in zip((1, 0), lists) for text in texts
+]
+# (gold, completion, whether it is right): where an answer to a MATH problem stands
+ANNOUNCED = [
+    ("[0,1]", "Final Answer: The final answer is $[0,1]$. I hope it is correct.", 1),
+    ("[0,1]", "The answer is the interval $[0,1]$.", 1),
+    ("(3,4)", "<answer>The point is $(3,4)$</answer>", 1),
+    ("(3,4)", "<answer>The points are $(3,4)$ and $(4,3)$</answer>", 0),
+    ("5", "<answer>$5$ or 6</answer>", 0),
+    ("5", "#### Solving for x\n6\n\\boxed{5}", 1),
+    ("5", "#### 1. **Simplify** the left side\n\\boxed{5}", 1),
+    ("5", "#### 6\n\\boxed{5}", 0),
+    ("5", "#### x = 6\n\\boxed{5}", 0),
+    ("C", "The answer is B. The answer is C.", 0),
+    ("6", "Answer: 5, the answer is 6", 0),
+    ("\\text{Evelyn}", "**Answer:**\nEvelyn", 1),
+    ("\\frac{1}{2}", "The answer is\n\\[\n\\frac{1}{2}\n\\]", 1),
 ]
 SYMBOLIC = [  # what only math-verify finds equal
     ("x+1", "1+x"),
     (r"2\sqrt{3}", r"\sqrt{12}"),
     ("x^2+2x+1", "(x+1)^2"),
     (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
-    ("x^{2}+1", "x^2+1"),
 ]
 
 
@@ -387,9 +470,30 @@ def test_spellings_of_expressions(gold, answer, right, comparison):
     assert rewards.math500_correct(problem["solution"], problem) == 1
 
 
+@pytest.mark.parametrize("gold,completion,right", ANNOUNCED)
+def test_where_answers_stand(gold, completion, right, comparison):
+    problem = rewards.check_math500({"problem": "What is it?", "answer": gold}, "here")
+    assert rewards.math500_correct(completion, problem) == right
+
+
+def test_golds_that_are_announced_otherwise():
+    for answer in ("9 * 2 = 18\nA: 18", "It is \\boxed{18}.", "#### 18"):
+        problem = rewards.check_gsm8k({"question": "?", "answer": answer}, "here")
+        assert rewards.gsm8k_correct("9 * 2\nA: 18", problem) == 1 and rewards.gsm8k_correct("A: 9", problem) == 0
+
+
 @pytest.mark.parametrize("gold,answer", SYMBOLIC)
 def test_math_verify_finds_what_the_plain_comparison_does_not(gold, answer, comparison):
     assert rewards.same_answer(answer, gold, "What is it?") == (comparison == "math-verify")
+
+
+def test_boxes_without_braces(comparison):
+    for bare, answer in ((r"\boxed2", "2"), (r"\boxed 2.", "2"), (r"\boxed\frac12", "1/2"), (r"\boxed\frac{1}{2}", "1/2"), (r"\boxed\sqrt2", r"\sqrt{2}")):
+        problem = rewards.check_math500({"problem": "?", "solution": f"So it is ${bare}$"}, "here")
+        assert rewards.math500_correct(f"\\boxed{{{answer}}}", problem) == 1, bare
+        assert rewards.math500_correct(f"${bare}$ or $\\boxed{{7}}$", problem) == 0
+    with pytest.raises(DataError):
+        rewards.check_math500({"problem": "?", "solution": r"\boxed\left( \boxedx"}, "here")
 
 
 def test_a_part_of_the_question_is_no_answer(comparison):
@@ -462,6 +566,7 @@ HOSTILE += [
     "1: red, Tom\n",
     "| 1 | ",
 ]
+HOSTILE += ["answer to ", "**Answer:**\n", "A: 5\n", "House 1:\n- Name: Tom\n", "\\pm ", "1234 ", "~~~\n", "\\boxed\\frac{"]
 HOSTILE += [
     "\\frac{1}{",
     "\\text{",
@@ -521,7 +626,7 @@ def test_work_grows_linearly(name):
     """Twice the text runs at most 2.2 times the lines of Python; what these lines call is one pass of `re` each."""
     task = rewards.TASKS[name]
     problem = task.generate("test", 1, 0)[0]
-    for piece in [*HOSTILE, task.target(problem)]:
+    for piece in [*HOSTILE, task.target(problem), problem["question"]]:
         once, twice = (lines_run(lambda n=n: task.reward(piece * n, problem)) for n in (300, 600))
         assert twice <= 2.2 * once + 100, (piece, once, twice)
 
@@ -639,6 +744,16 @@ def test_zebra_tables_by_hand():
         json.dumps({"reasoning": "...", "solution": houses}): 1,
         f"I think\n```json\n{json.dumps(houses, indent=1)}\n```": 1,
         "<reasoning>1: blue, Ann</reasoning><answer>1: red, Tom\n2: blue, Ann</answer>": 1,
+        "House 1:\n- Name: Tom\n- Color: red\n\nHouse 2:\n- Name: Ann\n- Color: blue": 1,
+        "### House 1\n- **Color:** red\n- **Name:** Tom\n### House 2\n- **Color:** blue\n- **Name:** Ann": 1,
+        "| House | Name | Color |\n|---|---|---|\n| 1 | Tom | red |\n| 2 | Ann | blue |": 1,
+        "House 1: Name: Tom, Color: red\nHouse 2: Name: Ann, Color: blue": 1,
+        "House 1:\n- Name: Tom\n- Name: Ann\n- Color: red": 0.25,  # two names for one house
+        "House 1: Name: Ann, Name: Tom, Color: red": 0.25,
+        "House 1:\n- Name: Tom\nHouse 1:\n- Name: Ann": 0,
+        "- Name: Tom\n- Color: red": 0,
+        "1\n- Name: Tom": 0,
+        "| House | Name | Color |\n| 1 | red | Tom |\n| 2 | blue | Ann |": 0,
         "1: red, Ann\n2: blue, Tom": 0.5,
         "1: red, Tom": 0.5,
         json.dumps({"House 1": {"Color": "red"}}): 0.25,
@@ -706,6 +821,19 @@ def test_countdown_by_hand():
         "#### (3 + 5) \u00d7 8 \u00f7 2 = 32": 1.0,
         "#### $(3+5)*8/2$.": 1.0,
         "<answer>[3 + 5] * 8 / 2</answer>": 1.0,
+        "#### (3 + 5) x 8 / 2": 1.0,
+        "#### 32 = (3 + 5) * 8 / 2": 1.0,
+        "#### (3 + 5) * 8 / 2 = 8 * 8 / 2 = 64 / 2 = 32": 1.0,
+        "#### `(3 + 5) * 8 / 2`": 1.0,
+        "\\boxed{\\text{(3 + 5) * 8 / 2}}": 1.0,
+        "#### (3 + 5) * 8 / 2\n\\boxed{(3+5) \\times 8 \\div 2 = 32}": 1.0,
+        "#### (3 + 5) * 8 / 2</s>": 1.0,
+        "#### (3 + 5) * 8 / 2 = 8 * 8 / 3 = 32": 0.0,
+        "#### 33 = (3 + 5) * 8 / 2": 0.0,
+        "#### 32 = 32": 0.0,
+        "#### (3 + 5) * 8 / 2 = x": 0.0,
+        "#### (3 + 5) * 8 / 2\n#### (5 + 3) * 2 * 2 = 32": 0.0,
+        "#### x8 * 3": 0.0,
         "#### 3 + 5 * 8 / 2": 0.1,
         "#### (3 + 5) * 8 / 2 = 33": 0.0,
         "#### 32": 0.0,
@@ -996,6 +1124,27 @@ def test_code_is_found_in_completions():
         code + "\0",
     ):
         assert rewards.extract_code(completion) is None, completion
+    other = "x = f(1, 2)\nprint(x)"
+    found = [
+        f"```python\n{code}\n```\nUse it:\n```python\n{other}\n```",
+        f"```python\n{code}\n```\nA test:\n```python\ndef test():\n    assert f(1) == 1\n```",
+        f"```bash\nx=1\npip install numpy\n```\n```python\n{code}\n```",
+        f"```bash\npip install numpy\n```\n```python\n{code}\n```",
+        f"```PYTHON\n{code}\n```",
+        f"~~~python\n{code}\n~~~",
+        f"~~~\n{code}\n~~~\nSo it is.",
+        "1. The program:\n   ```python\n" + "".join(f"   {line}\n" for line in code.split("\n")) + "   ```\n2. Done",
+        f"Here is the code:\n\n{code}\n\nThis works because x is returned.",
+        f"Sure!\n{code}\nIt returns x.</s>",
+        f"<s>{code}</s>",
+    ]
+    for completion in found:
+        assert rewards.extract_code(completion, ["assert f(1) == 1"]) == code, completion
+    both = "```python\ndef f(x):\n    return 0\n```\n```python\ndef g(x):\n    return 1\n```"
+    assert [rewards.extract_code(both, [f"assert {name}(1)"])[4] for name in "fgh"] == ["f", "g", "g"]
+    assert rewards.extract_code("The answer is\nx is 5\nnothing") is None
+    spaces = 'def f(x):\n    return """a\n   \nb"""'
+    assert rewards.extract_code(f"```python\n{spaces}\n```") == spaces
     assert rewards.extract_code("x = 1\n" * 50_000) is None and rewards.extract_code("x = " + "(" * 50_000) is None
 
 
@@ -1068,12 +1217,13 @@ P = {
     "math500": [{"problem": "q", "solution": "So $\\boxed{\\frac{1}{2}}$."}, {"problem": "q", "answer": "3", "solution": "\\boxed{3}"}],
     "mbpp": [{"text": "q", "code": "def f(x):\r\n  return x", "test_list": ["assert f(1) == 1"], "test_setup_code": "", "challenge_test_list": []},
              {"prompt": "q", "code": "import math\ndef f(x):\n return math.pi", "test_list": ["assert math.isclose(f(1), 3.14159, rel_tol=1e-3)"], "test_imports": ["import math"]}],
-    "countdown": [{"nums": [3, 8, 5], "target": 6}, {"input": "3,8,5", "output": "6"}, {"question": "Numbers: [3, 8, 5], target: 6"}],
+    "countdown": [{"nums": [3, 8, 5], "target": 6}, {"input": "3,8,5", "output": "6"}, {"question": "Numbers: [3, 8, 5], target: 6"},
+                  {"prompt": "Use each of [3, 8, 5] once, so that it evaluates to exactly 6.", "output": None}, {"prompt": "q", "ground_truth": {"numbers": [3, 8, 5], "target": 6}}],
     "sudoku": [{"Puzzle": "1234341221430000", "Solution": "1234341221434321"}],
     "zebra": [{"puzzle": "q", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ["2", "Arnold"]]}},
               {"puzzle": "q", "solution": json.dumps({"House 1": {"Name": "Eric"}, "House 2": {"Name": "Arnold"}})}],
 }  # fmt: skip
-OTHER_NAMES = ("completion", "generations", "response", "model_output")
+OTHER_NAMES = ("completion", "generations", "response", "model_answer", "samples")
 
 
 @pytest.mark.parametrize("name", P)
@@ -1105,6 +1255,16 @@ def test_verdicts_of_the_file_are_compared(tmp_path, capsys):
     assert rewards.main(["--task", "gsm8k", "--score", str(file)]) == 0
     out = capsys.readouterr().out
     assert "accuracy     1.0000" in out and "verdicts: 4, of which 2 differ" in out
+    own = [r.verdict for r in rewards.score_file("gsm8k", str(file))]
+    assert own == [True, False, True, False]
+    row = {"completions": ["#### 6", "#### 7"], "answer": 6}
+    said = {"correct": [True, False], "is_correct": ["true", "Incorrect"], "correctness": ["correct", "wrong"]}
+    said |= {"acc": [1.0, 0.0], "score": [True], "verdict": "maybe", "passed": "yes"}
+    verdicts = {"score": [None, None], "verdict": [None, None], "passed": [True, True]}
+    for field, value in said.items():
+        file.write_text(json.dumps(row | {field: value}))
+        own = [r.verdict for r in rewards.score_file("gsm8k", str(file))]
+        assert own == verdicts.get(field, [True, False]), field
     assert "line 2: the file says wrong, here right; answer '6'" in out and "line 4: the file" in out
 
 
@@ -1115,6 +1275,38 @@ def test_an_echo_of_the_prompt_is_no_answer(tmp_path, capsys):
         for text in (prompt, prompt + "\n#### 6", prompt + "\n#### 7")
     ]
     assert scored(tmp_path, capsys, "gsm8k", rows)["accuracy"] == pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_an_echo_in_other_spaces_or_of_the_end_is_no_answer(tmp_path, capsys, comparison):
+    prompt = "Solve 2 x = 84.  Write the answer\nin a box, such as \\boxed{42}."
+    echoes = {prompt: 0, prompt.replace(" ", "\n"): 0, prompt[-40:]: 0, prompt[-40:] + " So \\boxed{41}": 0, "Yes. " + prompt: 0}
+    assert scored(tmp_path, capsys, "gsm8k", [{"prompt": "#### 42?", "completion": "#### 42?", "answer": 42}])["accuracy"] == 0
+    own = {"\\boxed{42}": 1, prompt + "\nSo \\boxed{42}": 1, prompt[-40:] + "\n\\boxed{42}": 1, "\\boxed{42}.": 1}
+    for text, right in (echoes | own).items():
+        row = {"prompt": prompt, "completion": text, "answer": "42"}
+        figures = scored(tmp_path, capsys, "math500", [row])
+        assert figures["accuracy"] == right and (right or "41" in text or figures["mean_reward"] == 0), text
+    assert rewards.without_echo("a b", "") == "a b" and rewards.without_echo("ab " * 50, "a  b" * 50) == ""
+
+
+def test_the_gold_is_not_the_models_own_answer(tmp_path, capsys):
+    for name, field in itertools.product(("gsm8k", "math500"), ("ground_truth", "target", "expected_answer", "gold_answer")):
+        rows = [{"problem": "q", "completion": f"so \\boxed{{{n}}}", "answer": "41", field: "42"} for n in (41, 42)]
+        assert scored(tmp_path, capsys, name, rows[:1])["accuracy"] == 0
+        assert scored(tmp_path, capsys, name, rows[1:])["accuracy"] == 1
+        for field in ("label", "reference_answer", "final_answer", "correct_answer"):
+            assert scored(tmp_path, capsys, name, [{"problem": "q", "completion": "\\boxed{42}", field: "42"}])["accuracy"] == 1
+
+
+def test_chats_and_single_objects(tmp_path, capsys):
+    said = [{"role": "assistant", "content": "so \\boxed{\\frac{1}{2}}"}]
+    asked = [{"role": "user", "content": "as in \\boxed{7}?"}, *said]
+    for completion, n in ((said, 1), (asked, 1), (said[0], 1), ([said, asked], 2), ([said], 1)):
+        row = {"problem": "q", "completion": completion, "answer": "1/2", "steps": [{"a": 1}]}
+        figures = scored(tmp_path, capsys, "math500", [row])
+        assert (figures["n"], figures["accuracy"]) == (n, 1)
+        (tmp_path / "one.json").write_text(json.dumps(row, indent=1))
+        assert [row.score for row in rewards.score_file("math500", str(tmp_path / "one.json"))] == [1] * n
 
 
 @pytest.mark.parametrize(
