@@ -64,13 +64,13 @@ def print_pass() -> None:
 
 
 def print_ablation() -> None:
-    print("\n| | accuracy | over max-confidence, points | seconds |\n|---|---|---|---|")
+    print("\n| reference, initialisation | accuracy | over max-confidence, points | by seed |\n|---|---|---|---|")
     for name, flags in ABLATION.items():
         results = results_of(flags)
         gains = [100 * r["paired"]["max_confidence"]["difference"] for r in results]
-        seconds = statistics.mean(r["seconds"]["total"] for r in results)
+        by_seed = ", ".join(f"{gain:+.1f}" for gain in gains)
         gain = f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains):.1f}"
-        print(f"| {name} | {spread([r['accuracy']['upo']['mean'] for r in results])} | {gain} | {seconds:.0f} |")
+        print(f"| {name} | {spread([r['accuracy']['upo']['mean'] for r in results])} | {gain} | {by_seed} |")
 
 
 def draw() -> None:
