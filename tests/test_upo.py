@@ -737,10 +737,9 @@ def same_run(one, two):
     assert all(torch.equal(v, policy_of(two)[name]) for name, v in policy_of(one).items())
 
 
-@pytest.mark.parametrize("lines", [1, 4])
-def test_kill_and_resume_to_the_same_numbers(lines, tiny_base, whole, tmp_path, start):
+def test_kill_and_resume_to_the_same_numbers(tiny_base, whole, tmp_path, start):
     process = start(*flags_of(tmp_path / "run", model=tiny_base, max_steps=6, topk=4), file="upo.py")
-    wait_for(tmp_path / "run" / "metrics.jsonl", process, lines)
+    wait_for(tmp_path / "run" / "metrics.jsonl", process, 3)
     process.kill()  # kill -9
     process.wait()
     assert not (tmp_path / "run" / "results.json").exists()
