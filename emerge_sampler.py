@@ -199,6 +199,7 @@ def semi_autoregressive(
         return unfinished & (block == block.masked_fill(~unfinished, x.shape[1]).amin(1, keepdim=True))
 
     def step(n: int, logits: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """(a token for each of the N candidates (N,), which of them stay (B, L) bool) of forward n."""
         noise = exponential_noise(candidates, logits.shape[-1], generator) if temperature > 0 else None
         tokens = draw(logits, temperature, noise)
         confidence = confidence_of(logits, tokens)

@@ -913,6 +913,7 @@ class Outsiders(ast.NodeTransformer):
         return ast.copy_location(ast.Name(f"_{len(self.found) - 1}", ast.Load()), node)
 
     def visit(self, node: ast.AST) -> ast.AST:
+        """The node, or the placeholder of what the program's own names come to in it."""
         inner = node
         while isinstance(inner, (ast.Call, ast.Attribute, ast.Subscript)):
             inner = inner.func if isinstance(inner, ast.Call) else inner.value
@@ -1092,6 +1093,7 @@ def inside() -> str:
 
 @functools.cache
 def inside_source() -> str:
+    """The source of the functions that run in the sandbox's process, and of nothing else."""
     return "\n".join(
         inspect.getsource(function)
         for function in (
