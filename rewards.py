@@ -1746,26 +1746,24 @@ def geneval(things: list[Thing], scene: Scene) -> bool:
 
 
 def t2i_reward(completion: str, problem: Problem) -> Reward:
-    """geneval: 1 if the image shows what the prompt asks for; fidelity: 0.5 if it shows objects and none is broken.
+    """geneval: 1 if the image shows what the prompt asks for; fidelity: 0.25 if it shows objects and none is broken.
     Nothing for an image or a prompt that is not the miniature's."""
     codes, scene = image_codes(completion), scene_table().get(problem["question"])
     if codes is None or scene is None:
         return {"geneval": 0.0, "fidelity": 0.0}
     things, broken = find_things(codes)
-    return {"geneval": float(geneval(things, scene)), "fidelity": 0.5 * (bool(things) and not broken)}
+    return {"geneval": float(geneval(things, scene)), "fidelity": 0.25 * (bool(things) and not broken)}
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> list[Thing]:
-    """A random image of a scene: objects apart from each other, anywhere, of any colour where none is asked for."""
+    """A random image of a scene: objects on even rows and columns, of any colour where none is asked for."""
     while True:
         things = []
         for shape, colour, n in scene.wanted:
             for _ in range(n):
-                row, column = rng.randrange(WIDTH - 1), rng.randrange(WIDTH - 1)
+                row, column = 2 * rng.randrange(WIDTH // 2), 2 * rng.randrange(WIDTH // 2)
                 things.append(Thing(shape, colour or rng.choice(list(COLOURS)), row, column))
-        apart = all(
-            abs(a.row - b.row) >= 2 or abs(a.column - b.column) >= 2 for i, a in enumerate(things) for b in things[:i]
-        )
+        apart = len({(thing.row, thing.column) for thing in things}) == len(things)
         if apart and (scene.relation is None or related(*things, scene.relation)):
             return things
 

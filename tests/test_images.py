@@ -54,7 +54,7 @@ def test_verdicts_by_hand(words):
     for things, right in SCENES[words]:
         problem = {"question": f"a photo of {words}", "answer": ""}
         terms = rewards.t2i_reward(spell(rewards.paint(things)), problem)
-        assert terms == {"geneval": float(right), "fidelity": 0.5 * bool(things)}, things
+        assert terms == {"geneval": float(right), "fidelity": 0.25 * bool(things)}, things
         assert rewards.TASKS["t2i"].score(spell(rewards.paint(things)), problem) == float(right)
 
 
@@ -83,7 +83,7 @@ def test_what_is_painted_is_found():
         codes = [int(c) for c in problem["answer"].split()]
         things, broken = rewards.find_things(codes)
         assert not broken and rewards.paint(things) == codes
-        assert rewards.t2i_reward(problem["answer"], problem) == {"geneval": 1.0, "fidelity": 0.5}
+        assert rewards.t2i_reward(problem["answer"], problem) == {"geneval": 1.0, "fidelity": 0.25}
 
 
 @pytest.mark.parametrize("text", ["", "0 " * 63, "0 " * 65, "0 " * 63 + "65", "0 " * 63 + "-1", "0 " * 63 + "x", "٣ " * 64])
