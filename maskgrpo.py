@@ -1689,11 +1689,9 @@ def draw_images(run: Run, before: list[dict], after: list[dict]) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    first = {}
-    for i, row in enumerate(before):
-        if row["split"] == "test":
-            first.setdefault((row["category"], row["prompt"]), i)
-    chosen = sorted(first.values(), key=lambda i: [c for c, _ in first].count(before[i]["category"]))[:8]
+    test = [i for i, row in enumerate(before) if row["split"] == "test"]
+    first = {before[i]["category"]: i for i in reversed(test)}
+    chosen = sorted([*first.values(), *(i for i in test if i not in first.values())][:8])
     figure = Figure(figsize=(1.9 * len(chosen), 4.2))
     for axes, rows in zip(figure.subplots(2, len(chosen), squeeze=False), (before, after)):
         for ax, i in zip(axes, chosen):

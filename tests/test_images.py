@@ -257,6 +257,18 @@ def test_a_run_of_every_image_method(tmp_path, monkeypatch):
     assert len(list((tmp_path / "runs").glob("base-t2i-*"))) == 1
 
 
+@pytest.mark.parametrize("method", m.METHODS)
+def test_the_settings_of_a_method_and_of_the_task(method):
+    """Images have a sampler by every method; the tiny task's advantages win over the method's, a flag over both."""
+    tiny, source = m.parse(["--task", "t2i", "--method", method])
+    paper, _ = m.parse(["--task", "t2i", "--method", method, "--model", "some/model"])
+    assert tiny.sampler == paper.sampler == ("emerge" if method == "maskgrpo" else "maskgit")
+    assert (tiny.advantage, source["advantage"], paper.advantage) == ("mean", "task", m.METHODS[method]["advantage"])
+    assert (tiny.guidance, paper.guidance) == (0, 3.5)
+    assert m.parse(["--task", "t2i", "--method", method, "--advantage", "std"])[0].advantage == "std"
+    assert m.parse(["--method", method])[0].sampler == "semi_autoregressive"
+
+
 def test_bad_flags_are_named(tmp_path, capfd):
     for flags, message in {
         "--task t2i --sampler semi_autoregressive": "--sampler semi_autoregressive: not for an image",
