@@ -1,4 +1,5 @@
-"""The README's tables of text to image: 3 seeds of UniGRPO, + truncation, + emerge, from the same bases.
+"""The README's tables of text to image: 3 seeds of UniGRPO, + truncation, + emerge, from the same bases; and the
+two samplers on these bases before RL, with and without guidance.
 
 python experiments/t2i_tiny.py            # runs what is not there yet, then prints; copies one run's images.png
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 
 SEEDS = (0, 1, 2)
 METHODS = {"unigrpo": "UniGRPO", "truncation": "+ truncation", "maskgrpo": "+ emerge (default)"}
+GUIDANCES = (0, 1, 3)
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
@@ -22,6 +24,16 @@ def run(method: str, seed: int) -> Path:
         flags = ["--task", "t2i", "--method", method, "--seed", str(seed), "--output_dir", str(path)]
         subprocess.run(["accelerate", "launch", "maskgrpo.py", *flags], check=True)
     return path
+
+
+def before_rl(sampler: str, guidance: int, seed: int) -> float:
+    """Accuracy of a base under another sampler or guidance."""
+    path = Path(f"runs/t2i-base-{sampler}-{guidance}-s{seed}")
+    if not (path / "results.json").is_file():
+        base = next(Path("runs").glob(f"base-t2i-s{seed}-*"))  # which the first run of that seed has trained
+        flags = f"--task t2i --eval_only --model {base} --sampler {sampler} --guidance {guidance} --seed {seed}"
+        subprocess.run([sys.executable, "maskgrpo.py", *flags.split(), "--output_dir", str(path)], check=True)
+    return json.loads((path / "results.json").read_text())["before"]["accuracy"]
 
 
 def spread(values: list[float]) -> str:
@@ -48,6 +60,11 @@ def main() -> None:
             figures = [r[f"{phase}_categories"] for r in results[method]]
             cells = [statistics.mean(f[c]["accuracy"] for f in figures) for c in CATEGORIES]
             print(f"| {name}, {phase} | " + " | ".join(f"{value:.2f}" for value in cells) + " |")
+    print("\n| test prompts, before RL |" + "".join(f" guidance {g} |" for g in GUIDANCES))
+    print("|---" * (1 + len(GUIDANCES)) + "|")
+    for sampler in ("maskgit", "emerge"):
+        cells = [spread([before_rl(sampler, g, seed) for seed in SEEDS]) for g in GUIDANCES]
+        print(f"| {sampler} | " + " | ".join(cells) + " |")
     shutil.copy(run("maskgrpo", 0) / "images.png", "assets/t2i.png")
 
 
