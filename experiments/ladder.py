@@ -1,10 +1,11 @@
-"""The paper's ladder on the tiny default, at equal rollouts: 5 seeds, 2,000 held-out problems per split, paired.
+"""The paper's ladder on the tiny default, at equal rollouts: 5 seeds, 150 steps of 128 completions, 2,000 held-out
+problems per split, paired.
 
     python experiments/ladder.py                # runs what is not there yet, then prints and draws
 
 Each row changes one thing of the row above it, so all of them divide advantages by their group's std; UniGRPO, TraceRL
 and rotated-trace stand beside the ladder. Rollouts are counted until validation accuracy (256 problems, every 25 steps)
-reaches what the first row ends with.
+reaches what the first row ends with. The long runs may go side by side, so seconds are those of 20 steps run alone.
 """
 
 import json
@@ -30,33 +31,38 @@ ROWS = {
 FIRST = next(iter(ROWS))
 
 
-def run(name: str, seed: int) -> Path:
+def run(name: str, seed: int, extra: str = "--max_steps 150 --eval_n 2000", label: str = "") -> Path:
     """The directory of one finished run of the project's own command."""
-    path = Path("runs") / f"ladder-{list(ROWS).index(name)}-s{seed}"
+    path = Path("runs") / f"ladder-{list(ROWS).index(name)}-s{seed}{label}"
     if not (path / "results.json").is_file():
-        flags = f"--task gsm8k {ROWS[name]} --advantage std --eval_n 2000 --pass_k 0 --seed {seed} --output_dir {path}"
+        flags = f"--task gsm8k {ROWS[name]} --advantage std --pass_k 0 --seed {seed} --output_dir {path} {extra}"
         subprocess.run([sys.executable, "maskgrpo.py", *flags.split()], check=True)
     return path
+
+
+def pace(name: str) -> float:
+    """Seconds of a step, rollout and updates."""
+    path = run(name, 0, "--max_steps 20 --eval_n 2 --eval_every 0", "-pace")
+    spent = json.loads((path / "results.json").read_text())["seconds"]
+    return (spent["rollout"] + spent["update"]) / 20
 
 
 def results(name: str) -> list[dict]:
     return [json.loads((run(name, seed) / "results.json").read_text()) for seed in SEEDS]
 
 
-def scores(name: str, split: str) -> list[float]:
-    """The score of every problem of a split after RL, over all seeds, in the same order for every row."""
-    lines = [line for seed in SEEDS for line in (run(name, seed) / "completions_after.jsonl").read_text().splitlines()]
-    return [row["score"] for row in map(json.loads, lines) if row["split"] == split]
+def scores(name: str, seed: int) -> list[float]:
+    """The score of every test problem after RL, in the same order for every row."""
+    lines = (run(name, seed) / "completions_after.jsonl").read_text().splitlines()
+    return [row["score"] for row in map(json.loads, lines) if row["split"] == "test"]
 
 
 def curve(name: str, seed: int) -> list[tuple[int, float, float]]:
     """(completions drawn, seconds of RL, validation accuracy) wherever it was measured."""
     path = run(name, seed)
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    spent = json.loads((path / "results.json").read_text())["seconds"]
-    pace = (spent["rollout"] + spent["update"]) / len(lines)
     kept = [line for line in lines if "validation_accuracy" in line]
-    return [(line["completions"], line["step"] * pace, line["validation_accuracy"]) for line in kept]
+    return [(line["completions"], line["step"] * pace(name), line["validation_accuracy"]) for line in kept]
 
 
 def reached(name: str) -> str:
@@ -72,7 +78,7 @@ def cell(values: list[float]) -> str:
 
 
 def main() -> None:
-    print("| | fresh | unseen pairs | points over diffu-GRPO | paired p | rollouts to its end | seconds |")
+    print("| | fresh | unseen pairs | points over diffu-GRPO | largest p | rollouts to its end | seconds |")
     print("|---|---|---|---|---|---|---|")
     before = results(FIRST)
     cells = [cell([r[f"before{suffix}"]["accuracy"] for r in before]) for suffix in ("", "_unseen")]
@@ -80,10 +86,10 @@ def main() -> None:
     for name in ROWS:
         after = results(name)
         cells = [cell([r[f"after{suffix}"]["accuracy"] for r in after]) for suffix in ("", "_unseen")]
-        ours, theirs = scores(name, "test"), scores(FIRST, "test")
-        gain, p = 100 * (statistics.mean(ours) - statistics.mean(theirs)), paired_p(theirs, ours)
-        seconds = statistics.mean(r["seconds"]["rollout"] + r["seconds"]["update"] for r in after)
-        cells += [f"{gain:+.1f}", f"{p:.0e}", reached(name), f"{seconds:.0f}"]
+        pairs = [(scores(FIRST, seed), scores(name, seed)) for seed in SEEDS]
+        gains = [100 * (statistics.mean(ours) - statistics.mean(theirs)) for theirs, ours in pairs]
+        gain = f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains):.1f}"
+        cells += [gain, f"{max(paired_p(*pair) for pair in pairs):.0e}", reached(name), f"{150 * pace(name):.0f}"]
         print(f"| {name} | " + " | ".join(cells) + " |")
     draw()
 
