@@ -281,18 +281,23 @@ HEADING = re.compile(
     re.IGNORECASE,
 )
 WORDS = re.compile(r"\**[a-z]{2}", re.IGNORECASE)
-VALUE = (
-    r"(?:(?!(?:-|\d{1,2}[.)])\s+\**[a-z])[-+\u2212\d.$\\(\[{]|\S{1,40}[ \t]*$)"  # how an answer on its own line starts
+VALUE = (  # how an answer on its own line starts; or all of a short line without words
+    r"(?:(?!(?:-|\d{1,2}[.)])\s+\**[a-z])[-+\u2212\d.$\\(\[{]|\S{1,40}[ \t]*$|[a-zA-Z]\w{0,9}(?:\([a-z]\))?\s?=|"
+    r"(?![^\n]{0,60}(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3})[^\n]{1,60}$)"
 )
+DISPLAY = r"(?:\$\$|\\\[)((?:(?!\$\$|\\\]).){0,500}?)(?:\$\$|\\\])"
 SAID = re.compile(
-    r"(?:\banswer(?:\s+(?:to|for)\s[^\n.:]{1,80}?)?(?:\s+(?:is|(?:should|would|will|must)\s+be)\b|\**\s*[:=])(?:\s+is\b)?"
+    r"(?:\bans(?:wer)?(?:\s+(?:to|for)\s[^\n.:]{1,80}?)?(?:\s+(?:is|(?:should|would|will|must)\s+be)\b|\**\s*[:=])(?:\s+is\b)?"
     rf"|^[#*]{{1,6}}[ \t]*(?:final\s+)?answer(?=[* \t]{{0,8}}\n)|^A:(?=\s{{0,4}}\**{VALUE}))"
-    rf"[:* \t]{{0,8}}(?:[\s*]{{0,12}}(?:(?:\$\$|\\\[)\s{{0,4}})?(?={VALUE}))?(?=([^\n]{{0,200}}))",
+    rf"[:* \t]{{0,8}}(?:[\s*]{{0,12}}(?={VALUE}))?(?=((?s:{DISPLAY})|[^\n]{{0,200}}))",
     re.IGNORECASE | re.MULTILINE,
+)
+FINAL = re.compile(  # a heading, and nothing below it but a sentence, or one with a formula below it
+    rf"final\s+answer[:* \t]{{0,8}}\n\s{{0,9}}([^\n]{{1,200}}(?:\n\s{{0,9}}(?s:{DISPLAY})\.?)?)\s{{0,9}}\Z", re.IGNORECASE
 )
 REASON = re.compile(r"\.\s|,?\s+(?:because|since|as)\b|,\s+(?:which|where|given)\b")  # what ends an announcement
 ALNUM = re.compile(r"[^\W_]")
-SAYS = re.compile(r"[^\W_]|[<>=]")  # what an answer holds at least; dots and lines wait to be filled in
+SAYS = re.compile(r"[^\W_]|[<>=\u221e\u2205]")  # what an answer holds at least; dots and lines wait to be filled in
 
 
 class Span(NamedTuple):
@@ -333,7 +338,7 @@ def announcements(completion: str, problem: Problem) -> list[str]:
     r"""What a completion announces as its answers, each spelling once: \boxed{}, <answer>, `#### 42`; else what follows
     "the answer is".
 
-    A box within one of the others stands for it. An echo of the prompt, and working that is marked as such and has
+    A text that is one JSON object announces its "answer". A box within one of the others stands for it. An echo of the prompt, and working that is marked as such and has
     an answer behind it, do not count; nor does what has no letter, digit or relation, or is too long.
     """
     text = SPECIAL.sub("", completion)
@@ -370,13 +375,60 @@ def announced(text: str) -> list[str]:
     """announcements of a text without echoes and marked working."""
     inner, outer = boxes(text), answer_tags(text)
     hashes = [Span(m.start(), m.end(), m[1][: LONGEST + 1]) for m in HASHES.finditer(text)]
-    last = max((span.start for span in inner + outer), default=0)
-    titles = (span.start < last and WORDS.match(span.text) and not SAID.search(span.text) for span in hashes)
-    hashes = [span for span, title in zip(hashes, titles) if not title and not HEADING.match(span.text)]
+    last = max((span.start for span in inner + outer), default=-1)
+    answered = last >= 0 or bool(hashes and SAID.search(text))
+    hashes = [span for span in hashes if not HEADING.match(span.text) and not is_title(span, text, last, answered)]
     spans = sorted(inner + without(outer, inner + hashes) + without(hashes, inner))
-    found = [span.text for span in spans] or said(text)
+    found = [span.text for span in spans] or answer_field(text) or said(text)
     answers = (answer.strip() for answer in dict.fromkeys(found) if len(answer) <= LONGEST)
     return [answer for answer in answers if SAYS.search(answer)]
+
+
+def answer_field(text: str) -> list[str]:
+    """The answer of a text that is one JSON object, in a fence or not."""
+    whole = re.fullmatch(r"\s*(?:```\w*\s*)?(\{.*\})\s*(?:```\s*)?", text, re.DOTALL) if 'answer"' in text else None
+    value = read_object(whole[1]) if whole else None
+    answer = pick(value, ("final_answer", "answer")) if isinstance(value, dict) else None
+    return [str(answer)] if isinstance(answer, (str, int, float)) else []
+
+
+def last_objects(text: str) -> list[str]:
+    """The last balanced {...} of a text, at most three, in one pass; where none is, an unclosed one, closed."""
+    depth, start, found = 0, 0, []
+    for match in re.finditer(r"[{}]", text):
+        if match[0] == "{":
+            start = match.start() if depth == 0 else start
+            depth += 1
+        elif depth:
+            depth -= 1
+            if depth == 0:
+                found.append((start, match.end()))
+    if depth and not found:
+        return [text[start:].rstrip("`\n ") + "}" * depth] if depth < 4 else []
+    return [text[start:end] for start, end in found[-3:]]
+
+
+def read_object(text: str):
+    """The last object of a text that is JSON, or nearly so: line breaks and stray backslashes in its texts, comments,
+    commas too many, single quotes; None without one."""
+    for found in reversed(last_objects(text)):
+        loose = re.sub(r"\s//[^\n\"]*$|,(?=\s*[}\]])", "", found, flags=re.MULTILINE)
+        loose = re.sub(r'(\\["\\/bfnrtu])|\\', lambda match: match[1] or "\\\\", loose)
+        for spelling in (found, loose if '"' in loose else loose.replace("'", '"')):
+            try:
+                return json.loads(spelling, strict=False)
+            except (ValueError, RecursionError):
+                pass
+    return None
+
+
+def is_title(span: Span, text: str, last: int, answered: bool) -> bool:
+    """Whether the words behind #### are a heading: before the last box or tag, or, without a digit or formula, anywhere
+    beside one; where the answer is only said, before some further text."""
+    if not WORDS.match(span.text) or SAID.search(span.text):
+        return False
+    plainly = answered and not re.search(r"[\d\\$]", span.text)
+    return span.start < last or (plainly and (last >= 0 or text[span.end : span.end + LONGEST].strip() != ""))
 
 
 def said(text: str) -> list[str]:
@@ -388,7 +440,7 @@ def said(text: str) -> list[str]:
         sentence, *rest = REASON.split(text[match.end() : after.start()] if led else match[1], maxsplit=1)
         if not sentence.rstrip("* ").endswith(":") and (rest or not led or re.search(r"[\d\\]", sentence)):
             found.append(sentence)
-    return found
+    return [part for part in found if SAYS.search(part)] or [match[1] for match in FINAL.finditer(text)]
 
 
 def without(spans: list[Span], others: list[Span]) -> list[Span]:
@@ -397,7 +449,7 @@ def without(spans: list[Span], others: list[Span]) -> list[Span]:
     return [s for s in spans if bisect.bisect_left(starts, s.start) == bisect.bisect_left(starts, s.end)]
 
 
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
 UNIT_POWER = re.compile(r"(?:(?<=[A-Za-z}])\s*\^\s*\{?[23]\}?|(?:(?<=\b[ckm]m)|(?<=\bm))[23])(?![\d.])")  # cm^2, m3
 LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mathit|mbox|hbox|operatorname)\s*\{([^{}]*)\}")
 FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
@@ -407,8 +459,22 @@ BRACED = [  # \frac12 and its like, with all their braces
     (re.compile(r"\\frac\s*([^\s{\\])\s*\{"), r"\\frac{\1}{"),
     (re.compile(r"(\\frac\s*\{[^{}]*\})\s*([^\s{\\])"), r"\1{\2}"),
 ]
+NEGATED = re.compile(r"\b(?:not|wrong|incorrect|maybe|perhaps|possibly|either|neither)\b|n't\b", re.IGNORECASE)
 # "10 cookies (5 + 5)", "10 (= 2 * 5)": where the number comes from
 ASIDE = re.compile(r"(?<=[a-z])\s?\([^()a-zA-Z]*[=+*/][^()a-zA-Z]*\)|\(\s*=[^()]*\)")
+
+
+def without_working(text: str) -> str:
+    """A number without what stands in brackets behind it, where that comes to the same: "18 (9 eggs x $2)", "2280 g
+    (2.28 kg)"."""
+    aside = re.fullmatch(r"([^()]*\d[^()]*)\(([^()]*\d[^()]*)\)[\s.*$]*", text)
+    value = parse_number(aside[1]) if aside else None
+    if value is None:
+        return text
+    made, other = evaluate(re.sub(r"[A-Za-z]{2,}|\$", "", aside[2])), parse_number(aside[2])
+    same = made is not None and len(made[1]) > 1 and made[0] == Fraction(value)
+    same |= other is not None and re.search("[a-z]", aside[2]) is not None and other.as_tuple()[1] == value.as_tuple()[1]
+    return aside[1] if same else text
 
 
 def parse_number(text: str) -> Decimal | None:
@@ -416,6 +482,7 @@ def parse_number(text: str) -> Decimal | None:
 
     Of an equation the right side counts; a fraction of two numbers is one, and so is a whole number with one.
     """
+    text = without_working(text)
     text = LATEX_TEXT.sub(r" \1 ", re.sub("[\u2212\u2013]", "-", text).replace("{,}", ","))
     for pattern, spelling in BRACED:
         text = pattern.sub(spelling, text)
@@ -424,7 +491,7 @@ def parse_number(text: str) -> Decimal | None:
     text = UNIT_POWER.sub("", text.rpartition("=")[2])
     numbers = NUMBER.findall(text)
     try:
-        values = [Decimal(number.replace(",", "")) for number in numbers]
+        values = [Decimal(re.sub("[, ]", "", number)) for number in numbers]
         ratio = r"\s*/\s*".join(map(re.escape, numbers[-2:]))
         if len(values) == 2 and re.search(rf"(?:^|\s){ratio}", text):
             values = [values[0] / values[1]]
@@ -528,7 +595,7 @@ def gsm8k_answer(completion: str, problem: Problem) -> Decimal | None:
     answers: set[Decimal | None] = set()
     for text in announcements(completion, problem):
         if re.search(r"\d", text):
-            answers.add(parse_number(text))
+            answers.add(None if NEGATED.search(text) else parse_number(text))
         if len(answers) > 1:
             return None
     return answers.pop() if answers else None
@@ -600,48 +667,84 @@ def check_math500(row: dict, where: str) -> Problem:
     return {"question": question, "answer": answer, "solution": solution or f"\\boxed{{{answer}}}"}
 
 
+UNICODE = str.maketrans(
+    {"\u2212": "-", "\u00b1": r"\pm ", "\u221e": r"\infty ", "\u03c0": r"\pi ", "\u00b0": r"^\circ", "\u222a": r"\cup "}
+    | {"\u2044": "/", "\u00b2": "^2", "\u00b3": "^3", "\u2264": r"\le ", "\u2265": r"\ge ", "\u00b7": r"\cdot "}
+    | {"\u00d7": r"\times ", "\u2205": r"\emptyset ", "\u211d": r"\mathbb{R}", "\u2248": r"\approx "}
+)
+# Layout, and spellings that math-verify would misread; applied one after the other.
+TIDY = [
+    (re.compile(r"\\(?:text)?color\s*\{\w*\}|\\(?:bf|rm|it|left|right|displaystyle)\b|\\[bB]ig[lrg]?\b|\*\*"), " "),
+    (re.compile(r"\\\\\s*\[[\d.]+\s*\w*\]|\\cr\b"), r"\\\\"),
+    (re.compile(r"\\\$|(?<!\\)\$|(?<!\\)\\[()\[\]]"), ""),
+    (re.compile(r"[(\[]?\s*\\(begin|end)\s*\{[bp]?(?:matrix|array)\}(?:\{[clr|]*\})?\s*[)\]]?"), r"\\\1{pmatrix}"),
+    (re.compile(r"(?:\\\\\s*)+(?=\\end)"), ""),
+    (re.compile(r"\^\s*(?:\{\s*(?:\\circ|o)\s*\}|\\circ|o\b|\\text\s*\{o\})|\\deg(?:ree)?\b"), r"^\\circ "),
+    (re.compile(r"(?:\u221a|(?<![\\a-z])sqrt)\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|[a-z]))"), r"\\sqrt{\1\2\3}"),
+    (re.compile(r"\{([^{}]*)\\over\b([^{}]*)\}"), r"\\frac{\1}{\2}"),
+    (re.compile(r",?\s*(?:(?<![a-zA-Z\\])and(?![a-zA-Z])|\\text\s*\{\s*,?\s*and\s*\})\s*"), ", "),
+    (re.compile(r"\\text\s*\{\s*,?\s*or\s*\}"), " or "),
+    (re.compile(r"\A\s*\{([^{}]*)\}\s*\Z"), r"\1"),
+]
+
+
+def tidy(answer: str) -> str:
+    """An answer without LaTeX's layout, stars and a full stop behind it, in ASCII where there is a spelling in it."""
+    inner = boxes(answer)
+    text = re.sub(r"\s+", " ", inner[0].text if len(inner) == 1 and inner[0].start == 0 else answer).translate(UNICODE)
+    for pattern, spelling in TIDY:
+        text = pattern.sub(spelling, text)
+    return text.strip(" *").rstrip(" .*")
+
+
+PI_OR_DIGIT = r"(?:(?<=[\d})%])|(?<=\\pi)|(?<=\\pi\s)|(?<=\\circ\s))"
+THOUSANDS = re.compile(  # 1,234 but not (1,234)
+    r"(?<=\d)(?:\{,\}|,|\s)(?=\d{3}(?!\d))(?=[\d{},.\s]*\s*(?:[^\d\s,)\]}]|$))"
+)
 # Spellings that mean the same, applied one after the other.
 PLAIN = [
     # 10 \text{ apples}
-    (re.compile(r"(?<=[\d}])\s*\\(?:text|mathrm|mbox)\s*\{\s*[A-Za-z. ]+\}(?:\^\{?[23]\}?)?[\s.$]*$"), ""),
+    (re.compile(PI_OR_DIGIT + r"\s*\\(?:text|mathrm|mbox)\s*\{\s*[A-Za-z. ]+\}(?:\^\{?[23]\}?)?[\s.$]*$"), ""),
     (LATEX_TEXT, r"\1"),
     (re.compile(r"(?<=\d),\\!\s*(?=\d{3})|\\!"), ""),
-    (re.compile(r"\\left\b|\\right\b|\\displaystyle|(?<!\\)\\[,;: ]|~|\\q?quad\b"), " "),
-    (re.compile(r"\\\$|\$|\\\(|\\\)|\\\[|\\\]|\\?%|\*\*|^\s*=|\\big[lrg]?\b|\\Big[lrg]?\b"), ""),
-    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\u00b0"), ""),
+    (re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad\b"), " "),
+    (re.compile(r"\\?%|^\s*=|\^\s*\\circ"), ""),
+    (re.compile(r",?\s*(?<![a-zA-Z\\])or(?![a-zA-Z])\s*"), ","),
+    (re.compile(r"\bno\s(?:real\s)?solutions?\b|\\varnothing\b", re.IGNORECASE), r"\\emptyset"),
+    (re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|\ball real numbers\b", re.IGNORECASE), r"(-\\infty,\\infty)"),
     *BRACED,
     (re.compile(r"\\sqrt\s*([^\s{\\\[])"), r"\\sqrt{\1}"),
     (re.compile(r"(?<![\w.}])(-?)(\d+)\s+(\d+)\s*/\s*(\d+)"), r"\1\2\\frac{\3}{\4}"),  # 3 1/2
     (re.compile(r"(?<![\w.}/)])(-?\d+)\s*/\s*(\d+)(?![\w./(^])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\{-(\d+)\}"), r"-\\frac{\1}"),
-    (re.compile(r"(?<=\d)(?:\{,\}|,)(?=\d{3}(?!\d))(?=[\d{},.]*\s*(?:[^\d\s,)\]}]|$))"), ""),  # 1,234 but not (1,234)
+    (THOUSANDS, ""),
     (re.compile(r"\\(?:leq|le)\b"), "<="),
     (re.compile(r"\\(?:geq|ge)\b"), ">="),
     (re.compile(r"\\(?:cdot|times)\b"), "*"),
-    (re.compile(r"\\(?:infty|infinity)\b|\u221e|\binfinity\b"), r"\\infty"),
-    (re.compile(r"\\pi\b|\u03c0"), r"\\pi"),
-    (re.compile(r"\u2212"), "-"),
-    (re.compile(r"\u00b1"), r"\\pm"),
-    (re.compile(r"([_^])\s*\{\s*(\w)\s*\}"), r"\1\2"),
+    (re.compile(r"\\(?:infty|infinity)\b|\binfinity\b"), r"\\infty"),
+    (re.compile(r"([_^])\s*\{\s*\(?(\w)\)?\s*\}"), r"\1\2"),
+    (re.compile(r"\((\w+)\)\s*_"), r"\1_"),
+    (re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc|ln|log)(?:[_^]\w)*)\s*[({]\s*(\\?\w+)\s*[)}](?![\w(^])"), r"\1 \2"),
     (re.compile(r"(?<![\w)}])\(([^()]+)\)\s*/\s*(?:\(([^()]+)\)|(\d+)(?![\w.(^]))"), r"\\frac{\1}{\2\3}"),  # (x + 1)/2
     (re.compile(r"^\s*\((?:\\?[a-zA-Z]+\s*,\s*)+\\?[a-zA-Z]+\)\s*=\s*(?=\()"), ""),  # (x, y) = (2, 3)
     (re.compile(r"^\s*\(?[a-zA-Z](?:_\{?\w\}?)?(?:\([a-z]\))?\s*(?:=|\\in\b)\s*(?=[^=])"), ""),  # x = 5, x \in [0, 1]
+    (re.compile(r"(^|[,(\[])\s*\+"), r"\1"),
 ]
 UNITS = re.compile(
-    r"(?<=[\d}])\s*\\?\s*(?:square|sq\.?|cubic)?\s*(?:degrees?|units?|dollars?|cents?|percent|inch(?:es)?|in\.?|feet|foot|ft|"
+    PI_OR_DIGIT
+    + r"\s*\\?\s*(?:square|sq\.?|cubic)?\s*(?:degrees?|radians?|units?|dollars?|cents?|percent|inch(?:es)?|in\.?|feet|foot|ft|"
     r"miles?|yards?|meters?|metres?|centimeters?|kilometers?|(?:cm|mm|km|m)(?:\^\{?[23]\}?)?|hours?|hrs?|minutes?|min|"
     r"seconds?|sec|days?|weeks?|months?|years?|people|students|ways|points|kg|grams?|pounds?|lbs?|mph|"
     r"p\.?m\.?|a\.?m\.?)(?:\^\{?[23]\}?)?(?:\s*(?:per|/)\s*[a-z]+)?\s*\.?$"
 )
 
 
-def plain(answer: str) -> str:
-    """An answer in its plainest spelling: without LaTeX's layout, units, x =, thousands' commas and spaces."""
-    inner = boxes(answer)
-    text = re.sub(r"\s+", " ", inner[0].text if len(inner) == 1 and inner[0].start == 0 else answer).strip()
+def plain(answer: str, join: bool = True) -> str:
+    """An answer in its plainest spelling: without LaTeX's layout, units, x =, spaces and, with join, thousands' commas."""
+    text = tidy(answer)
     for pattern, spelling in PLAIN:
-        text = pattern.sub(spelling, text)
-    text = re.sub(r"\s+", "", UNITS.sub("", text.strip())).rstrip(".,;:")
+        text = pattern.sub(spelling, text) if join or pattern is not THOUSANDS else text
+    text = re.sub(r"(?<!\d)\s+|(?<=[_^]\d)\s+|\s+(?!\d)", "", UNITS.sub("", text.strip())).rstrip(".,;:")  # 3 4 is not 34
     text = re.sub(r"(?<!\d)\.(?=\d)", "0.", text)
     if between := re.fullmatch(r"([^<>=]+)<(=?)[a-zA-Z]<(=?)([^<>=]+)", text):  # 0 < x <= 5
         low, closed, closed_above, high = between.groups()
@@ -664,21 +767,30 @@ def rational(text: str) -> Fraction | None:
     return (-1 if match[1] == "-" else 1) * (whole + part)
 
 
+def parts_of(text: str, separator: str = ",") -> list[str]:
+    """The parts between those separators that stand in no brackets."""
+    parts, depth, start = [], 0, 0
+    for match in re.finditer(rf"[(\[{{]|[)\]}}]|{re.escape(separator)}", text):
+        depth += (match[0] in "([{") - (match[0] in ")]}")
+        if match[0] == separator and depth == 0:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return [*parts, text[start:]]
+
+
 def elements(text: str) -> tuple[str, list[str]]:
-    """(brackets, parts) of a plain answer: "(1,2)" -> ("()", ["1", "2"]); a set or bare list has none, and no order."""
-    text = re.sub(r"(?<=[\w}\)])(?:and|or)(?=[\w\\(-])", ",", text) if re.search(r"[\d})](?:and|or)", text) else text
+    """(brackets, parts) of a plain answer: "(1,2)" -> ("()", ["1", "2"]); a set or bare list has none, and no order. A
+    matrix has its shape for brackets, and so has a union its sign."""
     brackets = ""
+    if matrix := re.fullmatch(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", text):
+        return "".join(re.findall(r"&|\\\\", matrix[1])) or "&", re.split(r"&|\\\\", matrix[1])
+    if len(union := parts_of(text, "\\cup")) > 1:
+        return "\\cup", union
     if text.startswith("\\{") and text.endswith("\\}"):
         text = text[2:-2]
     elif text[:1] in "([" and text[-1:] in ")]" and text and closes_last(text):
         brackets, text = text[0] + text[-1], text[1:-1]
-    parts, depth, start = [], 0, 0
-    for i, c in enumerate(text):
-        depth += (c in "([{") - (c in ")]}")
-        if c == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    parts.append(text[start:])
+    parts = parts_of(text)
     if not brackets:  # 1 \pm x is 1 + x and 1 - x
         signs = [("+", "-") if part.count("\\pm") == 1 else ("",) for part in parts]
         parts = [re.sub(r"\\pm", s, part).removeprefix("+") for part, both in zip(parts, signs) for s in both]
@@ -695,23 +807,67 @@ def closes_last(text: str) -> bool:
     return False
 
 
+NESTED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+FACTOR = re.compile(
+    rf"\*?(?:\\frac{NESTED}{NESTED}|(\d{{1,20}}(?:\.\d{{1,20}})?)(?:\^(?:(\d)|\{{(\d\d)\}})(?!\d))?(?![\d^_!])|"
+    r"((?:\\sqrt\{[^{}]*\}|\\(?:pi|theta|alpha|beta|phi|omega)(?![a-z])|[a-zA-Z](?:_\w)?)(?:\^(?:\{[^{}]*\}|\w))?)(?![_!'])|/(\d{1,20})(?![\d^_!]))"
+)
+
+
+def product(text: str) -> tuple[Fraction, list[str]] | None:
+    """(coefficient, other factors) of a plain product, quotients by numbers included: 5\\pi/3; None for anything else."""
+    value, factors, at = Fraction(1), [], 0
+    while at < len(text):
+        match = FACTOR.match(text, at)
+        if match is None:
+            return None
+        over, under, number, power, powers, factor, by = match.groups()
+        below = Fraction(by) if by else rational(under) if under is not None else 1
+        if not below:  # 0, or no number
+            return None
+        if over is not None:
+            above = terms(over)
+            if above is None:
+                return None
+            if len(above) == 1:
+                value, factors = value * above[0][0], factors + above[0][1]
+            else:
+                factors.append(str(above))
+        value = value * (Fraction(number) ** int(power or powers or 1) if number else 1) / below
+        factors += [factor] * bool(factor)
+        at = match.end()
+    return (value, sorted(factors)) if text else None
+
+
+def terms(text: str) -> list[tuple[Fraction, list[str]]] | None:
+    """The products that a plain sum consists of, in one order for all its spellings; None for anything else."""
+    made = [(part[:1] == "-", product(part.removeprefix("-"))) for part in parts_of(text.replace("-", "+-"), "+") if part]
+    if not made or any(found is None for _, found in made):
+        return None
+    return sorted(((-found[0] if minus else found[0], found[1]) for minus, found in made), key=str)
+
+
+def canonical(text: str, depth: int = 4):
+    """What plain answers that are the same have in common: a number's value; the parts within brackets or a matrix, in
+    order, or of a list, set or union, sorted; a sum's terms; else the text."""
+    value = rational(text)
+    if value is not None or depth == 0:
+        return text if value is None else value
+    around, parts = elements(text)
+    if len(parts) > 1 or around not in ("", "()"):
+        keys = [canonical(re.sub(r"^[a-zA-Z]=", "", part), depth - 1) for part in parts]
+        return around, keys if around not in ("", "\\cup") else sorted(keys, key=str)
+    if around:
+        return canonical(parts[0], depth - 1)
+    found = terms(text) if re.search(r"[\d\\+*/^-]", text) else None
+    if found and len(found) == 1 and not found[0][1]:
+        return found[0][0]
+    return str(found) if found else text
+
+
 def same_plain(a: str, b: str) -> bool:
-    """Whether two plain answers are the same: as text, as exact numbers, or element by element; sets in any order."""
-    if a == b or (rational(a) is not None and rational(a) == rational(b)):
-        return True
-    (around_a, of_a), (around_b, of_b) = elements(a), elements(b)
-    if around_a != around_b or len(of_a) != len(of_b) or (len(of_a) == 1 and not around_a):
-        return a.isalpha() and a.casefold() == b.casefold()
-    key = lambda part: str(plain_key(part))
-    return list(map(key, of_a)) == list(map(key, of_b)) or (
-        not around_a and sorted(map(key, of_a)) == sorted(map(key, of_b))
-    )
-
-
-def plain_key(part: str) -> Fraction | str:
-    """What identifies an element: its value where it is a number, else its text."""
-    value = rational(re.sub(r"^[a-zA-Z]=", "", part))
-    return part if value is None else value
+    """Whether two plain answers are the same, but for the order of sets and sums, and the case of words."""
+    return canonical(a) == canonical(b) or (a.isalpha() and a.casefold() == b.casefold())
 
 
 @functools.cache
@@ -724,16 +880,26 @@ def math_verify():
     return module
 
 
-# What could keep sympy busy: towers of powers, factorials, long numbers; and a base, 42_5, which math-verify ignores.
+# What could keep sympy busy: towers of powers, factorials, long numbers, sums to a high power, deep nesting; and what
+# math-verify would ignore: a base, 42_5, a dash, dots, digits apart.
 WILD = re.compile(
-    r"!|\d{16}|\d\s*_|\^\s*\{?\s*-?\d{3}|\^\s*\{?[^{}\s]*\}?\s*\^|\^\s*\{[^{}]*\^|\\[a-z]{0,3}(?:binom|prod|sum|int|lim|mod)"
+    r"!|\d{16}|\d\s*_|\^\s*\{?\s*-?\d{3}|\^\s*\{?[^{}\s]*\}?\s*\^|\^\s*\{[^{}]*\^|\\[a-z]{0,3}(?:binom|prod|sum|int|lim|mod)|"
+    r"[)\]}]\s*\^\s*\{?[2-9]\d|(?:[({][^(){}]*){20}|'|dots|(?<![_^\d])\d+\s+\d|%\s*\\?%"
 )
+SIGN = re.compile(r"<|>|\\[lg]eq?\b|(?<![<>])=|:|\||\\(?:neq?|mid|to|approx)\b|\\[A-Z]?[a-z]*arrow")
+LETTER = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]+")  # the variables of a product, but not a command's name
 
 
 def same_by_math_verify(gold: str, answer: str) -> bool:
-    """Whether math-verify finds two expressions equal; False where it is not installed, or for what it may hang on."""
-    module, both = math_verify(), gold + " " + answer
+    """Whether math-verify finds two expressions equal; False where it is not installed, for what it may hang on, and
+    where the answer has signs of relation or variables of its own: of words math-verify reads what it likes."""
+    module, both = math_verify(), gold + " , " + answer
     if module is None or len(both) > 300 or WILD.search(both) or len(re.findall(r"\^\s*\{?-?\d\d", both)) > 3:
+        return False
+    letters, signs = ([set(pattern.findall(text)) for text in (gold, answer)] for pattern in (LETTER, SIGN))
+    if not set("".join(letters[1])) <= {*"".join(letters[0]), "e", "i"}:
+        return False
+    if not signs[1] <= signs[0] or ("=" in signs[0]) > ("=" in signs[1]) or answer.count("|") % 2:
         return False
     # its time limit is an alarm signal, which only the main thread can set
     limit = 3 if threading.current_thread() is threading.main_thread() else None
@@ -744,32 +910,90 @@ def same_by_math_verify(gold: str, answer: str) -> bool:
         return False
 
 
+BOUNDED = re.compile(r"\b(?:at\s(?:least|most)|(?:more|less|fewer|greater)\sthan|between|could|cannot)\b", re.IGNORECASE)
+# The only number among words; these would make another number of it.
+COUNTED = re.compile(
+    r"(?!.*\b(?:minus|negative|half|hundred|thousand|million|billion|dozen|squared|cubed|factorial|over|times|pi|a?sin|cos|"
+    r"tan|log|ln|root)\b)(?:[A-Za-z][A-Za-z'.,]*[ *:]+)*([^A-Za-z\\]*\d[^A-Za-z\\]*(?:\\frac\{\d+\}\{\d+\})?)(?:[ *~/-]+[a-z]{2,}[.,]*)*"
+)
+CHOICE = re.compile(  # one of several: "(C) 42", "C. 42", "Option C"
+    r"(?:option|choice|graph)?\s*\(?((?<=\()[A-H](?=\))|[A-H](?=[.:]\s|$))(?:[).:]\s*(?![,/&])(?!.*(?:\([A-H]\)|\b[A-H][.:]\s)).*)?",
+    re.IGNORECASE,
+)
+# "Simplify 6/8": its answer is not 6/8
+CONVERT = re.compile(
+    r"\b(?:express|convert|write|simplify|reduce|factor|expand|evaluate|compute|calculate|rationalize)|"
+    r"\b(?:find|what is)(?:\s+the\s+value\s+of)?\W{1,4}(?=\d|[a-z]*\{)",
+    re.IGNORECASE,
+)
+
+
+def value_of(answer: str) -> str | None:
+    """Of "f(2) = 4/8 = 1/2" the last side, of "22/7 \\approx 3.14" the first, of "1/2 or 0.5" either; None where numbers
+    among the sides differ. Of "x = 1, y = 2" each part's."""
+    for parts in (re.split(r",?\s+or\s+", answer), parts_of(answer)):
+        if len(parts) > 1:
+            values = [value_of(part) for part in parts]
+            if None in values:
+                return None
+            numbers = {rational(plain(value)) for value in values}
+            one = " or " in answer and len(numbers) == 1 and None not in numbers
+            return values[0] if one else ",".join(values)
+    first, *near = re.split(r"\\approx\b", answer)
+    sides = re.split(r"(?<![<>])=", first)
+    exact, rounded = ([v for side in group if (v := rational(plain(side))) is not None] for group in (sides, near))
+    differ = len(set(exact)) > 1 or any(abs(value - near) * 50 > abs(value) for value in exact[:1] for near in rounded)
+    return None if differ else sides[-1]
+
+
 def same_answer(answer: str, gold: str, question: str) -> bool:
     """Whether an answer to a MATH problem is right.
 
-    The plain comparison: equal after `plain`, equal as exact numbers, or element by element. Where that fails,
-    math-verify (if installed) looks for a symbolic equality: x + 1 and 1 + x. A part of the question is no answer,
-    although it may equal it: "Factor x^2 - 1" is not answered by x^2 - 1.
+    The plain comparison: equal after `plain`, equal as exact numbers, element by element, or term by term. Where that
+    fails, math-verify (if installed) looks for a symbolic equality: x^2 + x and x (x + 1). A part of the question is no
+    answer, although it may equal it: "Factor x^2 - 1" is not answered by x^2 - 1. Nor is "not 5" or "at least 5".
     """
-    a, b = plain(answer), plain(gold)
+    b = plain(gold)
+    if any(unsure.search(answer) and not unsure.search(gold) for unsure in (NEGATED, BOUNDED)):
+        return False
+    answer, gold = tidy(answer), tidy(gold)
+    if rational(b) is not None and (alone := COUNTED.fullmatch(LATEX_TEXT.sub(r" \1 ", answer).strip())):
+        answer = alone[1]
+    if not SIGN.search(b):
+        named, answer = answer, value_of(answer)
+        if answer is None:
+            return False
+        if b[:1] == "(" and re.fullmatch(r"\s*([a-z])\s*=[^,=]+(,\s*(?!\1)[a-z]\s*=[^,=]+)+", named):
+            answer = f"({answer})"  # x = 1, y = 2
+    a = plain(answer)
     if a == b or (re.fullmatch(r"\d+_\{?\d+\}?", b) and a == b.partition("_")[0]):  # the question names the base
         return True
-    if re.search(r"\W", a) and a in plain(question[:10_000]):
-        return False
+    if re.fullmatch(r"[A-H]", b) and (choice := CHOICE.fullmatch(LATEX_TEXT.sub(r"\1", answer))):
+        return choice[1] == b
+    asked = re.search(r"\W", a) and re.search(rf"(?<![\d.]){re.escape(a)}(?![\d.]*\d)", plain(question[:10_000]))
+    exact = same_plain(a, b) or same_plain(plain(answer, False), plain(gold, False))  # 100,200 may be two numbers
+    if asked:
+        return exact and not CONVERT.search(question)
     # 5 is not 5, 5; math-verify reads both as a set
     (around_a, of_a), (around_b, of_b) = elements(a), elements(b)
     alike = len(of_a) == len(of_b) and (around_a == around_b or len(of_a) == 1)
-    return same_plain(a, b) or (alike and same_by_math_verify(gold, answer))
+    return exact or (alike and same_by_math_verify(gold, answer))
 
 
-FORMULA = re.compile(r"\A[A-Za-z\s.,:;'*]*(?<!\\)\$+([^$]+)(?<!\\)\$+[A-Za-z\s.,:;'*]*\Z")  # words around one formula
+WORDS_BETWEEN, MATH = r"[A-Za-z\s.,:;'*]*", r"(?:(?<!\\)\$+([^$]+)(?<!\\)\$+|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\])"
+FORMULA = re.compile(  # words around one formula, or "The value of $x$ is $5$"
+    rf"\A{WORDS_BETWEEN}(?:{MATH}[A-Za-z\s,]*\b(?:is|are|equals)\b[\s:]*(?:equal to\s*)?)?{MATH}{WORDS_BETWEEN}\Z", re.DOTALL
+)
+# "5, since x > 0", "12 (3 times 4)"
+ADDED = re.compile(r",?\s+(?:because|since|as)\b.*|\s+(?:\\text\{\s*)?\((?!\s*(?:or|and|not)\b)[^()\\]*(?<![a-zA-Z])[a-z]{3,}[^()\\]*\)\}?[\s.*$]*\Z", re.DOTALL)
 
 
 def math500_answers(completion: str, problem: Problem) -> list[str]:
     """The different answers that a completion announces, in order."""
     different: dict[str, str] = {}  # plain spelling -> spelling
     for text in announcements(completion, problem):
-        text = FORMULA.sub(r"\1", text)
+        text = ADDED.sub("", text)
+        text = next(filter(None, formula.groups()[3:])) if (formula := FORMULA.match(text)) else text
         if not any(same_plain(plain(text), other) for other in different):
             different[plain(text)] = text
         if len(different) > 10:  # no problem has so many solutions
@@ -1912,9 +2136,14 @@ def draw_zebra(rng: random.Random, split: str) -> Problem | None:
     return zebra_problem(question, ["House", *ATTRIBUTES], rows) if split in ("unseen", part_of(question)) else None
 
 
+def number_in(house: str) -> str:
+    """1 for "House 1"."""
+    return (re.search(r"\d+", house) or [house.strip()])[0]
+
+
 def zebra_problem(question: str, header: list[str], rows: list[list[str]]) -> Problem:
     """A puzzle with its solution as a table, and as the lines that a model is to write."""
-    rows = [[(re.search(r"\d+", row[0]) or [row[0].strip()])[0], *row[1:]] for row in rows]  # "House 1" is 1
+    rows = [[number_in(row[0]), *row[1:]] for row in rows]
     answer = "\n".join(f"{row[0]}: {', '.join(row[1:])}" for row in rows)
     return {"question": question, "answer": answer, "header": header, "rows": rows}
 
@@ -1943,8 +2172,9 @@ def table_of(value) -> tuple[list[str], list[list[str]]] | None:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return None
-    if isinstance(value, dict) and isinstance(value.get("solution"), (dict, list)):
-        value = value["solution"]
+    for name in ("solution", "final_answer", "answer", "houses"):
+        if isinstance(value, dict) and isinstance(value.get(name), (dict, list)):
+            value = value[name]
     if isinstance(value, dict) and isinstance(value.get("rows"), list) and isinstance(value.get("header"), list):
         if all(isinstance(row, list) for row in value["rows"]) and value["rows"]:
             return list(map(str, value["header"])), [[str(entry) for entry in row] for row in value["rows"]]
@@ -1970,20 +2200,25 @@ def zebra_answer(completion: str, problem: Problem) -> dict[str, list[str]] | No
     for tag in ("</reasoning>", "</think>"):
         text = text.rpartition(tag)[2] or text
     text = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    header = [name.casefold() for name in problem["header"]]
-    table = table_of(last_object(text))
+    header = list(map(key_of, problem["header"]))
+    table = table_of(read_object(text))
     rows = house_rows(text, header) if table is None else [place(entries, table[0], header) for entries in table[1]]
     found: dict[str, list[str]] = {}
-    for house, *entries in rows:
+    for house, *entries in sorted(rows, key=lambda row: "?" in row):  # what is still open does not count beside the rest
         entries = [re.sub(r"[\s*_]+", " ", entry).strip().casefold() for entry in entries]
-        if found.setdefault(house.strip(), entries) != entries:
+        if found.setdefault(number_in(house), entries) != entries and "?" not in entries:
             return None
     return found or None
 
 
+def key_of(name: str) -> str:
+    """What "Book Genre", "book_genre" and "BookGenre" have in common."""
+    return re.sub(r"[\s*_]+", "", name).casefold()
+
+
 def place(entries: list[str], names: list[str], header: list[str]) -> list[str]:
     """Entries under names of their own, in the header's order; "" where one is missing."""
-    placed = dict(zip((name.strip(" *_").casefold() for name in names), entries))
+    placed = dict(zip(map(key_of, names), entries))
     return [placed.get(name, "") for name in header]
 
 
@@ -1996,32 +2231,19 @@ def house_rows(text: str, header: list[str]) -> list[list[str]]:
         match = HOUSE_LINE.match(line) if len(line) <= LONGEST else None
         cells = re.split(r"[,;|]", (match[3] if match else line[:LONGEST]).strip(" \t|.*-"))
         pairs = [cell.partition(":")[::2] for cell in cells if cell.strip()]
-        names = [name.strip(" \t*_").casefold() for name, _ in pairs]
+        names = [key_of(name) for name, _ in pairs]
         entries = [entry for _, entry in pairs]
         if match:
             rows.append([match[2], *[""] * len(order)])
         if sorted(names) == sorted(header) and not any(entries):
             order = names[1:]
         elif match and len(pairs) == len(order) and not (set(names) <= set(order) and all(entries)):
-            rows[-1][1:] = place([entry or name for name, entry in pairs], order, header[1:])
+            rows[-1][1:] = place([entry or name.strip() for name, entry in pairs], order, header[1:])
         elif rows and pairs and set(names) <= set(order) and all(entries):
             for name, entry in zip(names, entries):
                 at = header.index(name)
                 rows[-1][at] = entry if rows[-1][at] in ("", entry) else "-"  # two of them are none
     return [row for row in rows if any(row[1:])]
-
-
-def last_object(text: str) -> str:
-    """The last balanced {...} of a text, in one pass; "" without one."""
-    depth, start, last = 0, 0, ""
-    for match in re.finditer(r"[{}]", text):
-        if match[0] == "{":
-            start = match.start() if depth == 0 else start
-            depth += 1
-        elif depth:
-            depth -= 1
-            last = (start, match.end()) if depth == 0 else last
-    return text[last[0] : last[1]] if last else ""
 
 
 def zebra_score(completion: str, problem: Problem) -> float:
