@@ -105,18 +105,19 @@ class DataError(ValueError):
 # ---------------------------------------------------------------------------------------------
 
 
-QUESTION = ("question", "problem", "prompt", "text", "instruction", "puzzle")
+QUESTION = ("question", "problem", "prompt", "text", "instruction", "puzzle", "query", "input_question", "input")
 # what nobody would call a model's own answer, as "answer" may be
 GOLD = (
     *("ground_truth", "gold", "gt", "target", "expected_answer", "gold_answer", "correct_answer", "reference_answer"),
-    "reference",
+    *("reference", "gts", "input_correct_responses"),
 )
 ANSWER = ("answer", *GOLD, "label", "final_answer", "solution")
 COMPLETION = (
-    *("completion", "completions", "generation", "generations", "response", "responses", "model_output"),
-    *("prediction", "predictions", "generated_text", "resps", "output", "outputs", "model_response", "model_answer"),
-    *("samples", "pred"),
+    *("completion", "completions", "generation", "generations", "response", "responses", "model_output", "raw_output"),
+    *("generated_text", "generated_solution", "resps", "output", "outputs", "model_response", "response_text"),
+    *("output_prediction_text", "model_answer", "samples", "messages", "conversations"),
 )
+PARSED = ("prediction", "predictions", "pred", "filtered_resps")  # a whole completion, or only its answer
 VERDICT = ("correct", "is_correct", "verdict", "passed", "exact_match", "acc", "correctness", "score")
 
 
@@ -171,7 +172,9 @@ def json_rows(text: str) -> list | dict | None:
         return value if isinstance(value, list) else None
     if pick(value, ANSWER) is not None or any(isinstance(value.get(name), str) for name in COMPLETION):
         return value
-    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    if value and all(isinstance(row, dict) for row in value.values()):  # by number, as OpenCompass has them
+        return list(value.values())
+    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict) and not is_chat(v)]
     return lists[0] if len(lists) == 1 else value
 
 
@@ -293,7 +296,8 @@ SAID = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 FINAL = re.compile(  # a heading, and nothing below it but a sentence, or one with a formula below it
-    rf"final\s+answer[:* \t]{{0,8}}\n\s{{0,9}}([^\n]{{1,200}}(?:\n\s{{0,9}}(?s:{DISPLAY})\.?)?)\s{{0,9}}\Z", re.IGNORECASE
+    rf"final\s+answer[:* \t]{{0,8}}\n\s{{0,9}}([^\n]{{1,200}}(?:\n\s{{0,9}}(?s:{DISPLAY})\.?)?)\s{{0,9}}\Z",
+    re.IGNORECASE,
 )
 REASON = re.compile(r"\.\s|,?\s+(?:because|since|as)\b|,\s+(?:which|where|given)\b")  # what ends an announcement
 ALNUM = re.compile(r"[^\W_]")
@@ -338,11 +342,18 @@ def announcements(completion: str, problem: Problem) -> list[str]:
     r"""What a completion announces as its answers, each spelling once: \boxed{}, <answer>, `#### 42`; else what follows
     "the answer is".
 
-    A text that is one JSON object announces its "answer". A box within one of the others stands for it. An echo of the prompt, and working that is marked as such and has
-    an answer behind it, do not count; nor does what has no letter, digit or relation, or is too long.
+    A text that is one JSON object announces its "answer". A box within one of the others stands for it. An echo of the
+    prompt, and working that is marked as such and has an answer behind it, do not count; nor does what has no letter,
+    digit or relation, or is too long.
     """
+    return announced_beside(completion, problem.get("prompt", ""), problem["question"])
+
+
+@functools.lru_cache(maxsize=4)  # a completion is asked for its answer several times in a row
+def announced_beside(completion: str, *prompts: str) -> list[str]:
+    """announcements of a completion to these prompts."""
     text = SPECIAL.sub("", completion)
-    for message in (problem.get("prompt", ""), problem["question"], *INSTRUCTIONS.values()):
+    for message in (*prompts, *INSTRUCTIONS.values()):
         text = without_echo(text, message)
     for tag in ("</reasoning>", "</think>"):
         behind = text.rpartition(tag)[2]
@@ -376,8 +387,12 @@ def announced(text: str) -> list[str]:
     inner, outer = boxes(text), answer_tags(text)
     hashes = [Span(m.start(), m.end(), m[1][: LONGEST + 1]) for m in HASHES.finditer(text)]
     last = max((span.start for span in inner + outer), default=-1)
-    answered = last >= 0 or bool(hashes and SAID.search(text))
-    hashes = [span for span in hashes if not HEADING.match(span.text) and not is_title(span, text, last, answered)]
+    # words behind #### are a heading before the last box or tag; without digits or formulas also behind it, and where
+    # an answer is only said, but for the last line
+    end = len(text) + 1 if last >= 0 else len(text.rstrip()) if hashes and SAID.search(text) else 0
+    titles = [s.start < last or (s.end < end and not re.search(r"[\d\\$]", s.text)) for s in hashes]
+    titles = [title and WORDS.match(s.text) and not SAID.search(s.text) for s, title in zip(hashes, titles)]
+    hashes = [span for span, title in zip(hashes, titles) if not title and not HEADING.match(span.text)]
     spans = sorted(inner + without(outer, inner + hashes) + without(hashes, inner))
     found = [span.text for span in spans] or answer_field(text) or said(text)
     answers = (answer.strip() for answer in dict.fromkeys(found) if len(answer) <= LONGEST)
@@ -412,7 +427,7 @@ def read_object(text: str):
     """The last object of a text that is JSON, or nearly so: line breaks and stray backslashes in its texts, comments,
     commas too many, single quotes; None without one."""
     for found in reversed(last_objects(text)):
-        loose = re.sub(r"\s//[^\n\"]*$|,(?=\s*[}\]])", "", found, flags=re.MULTILINE)
+        loose = re.sub(r",(?=\s*[}\]])", "", re.sub(r"\s//[^\n\"]*$", "", found, flags=re.MULTILINE))
         loose = re.sub(r'(\\["\\/bfnrtu])|\\', lambda match: match[1] or "\\\\", loose)
         for spelling in (found, loose if '"' in loose else loose.replace("'", '"')):
             try:
@@ -420,15 +435,6 @@ def read_object(text: str):
             except (ValueError, RecursionError):
                 pass
     return None
-
-
-def is_title(span: Span, text: str, last: int, answered: bool) -> bool:
-    """Whether the words behind #### are a heading: before the last box or tag, or, without a digit or formula, anywhere
-    beside one; where the answer is only said, before some further text."""
-    if not WORDS.match(span.text) or SAID.search(span.text):
-        return False
-    plainly = answered and not re.search(r"[\d\\$]", span.text)
-    return span.start < last or (plainly and (last >= 0 or text[span.end : span.end + LONGEST].strip() != ""))
 
 
 def said(text: str) -> list[str]:
@@ -473,7 +479,8 @@ def without_working(text: str) -> str:
         return text
     made, other = evaluate(re.sub(r"[A-Za-z]{2,}|\$", "", aside[2])), parse_number(aside[2])
     same = made is not None and len(made[1]) > 1 and made[0] == Fraction(value)
-    same |= other is not None and re.search("[a-z]", aside[2]) is not None and other.as_tuple()[1] == value.as_tuple()[1]
+    if other is not None and re.search("[a-z]", aside[2]):  # 2.28 kg
+        same = same or other.as_tuple()[1] == value.as_tuple()[1]
     return aside[1] if same else text
 
 
@@ -698,9 +705,8 @@ def tidy(answer: str) -> str:
 
 
 PI_OR_DIGIT = r"(?:(?<=[\d})%])|(?<=\\pi)|(?<=\\pi\s)|(?<=\\circ\s))"
-THOUSANDS = re.compile(  # 1,234 but not (1,234)
-    r"(?<=\d)(?:\{,\}|,|\s)(?=\d{3}(?!\d))(?=[\d{},.\s]*\s*(?:[^\d\s,)\]}]|$))"
-)
+# 1,234 but not (1,234)
+THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,|\s)(?=\d{3}(?!\d))(?=[\d{},.\s]*\s*(?:[^\d\s,)\]}]|$))")
 # Spellings that mean the same, applied one after the other.
 PLAIN = [
     # 10 \text{ apples}
@@ -718,9 +724,9 @@ PLAIN = [
     (re.compile(r"(?<![\w.}/)])(-?\d+)\s*/\s*(\d+)(?![\w./(^])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\{-(\d+)\}"), r"-\\frac{\1}"),
     (THOUSANDS, ""),
-    (re.compile(r"\\(?:leq|le)\b"), "<="),
-    (re.compile(r"\\(?:geq|ge)\b"), ">="),
-    (re.compile(r"\\(?:cdot|times)\b"), "*"),
+    (re.compile(r"\\leq?(?![a-zA-Z])"), "<="),
+    (re.compile(r"\\geq?(?![a-zA-Z])"), ">="),
+    (re.compile(r"\\(?:cdot|times)(?![a-zA-Z])"), "*"),
     (re.compile(r"\\(?:infty|infinity)\b|\binfinity\b"), r"\\infty"),
     (re.compile(r"([_^])\s*\{\s*\(?(\w)\)?\s*\}"), r"\1\2"),
     (re.compile(r"\((\w+)\)\s*_"), r"\1_"),
@@ -732,19 +738,20 @@ PLAIN = [
 ]
 UNITS = re.compile(
     PI_OR_DIGIT
-    + r"\s*\\?\s*(?:square|sq\.?|cubic)?\s*(?:degrees?|radians?|units?|dollars?|cents?|percent|inch(?:es)?|in\.?|feet|foot|ft|"
-    r"miles?|yards?|meters?|metres?|centimeters?|kilometers?|(?:cm|mm|km|m)(?:\^\{?[23]\}?)?|hours?|hrs?|minutes?|min|"
+    + r"\s*\\?\s*(?:square|sq\.?|cubic)?\s*(?:degrees?|radians?|units?|dollars?|cents?|percent|inch(?:es)?|in\.?|"
+    r"feet|foot|ft|miles?|yards?|meters?|metres?|centimeters?|kilometers?|(?:cm|mm|km|m)(?:\^\{?[23]\}?)?|hours?|hrs?|minutes?|min|"
     r"seconds?|sec|days?|weeks?|months?|years?|people|students|ways|points|kg|grams?|pounds?|lbs?|mph|"
     r"p\.?m\.?|a\.?m\.?)(?:\^\{?[23]\}?)?(?:\s*(?:per|/)\s*[a-z]+)?\s*\.?$"
 )
 
 
 def plain(answer: str, join: bool = True) -> str:
-    """An answer in its plainest spelling: without LaTeX's layout, units, x =, spaces and, with join, thousands' commas."""
+    """An answer in its plainest spelling: without LaTeX's layout, units, x =, spaces and, with join, commas."""
     text = tidy(answer)
     for pattern, spelling in PLAIN:
         text = pattern.sub(spelling, text) if join or pattern is not THOUSANDS else text
-    text = re.sub(r"(?<!\d)\s+|(?<=[_^]\d)\s+|\s+(?!\d)", "", UNITS.sub("", text.strip())).rstrip(".,;:")  # 3 4 is not 34
+    text = UNITS.sub("", text.strip())
+    text = re.sub(r"(?<!\d)\s+|(?<=[_^]\d)\s+|\s+(?!\d)", "", text).rstrip(".,;:")  # 3 4 is not 34
     text = re.sub(r"(?<!\d)\.(?=\d)", "0.", text)
     if between := re.fullmatch(r"([^<>=]+)<(=?)[a-zA-Z]<(=?)([^<>=]+)", text):  # 0 < x <= 5
         low, closed, closed_above, high = between.groups()
@@ -807,44 +814,21 @@ def closes_last(text: str) -> bool:
     return False
 
 
-NESTED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
-FACTOR = re.compile(
-    rf"\*?(?:\\frac{NESTED}{NESTED}|(\d{{1,20}}(?:\.\d{{1,20}})?)(?:\^(?:(\d)|\{{(\d\d)\}})(?!\d))?(?![\d^_!])|"
-    r"((?:\\sqrt\{[^{}]*\}|\\(?:pi|theta|alpha|beta|phi|omega)(?![a-z])|[a-zA-Z](?:_\w)?)(?:\^(?:\{[^{}]*\}|\w))?)(?![_!'])|/(\d{1,20})(?![\d^_!]))"
+QUOTIENT = re.compile(r"\\frac\{((?:[^{}+-]|\{[^{}]*\})*)\}\{([1-9]\d{0,19})\}")
+FACTOR = re.compile(  # a number and its power, a root, a variable, a divisor
+    r"\*?(?:(?:(?<=\*)|(?<![\w}]))(\d{1,20}(?:\.\d{1,20})?)(?:\^\{?(\d\d?)\}?)?(?![\d^_!])|/([1-9]\d{0,19})(?![\d^_!])|"
+    r"((?:\\sqrt\{[^{}]*\}|\\(?:pi|theta|alpha|beta|phi|omega)(?![a-z])|[a-zA-Z](?:_\w)?)(?:\^(?:\{[^{}]*\}|\w))?)(?![_!']))"
 )
 
 
 def product(text: str) -> tuple[Fraction, list[str]] | None:
-    """(coefficient, other factors) of a plain product, quotients by numbers included: 5\\pi/3; None for anything else."""
-    value, factors, at = Fraction(1), [], 0
-    while at < len(text):
-        match = FACTOR.match(text, at)
-        if match is None:
-            return None
-        over, under, number, power, powers, factor, by = match.groups()
-        below = Fraction(by) if by else rational(under) if under is not None else 1
-        if not below:  # 0, or no number
-            return None
-        if over is not None:
-            above = terms(over)
-            if above is None:
-                return None
-            if len(above) == 1:
-                value, factors = value * above[0][0], factors + above[0][1]
-            else:
-                factors.append(str(above))
-        value = value * (Fraction(number) ** int(power or powers or 1) if number else 1) / below
-        factors += [factor] * bool(factor)
-        at = match.end()
-    return (value, sorted(factors)) if text else None
-
-
-def terms(text: str) -> list[tuple[Fraction, list[str]]] | None:
-    """The products that a plain sum consists of, in one order for all its spellings; None for anything else."""
-    made = [(part[:1] == "-", product(part.removeprefix("-"))) for part in parts_of(text.replace("-", "+-"), "+") if part]
-    if not made or any(found is None for _, found in made):
+    """(coefficient, other factors) of a product: -5\\pi/3, \\frac{1}{2}x^2y; None for anything else."""
+    value, text = Fraction(-1 if text[0] == "-" else 1), QUOTIENT.sub(r"*\1/\2", text.removeprefix("-"))
+    if not text or FACTOR.sub("", text):
         return None
-    return sorted(((-found[0] if minus else found[0], found[1]) for minus, found in made), key=str)
+    for number, power, by, _ in (found := FACTOR.findall(text)):
+        value *= Fraction(number or 1) ** int(power or 1) / int(by or 1)
+    return value, sorted(factor for *_, factor in found if factor)
 
 
 def canonical(text: str, depth: int = 4):
@@ -859,10 +843,10 @@ def canonical(text: str, depth: int = 4):
         return around, keys if around not in ("", "\\cup") else sorted(keys, key=str)
     if around:
         return canonical(parts[0], depth - 1)
-    found = terms(text) if re.search(r"[\d\\+*/^-]", text) else None
-    if found and len(found) == 1 and not found[0][1]:
-        return found[0][0]
-    return str(found) if found else text
+    found = [product(part) for part in parts_of(text.replace("-", "+-"), "+") if part]  # a - b is a + -b
+    if None in found or not re.search(r"[\d\\+*/^-]", text):
+        return text
+    return found[0][0] if [factors for _, factors in found] == [[]] else str(sorted(found, key=str))
 
 
 def same_plain(a: str, b: str) -> bool:
@@ -884,7 +868,7 @@ def math_verify():
 # math-verify would ignore: a base, 42_5, a dash, dots, digits apart.
 WILD = re.compile(
     r"!|\d{16}|\d\s*_|\^\s*\{?\s*-?\d{3}|\^\s*\{?[^{}\s]*\}?\s*\^|\^\s*\{[^{}]*\^|\\[a-z]{0,3}(?:binom|prod|sum|int|lim|mod)|"
-    r"[)\]}]\s*\^\s*\{?[2-9]\d|(?:[({][^(){}]*){20}|'|dots|(?<![_^\d])\d+\s+\d|%\s*\\?%"
+    r"[)\]}]\s*\^\s*\{?[2-9]\d|(?:[({][^(){}]*){20}|'|dots|(?<![_^\d])\d+\.?\s+\d|%\s*\\?%"
 )
 SIGN = re.compile(r"<|>|\\[lg]eq?\b|(?<![<>])=|:|\||\\(?:neq?|mid|to|approx)\b|\\[A-Z]?[a-z]*arrow")
 LETTER = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]+")  # the variables of a product, but not a command's name
@@ -910,14 +894,16 @@ def same_by_math_verify(gold: str, answer: str) -> bool:
         return False
 
 
-BOUNDED = re.compile(r"\b(?:at\s(?:least|most)|(?:more|less|fewer|greater)\sthan|between|could|cannot)\b", re.IGNORECASE)
+BOUNDED = re.compile(r"\b(?:at\s(?:least|most)|(?:more|less)\sthan|between|could|cannot)\b", re.IGNORECASE)
 # The only number among words; these would make another number of it.
 COUNTED = re.compile(
-    r"(?!.*\b(?:minus|negative|half|hundred|thousand|million|billion|dozen|squared|cubed|factorial|over|times|pi|a?sin|cos|"
-    r"tan|log|ln|root)\b)(?:[A-Za-z][A-Za-z'.,]*[ *:]+)*([^A-Za-z\\]*\d[^A-Za-z\\]*(?:\\frac\{\d+\}\{\d+\})?)(?:[ *~/-]+[a-z]{2,}[.,]*)*"
+    r"(?!.*\b(?:minus|negative|half|hundred|thousand|million|billion|dozen|squared|cubed|factorial|over|times|pi|a?sin|"
+    r"cos|tan|log|ln|root)\b)(?:[A-Za-z][A-Za-z'.,]*[ *:]+)*([^A-Za-z\\]*\d[^A-Za-z\\]*(?:\\frac\{\d+\}\{\d+\})?)"
+    r"(?:[ *~/-]+[a-z]{2,}[.,]*)*"
 )
 CHOICE = re.compile(  # one of several: "(C) 42", "C. 42", "Option C"
-    r"(?:option|choice|graph)?\s*\(?((?<=\()[A-H](?=\))|[A-H](?=[.:]\s|$))(?:[).:]\s*(?![,/&])(?!.*(?:\([A-H]\)|\b[A-H][.:]\s)).*)?",
+    r"(?:option|choice|graph)?\s*\(?((?<=\()[A-H](?=\))|[A-H](?=[.:]\s|$))"
+    r"(?:[).:]\s*(?![,/&])(?!.*(?:\([A-H]\)|\b[A-H][.:]\s)).*)?",
     re.IGNORECASE,
 )
 # "Simplify 6/8": its answer is not 6/8
@@ -929,8 +915,8 @@ CONVERT = re.compile(
 
 
 def value_of(answer: str) -> str | None:
-    """Of "f(2) = 4/8 = 1/2" the last side, of "22/7 \\approx 3.14" the first, of "1/2 or 0.5" either; None where numbers
-    among the sides differ. Of "x = 1, y = 2" each part's."""
+    """Of "f(2) = 4/8 = 1/2" the last side, of "22/7 \\approx 3.14" the first, of "1/2 or 0.5" either; None where
+    numbers among the sides differ. Of "x = 1, y = 2" each part's."""
     for parts in (re.split(r",?\s+or\s+", answer), parts_of(answer)):
         if len(parts) > 1:
             values = [value_of(part) for part in parts]
@@ -980,12 +966,15 @@ def same_answer(answer: str, gold: str, question: str) -> bool:
     return exact or (alike and same_by_math_verify(gold, answer))
 
 
-WORDS_BETWEEN, MATH = r"[A-Za-z\s.,:;'*]*", r"(?:(?<!\\)\$+([^$]+)(?<!\\)\$+|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\])"
+WORDS_BETWEEN = r"[A-Za-z\s.,:;'*]*"
+MATH = r"(?:(?<!\\)\$+([^$]+)(?<!\\)\$+|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\])"
 FORMULA = re.compile(  # words around one formula, or "The value of $x$ is $5$"
-    rf"\A{WORDS_BETWEEN}(?:{MATH}[A-Za-z\s,]*\b(?:is|are|equals)\b[\s:]*(?:equal to\s*)?)?{MATH}{WORDS_BETWEEN}\Z", re.DOTALL
+    rf"(?s)\A{WORDS_BETWEEN}(?:{MATH}[A-Za-z\s,]*\b(?:is|are|equals)\b[\s:]*(?:equal to\s*)?)?{MATH}{WORDS_BETWEEN}\Z"
 )
-# "5, since x > 0", "12 (3 times 4)"
-ADDED = re.compile(r",?\s+(?:because|since|as)\b.*|\s+(?:\\text\{\s*)?\((?!\s*(?:or|and|not)\b)[^()\\]*(?<![a-zA-Z])[a-z]{3,}[^()\\]*\)\}?[\s.*$]*\Z", re.DOTALL)
+ADDED = re.compile(  # "5, since x > 0", "12 (3 times 4)"
+    r"(?s),?\s+(?:because|since|as)\b.*|"
+    r"\s+(?:\\text\{\s*)?\((?!\s*(?:or|and|not)\b)[^()\\]*(?<![a-zA-Z])[a-z]{3,}[^()\\]*\)\}?[\s.*$]*\Z"
+)
 
 
 def math500_answers(completion: str, problem: Problem) -> list[str]:
@@ -1050,7 +1039,9 @@ def check_mbpp(row: dict, where: str) -> Problem:
     example = 'MBPP has "text" (or "prompt"), "code" and "test_list"'
     question = pick_text(row, ("text", *QUESTION), where, example)
     code = pick(row, ("code", "canonical_solution", "reference", "solution", "answer"))
-    tests = pick(row, ("test_list", "tests"))
+    tests = pick(row, ("test_list", "tests", "test", "gold"))
+    if isinstance(tests, str):  # a list as JSON, or one test after the other
+        tests = json_rows(tests) or re.split(r"\n(?=assert\b)", tests.strip())
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
         raise DataError(f'{where}: field "test_list" is missing or no list of texts; {example}')
     text_of = lambda value: "\n".join(value) if isinstance(value, list) else value or ""
@@ -1091,8 +1082,10 @@ def extract_code(completion: str, tests: tuple[str, ...] | list[str] = ()) -> st
     text = SPECIAL.sub("", completion).replace("\r\n", "\n")
     bare = text.partition("[DONE]")[0].rpartition("[BEGIN]")[2].partition("```")[0]
     bare = TAGS.split(bare)[1] if TAGS.search(bare) else bare
-    lines = itertools.groupby(bare.split("\n"), key=lambda line: CODE_LINE.match(line) is not None)
-    fenced = [match[2] for match in FENCED.finditer(text)]
+    bare = re.sub(r"\A\s*'(.*)'\s*\Z", r"\1", bare, flags=re.DOTALL)  # as in MBPP's own few-shot prompt
+    fenced = [match[2].partition("[DONE]")[0] for match in FENCED.finditer(text)]
+    source = bare if bare.strip() or not fenced else fenced[-1]  # a fence may be left open
+    lines = itertools.groupby(source.split("\n"), key=lambda line: CODE_LINE.match(line) is not None)
     for blocks in (fenced, [bare], ["\n".join(part) for code, part in lines if code]):
         blocks = (block if compiles(block) else textwrap.dedent(block) for block in blocks if DEFINES.search(block))
         programs = [block for block in blocks if compiles(block)]
@@ -1248,16 +1241,8 @@ FILES = 64  # open ones
 ANSWER_SIZE = 100_000  # characters of one test's packed values
 INSIDE = "builtins ctypes functools json math os signal sys types".split()  # the imports of what runs in the process
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
-    1,
-    2,
-    4,
-    8,
-    32,
-    4096,
-    1 << 14,
-    1 << 18,
-)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
+MS_REC, MS_PRIVATE = 1 << 14, 1 << 18
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 
 CODE_REFUSED = "--task {} runs programs that a model wrote: add --allow_code_execution if you want that"
@@ -1318,21 +1303,8 @@ def inside() -> str:
 @functools.cache
 def inside_source() -> str:
     """The source of the functions that run in the sandbox's process, and of nothing else."""
-    return "\n".join(
-        inspect.getsource(function)
-        for function in (
-            sandboxed,
-            run_steps,
-            pack,
-            unpack,
-            confine,
-            become,
-            change_root,
-            keep_importing,
-            keep_time,
-            limit_resources,
-        )
-    )
+    functions = [sandboxed, run_steps, pack, unpack, confine, become, change_root, keep_importing, keep_time]
+    return "\n".join(map(inspect.getsource, [*functions, limit_resources]))
 
 
 def end_session(process: subprocess.Popen) -> None:
@@ -1414,7 +1386,10 @@ def run_steps(steps: list, scope: dict) -> str:
 
 
 def pack(value) -> Any:
-    """A value as JSON: containers as [name, ...]. What is no plain data becomes ["object"], equal to nothing."""
+    """A value as JSON: containers as [name, ...], and what can only be gone through as an iterator of a list. What is
+    no plain data becomes ["object"], equal to nothing."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
     if value is None or isinstance(value, (bool, str)):
         return str.__str__(value) if isinstance(value, str) else value
     if isinstance(value, int):
@@ -1430,6 +1405,9 @@ def pack(value) -> Any:
     for kind in (list, tuple, set, frozenset):
         if isinstance(value, kind):
             return [kind.__name__, *map(pack, value)]
+    views = ("range", "deque", "dict_keys", "dict_values", "dict_items")
+    if hasattr(type(value), "__next__") or type(value).__name__ in views:
+        return ["iter", *(pack(part) for _, part in zip(range(100_000), value))]
     return ["object"]
 
 
@@ -1444,6 +1422,8 @@ def unpack(value):
         return getattr(builtins, kind)(map(unpack, parts))
     if kind == "dict":
         return {unpack(k): unpack(v) for k, v in parts}
+    if kind == "iter":
+        return iter(list(map(unpack, parts)))
     if kind == "complex":
         return complex(*parts)
     return bytes.fromhex(*parts) if kind == "bytes" else object()
@@ -1593,7 +1573,7 @@ def countdown_problem(numbers: list[int], target: int) -> Problem:
 def check_countdown(row: dict, where: str) -> Problem:
     """nums (numbers, input "3,8,5") and target (output); or ground_truth, [[3, 8, 5], 6] or with both by name; or both
     in the question's words, "Numbers: 3, 8, 5. Target: 6.". DataError for all else."""
-    both = pick(row, ("ground_truth", "solution", "answer"))
+    both = pick(row, ("ground_truth", "gts", "solution", "answer"))
     row = row | both if isinstance(both, dict) else row
     pair = both if isinstance(both, list) and len(both) == 2 and isinstance(both[0], list) else (None, None)
     numbers, target = pick(row, ("nums", "numbers", "input")) or pair[0], row.get("target", row.get("output", pair[1]))
@@ -1641,8 +1621,11 @@ SPELLINGS = (
     (LATEX_TEXT, r"\1"),
     (re.compile(r"\\left|\\right|\\[,;:! ]|[*]{2}|[$`]|\\\(|\\\)|\\\[|\\\]"), ""),
     (re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])"), "*"),
+    *BRACED,
     (FRACTION, r"((\1)/(\2))"),
-    (re.compile(r"\\times|\\cdot|[\u00d7\u00b7\u22c5\u2217]"), "*"),
+    (re.compile(r"\\times|\\cdot|[\u00d7\u00b7\u22c5\u2217\u2022]"), "*"),
+    (re.compile(r"={2,}|\u2192|\\to\b"), "="),
+    (re.compile("[\"'\u2713\u2714\u2705]"), ""),
     (re.compile(r"\\div|\u00f7|\u2215"), "/"),
     (re.compile(r"[\u2212\u2013]"), "-"),
     (re.compile(r"[\[{]"), "("),
@@ -1704,8 +1687,10 @@ def apply(op: str, values: list[Fraction]) -> bool:
 
 
 def expression_of(text: str, numbers: list[int]) -> str | None:
-    """The expression of "E", "E = 23", "23 = E" or "E = 3 + 20 = 23"; None where its sides differ."""
-    sides = spelled(re.sub(r"\s+", "", text).rstrip(".")).split("=")
+    """The expression of "E", "E = 23", "23 = E", "The equation is E = 23" or "E = 3 + 20 = 23"; None where its sides
+    differ."""
+    text = re.sub(r"\A`*(?!minus|negative)[A-Za-z]{3,}:?", "", re.sub(r"\s+", "", text))
+    sides = spelled(text.rstrip(".")).split("=")
     found = [evaluate(side) for side in sides]
     if len(sides) > 1 and (None in found or len({value for value, _ in found}) > 1):
         return None
@@ -1821,13 +1806,31 @@ def grid_text(digits: str) -> str:
 DIGITS = re.compile(r"[0-9\s|,.+\-\[\]*_&\\\u2500-\u257f]+")  # and what draws a table of them
 
 
+# The name of a row of four cells: "Row 1: ", "| R1 |", "1. "; and numbers that are none: of a list, a column, a puzzle.
+ROW_NAME = re.compile(
+    r"^[ \t|>*-]{0,9}(?:r(?:ow)?[ \t]{0,3}[1-4]|[1-4][.):])[ \t:|*]{1,9}(?=(?:[ \t|,*&_]{0,5}[0-4]){4}[ \t|*,.]{0,9}$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+NO_CELL = re.compile(
+    r"^[ \t>*-]{0,9}\d{1,2}[.)][ \t]+(?=[*_]*[a-z])|\bc(?:ol(?:umn)?)? ?\d\b|(?<=[a-z]) \d{1,2}(?=[.:,]?[ \t]{0,9}$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
 def sudoku_grid(completion: str, problem: Problem) -> str | None:
     """The one set of 16 digits that stands alone, with words around it or not, in <answer> where there is one; an
     echo of the puzzle is none. None for several, and for anything but a grid with the puzzle's clues in place."""
     text, puzzle = SPECIAL.sub("", completion), problem["question"]
-    runs = (DIGITS.findall(part) for part in [span.text for span in answer_tags(text)] or [text])
-    found = {re.sub(r"\D", "", run) for run in itertools.chain(*runs)}
-    grids = [grid for grid in found if len(grid) == len(puzzle) and grid != puzzle]
+    text = NO_CELL.sub(";", ROW_NAME.sub("", text.replace("\\hline", "")))
+    behind = re.split(r"</(?:reasoning|think)>", text)[-1]
+    for parts in ([span.text for span in answer_tags(text)] or [behind], [text]):
+        runs = [re.sub(r"\D", "", run) for part in parts for run in DIGITS.findall(part)]
+        whole = (run for run in runs if len(run) % len(puzzle) == 0)  # one grid, or several without words between
+        found = {run[i : i + len(puzzle)] for run in whole for i in range(0, len(run), len(puzzle))}
+        grids = [grid for grid in found if grid != puzzle]
+        if grids or "<answer>" in text:
+            break
+    grids = [grid for grid in grids if EMPTY not in grid] or grids  # what is still open is working
     given = len(grids) == 1 and all(c in (EMPTY, g) for c, g in zip(puzzle, grids[0]))
     return grids[0] if given else None
 
@@ -2204,8 +2207,8 @@ def zebra_answer(completion: str, problem: Problem) -> dict[str, list[str]] | No
     table = table_of(read_object(text))
     rows = house_rows(text, header) if table is None else [place(entries, table[0], header) for entries in table[1]]
     found: dict[str, list[str]] = {}
-    for house, *entries in sorted(rows, key=lambda row: "?" in row):  # what is still open does not count beside the rest
-        entries = [re.sub(r"[\s*_]+", " ", entry).strip().casefold() for entry in entries]
+    rows = [[house, *(re.sub(r"[\s*_]+", " ", entry).strip().casefold() for entry in row)] for house, *row in rows]
+    for house, *entries in sorted(rows, key=lambda row: "?" in row):  # what is open does not count beside the rest
         if found.setdefault(number_in(house), entries) != entries and "?" not in entries:
             return None
     return found or None
@@ -2834,13 +2837,16 @@ class Scored(NamedTuple):
 
 def is_chat(value) -> bool:
     """Whether a value is a list of messages, as chats are stored."""
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in value)
+    )
 
 
 def said_in(value):
     """The text of a completion: of a chat what the assistant says, of a message its content; other objects as JSON."""
     if is_chat(value):
-        return "\n".join(str(m.get("content", "")) for m in value if m["role"] == "assistant")
+        own = [m for m in value if m.get("role", m.get("from")) in ("assistant", "gpt")]
+        return "\n".join(str(m.get("content", m.get("value", ""))) for m in own)
     if isinstance(value, dict):
         return value["content"] if isinstance(value.get("content"), str) else json.dumps(value)
     return value
@@ -2855,16 +2861,22 @@ def verdicts_of(row: dict, count: int) -> list[bool | None]:
     return verdicts if len(verdicts) == count else [None] * count
 
 
-def completions_of(row: dict, where: str) -> list[str]:
-    """The completions of one row, under any of their names; one with both "input" and "output" is a row of data."""
-    names = [name for name in COMPLETION if not (name == "output" and "input" in row)]
-    value = next((row[name] for name in names if row.get(name) is not None), None)
+def completions_of(name: str, row: dict, where: str) -> list[str]:
+    """The completions of one row, under any of their names. Of countdown, one with "input" and "output" is a row of
+    data; "code" is the text of a solution where no program is asked for. A bare value that was parsed is the answer."""
+    names = [*COMPLETION, *["code"] * (name != "mbpp"), *PARSED]
+    if name == "countdown" and "input" in row and pick(row, GOLD) is None:
+        names.remove("output")
+    field = next((field for field in names if row.get(field) is not None), None)
+    value = row.get(field)
     while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]
-    texts = [said_in(text) for text in (value if isinstance(value, list) and not is_chat(value) else [value])]
+    values = value if isinstance(value, list) and not is_chat(value) else [value]
+    texts = [said_in("" if text is None and len(values) > 1 else text) for text in values]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f'{where}: no completion; expected a text in "completion" (or {", ".join(names[1:])})')
-    return texts
+    bare = re.compile(r"(?![^\n]*(?<![\\a-zA-Z])[a-z]{3})[^\n]{1,60}")
+    return [f"<answer>{t}</answer>" if field in PARSED and bare.fullmatch(t) and not announced(t) else t for t in texts]
 
 
 def problem_of(name: str, row: dict, where: str) -> Problem:
@@ -2875,6 +2887,9 @@ def problem_of(name: str, row: dict, where: str) -> Problem:
             row[field] = "\n".join(str(m.get("content", "")) for m in row[field] if isinstance(m, dict))
     if pick(row, QUESTION) is None:
         row["question"] = "(not given)"
+    for field in {*GOLD, *ANSWER}:
+        if isinstance(value := row.get(field), list) and len(value) == 1 and isinstance(value[0], (str, int, float)):
+            row[field] = value[0]
     gold = pick(row, (*GOLD, *ANSWER))
     if name == "gsm8k" and isinstance(gold, (str, int, float)):
         row["answer"] = gold if "####" in str(gold) or announced(str(gold)) else f"#### {gold}"
@@ -2888,9 +2903,10 @@ def score_file(name: str, path: str) -> list[Scored]:
     """Every completion of a file, scored. DataError names the file and the line of what cannot be read."""
     rows = []
     for where, row in read_rows(path):
-        if isinstance(row.get("doc"), dict):  # lm-evaluation-harness
-            row = row["doc"] | row
-        problem, texts = problem_of(name, row, where), completions_of(row, where)
+        row = {field.lower(): value for field, value in row.items()} | row
+        for part in ("doc", "reward_model"):  # lm-evaluation-harness; verl
+            row = row[part] | row if isinstance(row.get(part), dict) else row
+        problem, texts = problem_of(name, row, where), completions_of(name, row, where)
         for text, verdict in zip(texts, verdicts_of(row, len(texts))):
             prompt = problem.get("prompt", "")
             text = without_echo(text.removeprefix(prompt), prompt)  # a whole prompt, however short, is an echo
