@@ -256,6 +256,16 @@ def test_where_sudokus_stand():
         f"<answer>{wrong}</answer> or <answer>{right}</answer>": 0,
         f"{wrong}\n{right}": 0,
         f"Row 1: {right}": 1,
+        f"The grid:\n\n{grid}\n\n1. Each row has 1-4.\n2. Each column too.": 1,
+        "\n".join(f"Row {i}: {' '.join(map(str, row))}" for i, row in enumerate(rows, 1)): 1,
+        "\n".join(f"{i}. {' '.join(map(str, row))}" for i, row in enumerate(rows, 1)): 1,
+        "| | C1 | C2 | C3 | C4 |\n" + "\n".join(f"| R{i} | {' | '.join(map(str, row))} |" for i, row in enumerate(rows, 1)): 1,
+        f"After step 1: {right[:14]}00\nThe grid: {right}": 1,
+        f"<think>try {wrong}</think>\n{right}": 1,
+        f"<think>try {right}</think>\n{wrong}": 0,
+        f"{right[:14]}00\n{wrong} or {right}": 0,
+        f"{grid}\n\n1 2": 0,
+        f"{right[:14]}00\n{right[:12]}4200": 0,
         f"1. {right}": 0,
         f"{right}5": 0,
         p["question"]: 0,
@@ -371,6 +381,14 @@ NUMBERS = {
     "0.75": (["\\boxed{\\frac34}", "\\boxed{\\dfrac 34}", "\\boxed{\\frac3{4}}"], ["\\boxed{\\frac43}"]),
     "34": (["\\boxed{34}"], ["\\boxed{\\frac34}", "\\boxed{\\frac3 4}"]),
     "12.5": (["\\boxed{12\\frac{1}{2}}", "\\boxed{12\\frac12}", "#### 12 1/2", "#### 12 1/2 hours"], ["#### 12 2/1", "#### 12, 1/2", "#### 12 1 2"]),
+    "18": (
+        ["The answer is 18 (9 x 2).", "The answer is $18 per day (9 eggs \u00d7 $2).", "#### 18 kg (18000 g)", '{"reasoning": "9 * 2", "answer": "$18"}']
+        + ['```json\n{"reasoning": "a\nb", "answer": 18}\n```', '{"answer": 18, "final_answer": "18.0",}', "**Final Answer:**\n\nJanet makes $18.", "### Final Answer:\n\nShe makes **$18** a day."]
+        + ["\\boxed{18}\n#### Note\nThis is so.", "#### Counting\n9 * 2\n#### Conclusion\nThe answer is 18.", "ans: 18", "The final answer is:\n\\[\nx = 18\n\\]"],
+        ["The answer is 18 (9 x 3).", "The answer is 9 (9 x 2).", "#### 18 (18000)", "The answer is not 18.", "<answer>perhaps 18</answer>", '{"reasoning": "18"}', 'It is {"answer": 18}', '{"answer": [18]}']
+        + ["**Final Answer:**\n\nJanet makes $18.\n\nOr so.", "\\boxed{18}\n#### 19 eggs", "\\boxed{18}\n#### She has $19", "#### Counting\nThe answer is 18. The answer is 19."],
+    ),
+    "70000": (["#### 70 000", "#### $70 000"], ["#### 70 00", "#### 70 000 000", "#### 7 0000"]),
     "-5": (["#### \u20135", "#### -5"], ["#### 5", "#### 0\u20135"]),
     "0": (["#### 0", "\\boxed{0}", "#### 0.0", "#### -0", "#### $0"], ["####", "#### none", "#### 10"]),
 }  # fmt: skip
@@ -415,6 +433,30 @@ EXPRESSIONS = [
     ("x^{2}+1", ["x^2+1"], ["x^{2+1}", "x^3+1"]),
     (r"\frac{x+1}{2}", ["(x+1)/2", "(x + 1)/(2)"], ["x+1/2", "(x+1)/3", "(x+1)/2^2"]),
     ("2", [r"2"], [r"\frac12"]),
+    (r"\frac{3}{4}", ["3/4.", "**3/4**.", r"\frac68=\frac34", r"P(\text{even}) = 0.75", r"\frac34 \approx 0.75", r"\frac34 \text{ or } 0.75", r"$\frac{3}{4}$, or $0.75$", r"{3\over 4}", "3\u20444", r"\left(\frac34\right)"], [r"\frac34 = 0.7", r"\frac34 \approx 0.5", r"0.5 \approx \frac34", r"\frac34 \text{ or } 0.7", "3/4/2.", r"\frac{3}{4}, \frac{3}{4}"]),
+    ("5", ["f(2) = 5", "AB=5", r"\angle ABC = 5^\circ", "S_{10} = 5", "{5}", r"\text{The answer is }5", "There are **5** divisors", "5 apples.", "5 mi/hr", r"\textcolor{blue}{5}", "5^o", "5 (five)", "5, since 2 is even", "15/3 = 5"],
+     ["7 = 5", "3=4=5", "5 = 7", r"5 \approx 3", r"\le 5", "5:1", "3|5", r"5\ldots", "not 5", "at least 5", r"5\text{ is wrong}", "Not 3. It is 4. No it is 5", "x could be $3$; x could be $5$", "minus 5", "5 million", "5 x", "5 (or 6)", r"\log 5", "5'"]),
+    ("x+y=5", ["x + y = 5"], ["5", "x + y = 6"]),
+    ("p - q", ["-q+p", "p-q"], ["q-p", "-p+q"]),
+    ("2x", [r"x \cdot 2", "2x"], ["x^2", "22x"]),
+    (r"1-2\sqrt{5}", [r"-2\sqrt5+1", r"1-\sqrt{5}\cdot 2"], [r"1+2\sqrt5", r"2\sqrt5-1", r"1-\sqrt{5}^2"]),
+    (r"\frac{5\pi}{3}", [r"5\pi/3", r"\frac{5}{3}\pi", r"\frac53 \cdot \pi", "5\u03c0/3."], [r"5/3\pi^2", r"\frac{3}{5}\pi", r"5\pi", r"\frac{5}{3\pi}"]),
+    (r"\frac{x}{2}-3", [r"-3+\frac{1}{2}x", "0.5x-3"], [r"\frac{2}{x}-3", r"\frac{x-3}{2}"]),
+    ("10^{5}", ["100000", "100,000", "10^5"], ["10^4", "10,5", "50"]),
+    (r"3.5\times 10^4", ["35000", r"3.5\cdot10^4"], ["3500", r"3.5\times 10^5"]),
+    (r"(-\infty,-2)\cup(1,\infty)", [r"(1,+\infty) \cup (-\infty,-2)", "(-\u221e, -2) \u222a (1, \u221e)", r"x \in (-\infty,-2)\cup(1,\infty)"], [r"(-\infty,-2]\cup(1,\infty)", r"(1,\infty)", r"(-2,-\infty)\cup(1,\infty)"]),
+    (r"\begin{pmatrix} 1/2 & 2 \\ 3 & 4 \end{pmatrix}", [r"\begin{bmatrix} \frac12 & 2 \\[4pt] 3 & 4 \end{bmatrix}", r"\left[\begin{array}{cc} 0.5 & 2 \\ 3 & 4 \end{array}\right]", r"A = \begin{pmatrix} 1/2 & 2 \\ 3 & 4 \\ \end{pmatrix}"], [r"\begin{pmatrix} 1/2 & 3 \\ 2 & 4 \end{pmatrix}", r"\begin{vmatrix} 1/2 & 2 \\ 3 & 4 \end{vmatrix}", r"\begin{pmatrix} 1/2 & 2 & 3 & 4 \end{pmatrix}"]),
+    ("1,2,3", ["1, 2, and 3", r"1, 2, \text{ and } 3", "x = 1, x = 2 or x = 3", "x_1=1, x_2=2, x_3=3"], ["1 and 2", "(1,2,3)", "1, 2 or 4"]),
+    ("(6,31,-1)", ["x=6, y=31, z=-1"], ["x=31, y=6, z=-1", "6,31,-1", "x=6, x=31, x=-1"]),
+    ("100,200", ["100, 200", "200, 100", "100 and 200"], ["100", "1,200", "100, 200, 300"]),
+    ("34", ["34"], ["3 4", r"3\ 4"]),
+    (r"\sin x", [r"\sin(x)", r"\sin{x}"], [r"\sin y", r"\cos x"]),
+    (r"12\pi\text{ cm}^2", [r"12\pi", "12\u03c0 cm\u00b2", r"12\pi \text{ square cm}"], [r"12", r"12\pi^2"]),
+    (r"2\sqrt{13}", ["2\u221a13", "2sqrt(13)", r"2 \times \sqrt{13}"], ["2\u221a1 3", r"\sqrt{2}13", "2\u221a12"]),
+    (r"\text{(C)}", [r"\textbf{(C) }42", "(C) 42.", "C. 42", r"\text{Option C}"], ["(C) or (D)", "(B) 42", "C. 42 D. 43", "(C), (D)", "Carl"]),
+    ("2516_8", ["2516_{(8)}", "(2516)_8"], ["2516_7", "2516_{(7)}"]),
+    (r"\text{no solution}", ["no solutions", r"\emptyset"], ["0", "one solution"]),
+    (r"\mathbb{R}", [r"(-\infty,\infty)", r"\text{all real numbers}"], [r"(0,\infty)"]),
 ]  # fmt: skip
 COMPARED = [
     (gold, text, right) for gold, *lists in EXPRESSIONS for right, texts in zip((1, 0), lists) for text in texts
@@ -434,6 +476,26 @@ ANNOUNCED = [
     ("6", "Answer: 5, the answer is 6", 0),
     ("\\text{Evelyn}", "**Answer:**\nEvelyn", 1),
     ("\\frac{1}{2}", "The answer is\n\\[\n\\frac{1}{2}\n\\]", 1),
+    ("5", "**Answer:**\n\\[\nx = 5\n\\]", 1),
+    ("5", "The final answer is:\n\n$$\nx = 5\n$$", 1),
+    ("5", "### Final Answer\n\n**x = 5**", 1),
+    ("5", "### Final Answer:\n\nThe value of \\( x \\) is \\( 5 \\).", 1),
+    ("5", "### Final Answer:\n\nThe value of \\( 6 \\) and \\( 5 \\).", 0),
+    ("5", "### Final Answer:\n\nWe have 5 cases.\n\nThe first one is easy.", 0),
+    ("5", "**Answer:**\nStep 5", 0),
+    ("5", "The answer is $5$ (since $x>0$).", 1),
+    ("5", "<answer>3. 5</answer>", 0),
+    ("x^2+1", "**Final Answer**\n\nx^2 + 1", 1),
+    ("p-q", "### Final Answer:\n\\[\np - q\n\\]", 1),
+    ("(3,1)", "### Final Answer:\nThe coordinates of \\((0, 3)\\) are:\n\\[\n(3, 1)\n\\]", 1),
+    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "The answer is:\n\\[\n\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}\n\\]", 1),
+    ("5", "\\boxed{5}.\n\n#### Verification\n2 + 3 = 5", 1),
+    ("5", "\\boxed{5}\n\n#### Summary: we found x", 1),
+    ("5", "\\boxed{5}\n\n#### x = 6", 0),
+    ("5", "#### Prime Factorization\n5\n#### Conclusion\nThe answer is 5.", 1),
+    ("\\text{Ann}", "The answer is Tom.\n#### Ann", 1),
+    ("5", '{"reasoning": "...", "answer": "5"}', 1),
+    ("5", '{"reasoning": "5", "answer": "6"}', 0),
 ]
 SYMBOLIC = [  # what only math-verify finds equal
     ("x^2+x", "x(x+1)"),
@@ -501,6 +563,11 @@ def test_a_part_of_the_question_is_no_answer(comparison):
     assert rewards.math500_correct("\\boxed{x^2-1}", problem) == 0
     assert rewards.math500_correct("\\boxed{(x-1)(x+1)}", problem) == 1
     assert rewards.math500_correct("\\boxed{(x+1)(x-1)}", problem) == (comparison == "math-verify")
+    cases = [("A rope of 1.5 m is cut.", r"\frac{3}{2}", "1.5", 1), (r"A chance of $\frac{1}{4}$?", "0.25", r"\frac14", 1), ("In 10.5 days?", r"\frac12", "0.5", 1)]
+    cases += [("Is $(-2,1)$ on it?", "1,-2", "-2,1", 1), ("Express 1.5 as a fraction.", r"\frac{3}{2}", "1.5", 0), (r"Find $\frac{6}{2}$.", "3", r"\frac{6}{2}", 0)]
+    for question, gold, answer, right in [*cases, ("Find $2^6$.", "64", "2^6", 0), ("Evaluate $2+4$.", "6", "2+4", 0)]:
+        problem = {"question": question, "answer": gold, "solution": ""}
+        assert rewards.math500_correct(f"\\boxed{{{answer}}}", problem) == right, question
 
 
 def test_several_answers_are_right_only_where_the_solution_gives_them():
@@ -530,7 +597,7 @@ def test_math500_terms_by_hand():
 
 
 def test_what_could_hang_sympy_is_not_handed_to_it():
-    for wild in ("9^{9^{9^9}}", "((10^{99})^{99})^{99}^9", "1000!", "9" * 40 + "+1", "2^{99999999}", "x" * 400):
+    for wild in ("9^{9^{9^9}}", "((10^{99})^{99})^{99}^9", "1000!", "9" * 40 + "+1", "2^{99999999}", "x" * 400, "(x+y+z)^{99}", "\\sqrt{" * 30 + "2" + "}" * 30):
         assert not rewards.same_by_math_verify(wild, wild + "+0")
 
 
@@ -731,7 +798,7 @@ def test_zebras_have_one_solution(split):
 
 
 def test_zebra_tables_by_hand():
-    p = rewards.zebra_problem("?", ["House", "Color", "Name"], [["1", "red", "Tom"], ["2", "blue", "Ann"]])
+    p = rewards.zebra_problem("Who?", ["House", "Color", "Name"], [["1", "red", "Tom"], ["2", "blue", "Ann"]])
     table = {"header": ["House", "Name", "Color"], "rows": [["1", "Tom", "red"], ["2", "Ann", "blue"]]}
     houses = {"House 1": {"Color": "Red", "Name": "tom"}, "House 2": {"Color": "blue", "Name": "Ann"}}
     cases = {
@@ -748,6 +815,17 @@ def test_zebra_tables_by_hand():
         "### House 1\n- **Color:** red\n- **Name:** Tom\n### House 2\n- **Color:** blue\n- **Name:** Ann": 1,
         "| House | Name | Color |\n|---|---|---|\n| 1 | Tom | red |\n| 2 | Ann | blue |": 1,
         "House 1: Name: Tom, Color: red\nHouse 2: Name: Ann, Color: blue": 1,
+        json.dumps({"answer": {"houses": houses}}).replace("{", "{\n", 1): 1,
+        json.dumps({"reasoning": "a?", "solution": houses}).replace("a?", "a\nb \\'c\\'"): 1,
+        json.dumps(houses, indent=1).replace('"Ann"', '"Ann", // so'): 1,
+        str(houses): 1,
+        json.dumps({"solution": houses})[:-1]: 1,
+        json.dumps(houses) + " I hope {this} helps.": 1,
+        json.dumps({"header": ["House", " na_me", "COLOR"], "rows": [["House 1", "Tom", "red"], ["House 2", "Ann", "blue"]]}): 1,
+        "| 1 | red | ? |\n| 2 | ? | ? |\nFinal:\n| 1 | red | Tom |\n| 2 | blue | Ann |": 1,
+        "| 1 | red | ? |\n| 2 | ? | Ann |": 0.5,
+        "| 1 | red | ? |\n| 1 | red | Ann |\n| 1 | red | Tom |": 0,
+        json.dumps(houses)[:20]: 0,
         "House 1:\n- Name: Tom\n- Name: Ann\n- Color: red": 0.25,  # two names for one house
         "House 1: Name: Ann, Name: Tom, Color: red": 0.25,
         "House 1:\n- Name: Tom\nHouse 1:\n- Name: Ann": 0,
@@ -828,6 +906,13 @@ def test_countdown_by_hand():
         "\\boxed{\\text{(3 + 5) * 8 / 2}}": 1.0,
         "#### (3 + 5) * 8 / 2\n\\boxed{(3+5) \\times 8 \\div 2 = 32}": 1.0,
         "#### (3 + 5) * 8 / 2</s>": 1.0,
+        "<answer>The equation is (3 + 5) * 8 / 2 = 32</answer>": 1.0,
+        "<answer>Equation: (3 + 5) * 8 / 2 == 32 \u2713</answer>": 1.0,
+        '<answer>\n```python\n"(3 + 5) * 8 / 2"\n```\n</answer>': 1.0,
+        "<answer>(3 + 5) \u2022 \\dfrac82 \u2192 32</answer>": 1.0,
+        "<answer>The equation is (3 + 5) * 8 / 2 == 33</answer>": 0.0,
+        "<answer>Either (3 + 5) * 8 / 2 or 3 + 5 + 8 + 2</answer>": 0.0,
+        "<answer>(3 + 5) * 8 / 2 is the equation</answer>": 0.0,
         "#### (3 + 5) * 8 / 2 = 8 * 8 / 3 = 32": 0.0,
         "#### 33 = (3 + 5) * 8 / 2": 0.0,
         "#### 32 = 32": 0.0,
@@ -1045,6 +1130,8 @@ def test_honest_programs_pass(sandbox):
 def test_how_tests_are_split(sandbox):
     """Each kind of assertion, with a program that satisfies it and one that does not."""
     code = "import math\nclass Pair:\n def __init__(self, a): self.a = a\ndef f(x): return [x, x]\ndef sum(a, b): return a * b"
+    code += "\ndef numbers(n): return range(n)\ndef doubled(x): return map(lambda a: 2 * a, x)\ndef keys(x): return {x: 1}.keys()"
+    code += "\ndef largest(x):\n import numpy\n return numpy.max(x)"
     cases = {
         "assert f(2) == [2, 2]": 1,
         "assert (f(2)) == ([2, 2]), 'a message'": 1,
@@ -1064,6 +1151,12 @@ def test_how_tests_are_split(sandbox):
         "assert all(f(x)[0] == x for x in [1, 2])": 1,
         "assert sorted(f(2), key=lambda x: -x) == [2, 2]": 1,
         "assert f(1) < [1, 2]": 1,
+        "assert list(numbers(2)) == [0, 1]": 1,
+        "assert tuple(doubled([1, 2])) == (2, 4)": 1,
+        "assert set(keys(2)) == {2}": 1,
+        "assert doubled([1]) == [2]": 0,
+        "assert largest([1, 2]) == 2": 1,
+        "assert largest([1, 2]) == 3": 0,
         "assert str(f(1)) == '[1, 1]'": 1,
     }
     for test, passes in cases.items():
@@ -1106,6 +1199,9 @@ def test_code_is_found_in_completions():
         code,
         code.replace("\n", "\r\n"),
         f"[BEGIN]\n{code}\n[DONE]\nmore",
+        f"[BEGIN]\n '{code}' \n[DONE]\nmore",
+        f"```python\n{code}\n[DONE]\n\nYou are an expert",
+        f"```python\n{code}\n\nThis function returns x.",
         f"<answer>\n{code}\n</answer>",
         f"{code}\n```\n",
         f"```python\n{code}\n```\nFor example:\n```python\nprint(f(2))\n```",
@@ -1307,6 +1403,36 @@ def test_chats_and_single_objects(tmp_path, capsys):
         assert (figures["n"], figures["accuracy"]) == (n, 1)
         (tmp_path / "one.json").write_text(json.dumps(row, indent=1))
         assert [row.score for row in rewards.score_file("math500", str(tmp_path / "one.json"))] == [1] * n
+
+
+def test_files_of_other_projects(tmp_path, capsys, sandbox):
+    """Rows as evaluation tools write them: the text beside what was parsed of it, golds in lists, chats."""
+    text, row = "9 * 2 = 18\n#### 18", {"question": "q", "answer": "18"}
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+    rows = [
+        {"question": "q", "gt": "18", "code": [text], "pred": ["17"]},
+        *(row | {"prediction": "17", field: text} for field in ("output", "generated_text", "model_response", "model_answer", "raw_output")),
+        row | {"prediction": "18"}, row | {"pred": ["18"]}, row | {"filtered_resps": ["18"]}, row | {"prediction": text},
+        {"input_question": "q", "input_correct_responses": ["18"], "output_prediction_text": [text], "is_correct": True},
+        {"question": "q", "gold": ["18"], "generated_solution": text}, {"input": "q", "output": text, "gts": "18", "score": 1.0},
+        {"instruction": "q", "input": "", "output": text, "answer": "18"}, {"Question": "q", "Answer": "18", "Response": text},
+        {"prompt": chat[:1], "reward_model": {"ground_truth": "18"}, "responses": [text]}, {"messages": chat, "answer": "18"},
+        {"conversations": [{"from": "human", "value": "#### 17"}, {"from": "gpt", "value": text}], "answer": "18"},
+    ]  # fmt: skip
+    for right in rows:
+        wrong = json.loads(json.dumps(right).replace("18", "19").replace('"19"', '"18"')) if text in str(right.values()) else None
+        assert scored(tmp_path, capsys, "gsm8k", [right])["accuracy"] == 1, right
+        assert wrong is None or scored(tmp_path, capsys, "gsm8k", [wrong])["accuracy"] == 0, wrong
+    by_number = {"0": {"origin_prompt": "q", "prediction": text, "gold": "#### 18"}, "1": {"prediction": text, "gold": "17"}}
+    assert scored(tmp_path, capsys, "gsm8k", by_number, suffix="json")["accuracy"] == 0.5
+    figures = scored(tmp_path, capsys, "gsm8k", [row | {"completions": [text, None]}])
+    assert (figures["n"], figures["accuracy"], figures["no_answer"]) == (2, 0.5, 0.5)
+    rollout = {"input": "q", "output": "<answer>3+8-5</answer>", "gts": {"numbers": [3, 8, 5], "target": 6}}
+    assert scored(tmp_path, capsys, "countdown", [rollout])["accuracy"] == 1
+    tests = ({"test_list": '["assert f(1) == 1", "assert f(2) == 2"]'}, {"test": "assert f(1) == 1\nassert f(2) == 2"})
+    for field in tests:
+        rows = [{"prompt": "q", "completion": code, **field} for code in ("def f(x): return x", "def f(x): return 1")]
+        assert scored(tmp_path, capsys, "mbpp", rows)["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize(
