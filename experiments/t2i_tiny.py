@@ -11,6 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import rewards  # noqa: E402
+
 SEEDS = (0, 1, 2)
 METHODS = {"unigrpo": "UniGRPO", "truncation": "+ truncation", "maskgrpo": "+ emerge (default)"}
 GUIDANCES = (0, 1, 3)
@@ -36,6 +40,13 @@ def before_rl(sampler: str, guidance: int, seed: int) -> float:
     return json.loads((path / "results.json").read_text())["before"]["accuracy"]
 
 
+def objects(path: Path, phase: str) -> float:
+    """Whole objects in a test image, on average."""
+    rows = [json.loads(line) for line in (path / f"completions_{phase}.jsonl").read_text().splitlines()]
+    codes = [rewards.image_codes(row["completion"]) for row in rows if row["split"] == "test"]
+    return statistics.mean(len(rewards.find_things(image)[0]) for image in codes)
+
+
 def spread(values: list[float]) -> str:
     """Mean ± standard deviation over seeds."""
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
@@ -43,17 +54,19 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     results = {m: [json.loads((run(m, s) / "results.json").read_text()) for s in SEEDS] for m in METHODS}
-    columns = ["", "sampler", "test, before", "after", "unseen, before", "after", "unbroken, before", "after"]
-    print("| " + " | ".join([*columns, "largest p", "seconds"]) + " |\n" + "|---" * 10 + "|")
+    columns = ["", "sampler", "test, before", "after", "unseen, before", "after", "largest p"]
+    columns += ["unbroken, before", "after", "objects, before", "after", "seconds"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for method, name in METHODS.items():
         of = results[method]
         names = ("before", "after", "before_unseen", "after_unseen")
-        cells = [spread([r[name]["accuracy"] for r in of]) for name in names]
+        cells = [of[0]["config"]["sampler"], *(spread([r[name]["accuracy"] for r in of]) for name in names)]
+        cells.append(f"{max(max(r['paired_p'].values()) for r in of):.0e}")
         # the fidelity term pays 0.25
         cells += [spread([4 * r[f"{phase}_rewards"]["test"]["fidelity"] for r in of]) for phase in ("before", "after")]
-        p = max(max(r["paired_p"].values()) for r in of)
+        cells += [spread([objects(run(method, s), phase) for s in SEEDS]) for phase in ("before", "after")]
         seconds = statistics.mean(r["seconds"]["total"] + r["base_cached"] * r["seconds"]["base"] for r in of)
-        print(f"| {name} | {of[0]['config']['sampler']} | " + " | ".join(cells) + f" | {p:.0e} | {seconds:.0f} |")
+        print(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |")
     print("\n| test prompts | " + " | ".join(CATEGORIES) + " |\n|---|" + "---|" * len(CATEGORIES))
     for method, name in METHODS.items():
         for phase in ("before", "after"):
