@@ -37,7 +37,7 @@ def before_rl(sampler: str, guidance: int, seed: int) -> float:
         base = next(Path("runs").glob(f"base-t2i-s{seed}-*"))  # which the first run of that seed has trained
         flags = f"--task t2i --eval_only --model {base} --sampler {sampler} --guidance {guidance} --seed {seed}"
         subprocess.run([sys.executable, "maskgrpo.py", *flags.split(), "--output_dir", str(path)], check=True)
-    return json.loads((path / "results.json").read_text())["before"]["accuracy"]
+    return json.loads((path / "results.json").read_text())["eval_only"]["accuracy"]
 
 
 def objects(path: Path, phase: str) -> float:
