@@ -120,7 +120,9 @@ TASK_SETTINGS = {
     "mbpp": dict(topk=(None, 3), max_steps=(None, 80), pass_k=(None, 0)),  # programs take time to run
     "countdown": dict(topk=(None, 3), base_accuracy=(None, 0.12)),
     # "accuracy" is the share of right entries, a third by chance
-    "zebra": dict(topk=(None, 3), base_accuracy=(None, 0.4), max_steps=(None, 150)),
+    "zebra": dict(
+        topk=(None, 3), base_accuracy=(None, 0.5), sft_lr=(None, 1e-3), max_steps=(None, 100), eval_n=(None, 1000)
+    ),
     # the grid, five clues at least: most confident cell first, one by one; "accuracy" is the share of right cells
     "sudoku": dict(gen_length=(64, 20), block_length=(16, 16), tokens_per_step=(1, 1), base_accuracy=(None, 0.73)),
     # All codes and one end-of-image token; the tiny model's images have 8 x 8 codes. Divided by its std, a group whose
