@@ -2103,7 +2103,7 @@ def arrangements() -> tuple[dict[str, int], ...]:
 
 @functools.cache
 def clues() -> dict[str, int]:
-    """Every clue, of three kinds that a tiny model can learn -> the set of arrangements that it allows, one bit each."""
+    """Every clue, of kinds that a tiny model can learn -> the set of arrangements that it allows, one bit each."""
     made: dict[str, Callable[[dict[str, int]], bool]] = {}
     for a in ENTRIES:
         for house in range(1, HOUSES + 1):

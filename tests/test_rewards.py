@@ -790,6 +790,8 @@ def test_zebras_have_one_solution(split):
     for p in rewards.TASKS["zebra"].generate(split, 60, 3):
         solutions = zebra_solutions(p["question"])
         assert len(solutions) == 1
+        spare = re.findall(r"(?<=\. )[^.:]+\.", p["question"])
+        assert spare and all(len(zebra_solutions(p["question"].replace(f" {clue}", ""))) > 1 for clue in spare)
         rows = {row.split(": ")[0]: row.split(": ")[1].split(", ") for row in p["answer"].splitlines()}
         assert all(solutions[0][entry] == int(house) for house, entries in rows.items() for entry in entries)
     trained = {p["answer"] for p in rewards.TASKS["zebra"].generate("train", 500, 0)}
