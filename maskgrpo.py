@@ -31,6 +31,7 @@ Departures from the authors' code
  9. Log-probabilities are taken at the rollout's temperature. The rollout also *selects* positions by
     confidence, and may be guided (--guidance); as in every method compared here, ell knows neither.
 10. The reward asks for GSM8K's own `#### 42` (rewards.py), the masks' ramp is per row (remask.py).
+11. The tiny images have advantages without std, and no guidance, unless flags say so: README.md says why.
 
     python maskgrpo.py --task gsm8k                        # the tiny default, minutes on a laptop
     accelerate launch maskgrpo.py --task gsm8k             # the same through Accelerate's launcher
