@@ -1698,9 +1698,8 @@ def draw_images(run: Run, before: list[dict], after: list[dict]) -> None:
     figure = Figure(figsize=(1.9 * len(chosen), 4.2))
     for axes, rows in zip(figure.subplots(2, len(chosen), squeeze=False), (before, after)):
         for ax, i in zip(axes, chosen):
-            ax.imshow(
-                run.pixels(torch.tensor([[int(code) for code in rows[i]["completion"].split()]]))[0].cpu().numpy()
-            )
+            codes = torch.tensor([[int(code) for code in rows[i]["completion"].split()]])
+            ax.imshow(run.pixels(codes)[0].cpu().numpy())
             ax.set(xticks=[], yticks=[])
             score = rows[i]["score"]
             verdict = {1.0: "right", 0.0: "wrong"}.get(score, f"{score:.2f}")

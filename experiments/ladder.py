@@ -1,18 +1,19 @@
 """The paper's ladder on the tiny default, at equal rollouts: 5 seeds, 150 steps of 128 completions, 2,000 held-out
-problems per split, paired.
+problems per split, paired; and four of its rows with one token per step instead of four.
 
     python experiments/ladder.py                # runs what is not there yet, then prints and draws
 
 Each row changes one thing of the row above it, so all of them divide advantages by their group's std; UniGRPO, TraceRL
-and rotated-trace stand beside the ladder. Rollouts are counted until validation accuracy (256 problems, every 25 steps)
-reaches what the first row ends with. The long runs may go side by side, so seconds are those of 20 steps run alone.
+and rotated-trace stand beside the ladder. Completions are counted until validation accuracy (256 problems, every 25
+steps) reaches what the first row ends with. The long runs may go side by side, so seconds are those of 20 steps run
+alone.
 """
 
-import json
-import statistics
-import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
+
+from common import lines, results, run, spread, tidy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,90 +29,105 @@ ROWS = {
     "TraceRL": "--method tracerl",
     "rotated-trace": "--method rotated-trace",
 }
-FIRST = next(iter(ROWS))
+# tokens per step: the rows that are run with it
+STEPS = {4: tuple(ROWS), 1: ("+ AR-like masks", "+ truncation: MaskGRPO", "TraceRL", "rotated-trace")}
+PAIRS = (
+    ("+ managed randomness", "diffu-GRPO"),
+    ("+ AR-like masks", "+ managed randomness"),
+    ("+ truncation: MaskGRPO", "+ AR-like masks"),
+    ("+ truncation: MaskGRPO", "diffu-GRPO"),
+    ("+ truncation: MaskGRPO", "UniGRPO"),
+    ("TraceRL", "+ AR-like masks"),
+    ("TraceRL", "+ truncation: MaskGRPO"),
+    ("rotated-trace", "TraceRL"),
+)
 
 
-def run(name: str, seed: int, extra: str = "--max_steps 150 --eval_n 2000", label: str = "") -> Path:
-    """The directory of one finished run of the project's own command."""
-    path = Path("runs") / f"ladder-{list(ROWS).index(name)}-s{seed}{label}"
-    if not (path / "results.json").is_file():
-        flags = f"--task gsm8k {ROWS[name]} --advantage std --pass_k 0 --seed {seed} --output_dir {path} {extra}"
-        subprocess.run([sys.executable, "maskgrpo.py", *flags.split()], check=True)
-    return path
+def path(name: str, seed: int, tokens: int, extra: str = "--max_steps 150 --eval_n 2000", label: str = "") -> Path:
+    """The directory of one finished run."""
+    command = f"accelerate launch maskgrpo.py --task gsm8k {ROWS[name]} --tokens_per_step {tokens}"
+    directory = f"runs/ladder-{tokens}-{list(ROWS).index(name)}-s{seed}{label}"
+    return run(f"{command} --advantage std --pass_k 0 --seed {seed} {extra}", directory)
 
 
-def pace(name: str) -> float:
+def pace(name: str, tokens: int) -> float:
     """Seconds of a step, rollout and updates."""
-    path = run(name, 0, "--max_steps 20 --eval_n 2 --eval_every 0", "-pace")
-    spent = json.loads((path / "results.json").read_text())["seconds"]
+    spent = results(path(name, 0, tokens, "--max_steps 20 --eval_n 2 --eval_every 0", "-pace"))["seconds"]
     return (spent["rollout"] + spent["update"]) / 20
 
 
-def results(name: str) -> list[dict]:
-    return [json.loads((run(name, seed) / "results.json").read_text()) for seed in SEEDS]
+def scores(name: str, seed: int, tokens: int, split: str) -> list[float]:
+    """The score of every problem of a split after RL, in the same order for every row."""
+    rows = lines(path(name, seed, tokens), "completions_after")
+    return [row["score"] for row in rows if row["split"] == split]
 
 
-def scores(name: str, seed: int) -> list[float]:
-    """The score of every test problem after RL, in the same order for every row."""
-    lines = (run(name, seed) / "completions_after.jsonl").read_text().splitlines()
-    return [row["score"] for row in map(json.loads, lines) if row["split"] == "test"]
-
-
-def curve(name: str, seed: int) -> list[tuple[int, float, float]]:
+def curve(name: str, seed: int, tokens: int) -> list[tuple[int, float, float]]:
     """(completions drawn, seconds of RL, validation accuracy) wherever it was measured."""
-    path = run(name, seed)
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    kept = [line for line in lines if "validation_accuracy" in line]
-    return [(line["completions"], line["step"] * pace(name), line["validation_accuracy"]) for line in kept]
+    rows = [row for row in lines(path(name, seed, tokens), "metrics") if "validation_accuracy" in row]
+    return [(row["completions"], row["step"] * pace(name, tokens), row["validation_accuracy"]) for row in rows]
 
 
-def reached(name: str) -> str:
+def reached(name: str, tokens: int) -> str:
     """Completions until the first row's final validation accuracy: mean over the seeds that reach it, and how many."""
-    goals = [curve(FIRST, seed)[-1][2] for seed in SEEDS]
-    first = [next((n for n, _, a in curve(name, seed) if a >= goal), None) for seed, goal in zip(SEEDS, goals)]
+    goals = [curve(STEPS[tokens][0], seed, tokens)[-1][2] for seed in SEEDS]
+    curves = [curve(name, seed, tokens) for seed in SEEDS]
+    first = [next((n for n, _, accuracy in c if accuracy >= goal), None) for c, goal in zip(curves, goals)]
     there = [n for n in first if n is not None]
-    return f"{statistics.mean(there):,.0f} ({len(there)} of {len(SEEDS)})" if there else "never"
+    return f"{mean(there):,.0f} ({len(there)} of {len(SEEDS)})" if there else "never"
 
 
-def cell(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+def compared(name: str, rival: str, tokens: int) -> list[str]:
+    """The points that `name` gains over `rival` on both splits; on how many seeds of the first, and its largest p."""
+    pairs = {
+        split: [[scores(n, seed, tokens, split) for n in (rival, name)] for seed in SEEDS]
+        for split in ("test", "unseen")
+    }
+    gains = {split: [100 * (mean(ours) - mean(theirs)) for theirs, ours in of] for split, of in pairs.items()}
+    cells = [f"{mean(of):+.1f} ± {stdev(of):.1f}" for of in gains.values()]
+    largest = max(paired_p(*pair) for pair in pairs["test"])
+    return [*cells, f"{sum(gain > 0 for gain in gains['test'])} of {len(SEEDS)}", f"{largest:.0e}"]
+
+
+def table(head: list[str], rows: dict[str, list[str]]) -> None:
+    """A markdown table."""
+    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for name, cells in rows.items():
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
-    print("| | fresh | unseen pairs | points over diffu-GRPO | largest p | rollouts to its end | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    before = results(FIRST)
-    cells = [cell([r[f"before{suffix}"]["accuracy"] for r in before]) for suffix in ("", "_unseen")]
-    print(f"| base | {cells[0]} | {cells[1]} | | | | |")
-    for name in ROWS:
-        after = results(name)
-        cells = [cell([r[f"after{suffix}"]["accuracy"] for r in after]) for suffix in ("", "_unseen")]
-        pairs = [(scores(FIRST, seed), scores(name, seed)) for seed in SEEDS]
-        gains = [100 * (statistics.mean(ours) - statistics.mean(theirs)) for theirs, ours in pairs]
-        gain = f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains):.1f}"
-        cells += [gain, f"{max(paired_p(*pair) for pair in pairs):.0e}", reached(name), f"{150 * pace(name):.0f}"]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    for tokens, names in STEPS.items():
+        found = {name: [results(path(name, seed, tokens)) for seed in SEEDS] for name in names}
+        accuracies = lambda of, phase: [spread([r[f"{phase}{s}"]["accuracy"] for r in of]) for s in ("", "_unseen")]
+        rows = {"base": [*accuracies(found[names[0]], "before"), "", ""]}
+        for name, of in found.items():
+            rows[name] = [*accuracies(of, "after"), reached(name, tokens), f"{150 * pace(name, tokens):.0f}"]
+        print(f"\n{tokens} tokens per step")
+        table(["", "fresh", "unseen pairs", "completions to the first row's end", "seconds"], rows)
+        pairs = {f"{a}, over {b}": compared(a, b, tokens) for a, b in PAIRS if {a, b} <= set(names)}
+        table(["points", "fresh", "unseen pairs", "better, fresh", "largest p"], pairs)
     draw()
 
 
 def draw() -> None:
-    """assets/ladder.png: mean validation accuracy over completions and over seconds of RL."""
+    """assets/ladder.png: mean validation accuracy over completions, and over seconds of RL."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    for i, name in enumerate(ROWS):
-        curves = [curve(name, seed) for seed in SEEDS]
-        mean = [[statistics.mean(values) for values in zip(*points)] for points in zip(*curves)]
-        for ax, column in zip(axes, (0, 1)):
-            ax.plot([p[column] for p in mean], [p[2] for p in mean], color=f"C{i}", lw=1.3, label=name)
-    for ax, label in zip(axes, ("completions", "seconds of rollouts and updates")):
-        ax.set(xlabel=label)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
+    for ax, (tokens, column) in zip(axes, ((4, 0), (4, 1), (1, 0))):
+        for name in STEPS[tokens]:
+            points = zip(*[curve(name, seed, tokens) for seed in SEEDS])
+            x, y = zip(*[(mean(p[column] for p in at), mean(p[2] for p in at)) for at in points])
+            ax.plot(x, y, color=f"C{list(ROWS).index(name)}", lw=1.3, label=name)
+        ax.set(xlabel=("completions", "seconds of rollouts and updates")[column])
+        ax.set_title(f"{tokens} token{'s' * (tokens > 1)} per step", fontsize=10)
+        tidy(ax)
     axes[0].set(ylabel=f"greedy accuracy, mean of {len(SEEDS)} seeds")
-    axes[1].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.0))
     figure.savefig("assets/ladder.png", dpi=150, bbox_inches="tight")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,12 +4,12 @@ two samplers on these bases before RL, with and without guidance.
 python experiments/t2i_tiny.py            # runs what is not there yet, then prints; copies one run's images.png
 """
 
-import json
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
+
+from common import lines, results, run, spread
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,56 +21,46 @@ GUIDANCES = (0, 1, 3)
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
-def run(method: str, seed: int) -> Path:
-    """The directory of one finished run of the project's own command."""
-    path = Path(f"runs/t2i-{method}-s{seed}")
-    if not (path / "results.json").is_file():
-        flags = ["--task", "t2i", "--method", method, "--seed", str(seed), "--output_dir", str(path)]
-        subprocess.run(["accelerate", "launch", "maskgrpo.py", *flags], check=True)
-    return path
+def path(method: str, seed: int) -> Path:
+    """The directory of one finished run."""
+    command = f"accelerate launch maskgrpo.py --task t2i --method {method} --seed {seed}"
+    return run(command, f"runs/t2i-{method}-s{seed}")
 
 
 def before_rl(sampler: str, guidance: int, seed: int) -> float:
     """Accuracy of a base under another sampler or guidance."""
-    path = Path(f"runs/t2i-base-{sampler}-{guidance}-s{seed}")
-    if not (path / "results.json").is_file():
-        base = next(Path("runs").glob(f"base-t2i-s{seed}-*"))  # which the first run of that seed has trained
-        flags = f"--task t2i --eval_only --model {base} --sampler {sampler} --guidance {guidance} --seed {seed}"
-        subprocess.run([sys.executable, "maskgrpo.py", *flags.split(), "--output_dir", str(path)], check=True)
-    return json.loads((path / "results.json").read_text())["eval_only"]["accuracy"]
+    base = next(Path("runs").glob(f"base-t2i-s{seed}-*"))  # which the first run of that seed has trained
+    command = f"accelerate launch maskgrpo.py --task t2i --eval_only --model {base} --sampler {sampler}"
+    ended = run(f"{command} --guidance {guidance} --seed {seed}", f"runs/t2i-base-{sampler}-{guidance}-s{seed}")
+    return results(ended)["eval_only"]["accuracy"]
 
 
-def objects(path: Path, phase: str) -> float:
+def objects(method: str, seed: int, phase: str) -> float:
     """Whole objects in a test image, on average."""
-    rows = [json.loads(line) for line in (path / f"completions_{phase}.jsonl").read_text().splitlines()]
+    rows = lines(path(method, seed), f"completions_{phase}")
     codes = [rewards.image_codes(row["completion"]) for row in rows if row["split"] == "test"]
     return statistics.mean(len(rewards.find_things(image)[0]) for image in codes)
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation over seeds."""
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
 def main() -> None:
-    results = {m: [json.loads((run(m, s) / "results.json").read_text()) for s in SEEDS] for m in METHODS}
+    found = {method: [results(path(method, seed)) for seed in SEEDS] for method in METHODS}
     columns = ["", "sampler", "test, before", "after", "unseen, before", "after", "largest p"]
     columns += ["unbroken, before", "after", "objects, before", "after", "seconds"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for method, name in METHODS.items():
-        of = results[method]
+        of = found[method]
         names = ("before", "after", "before_unseen", "after_unseen")
         cells = [of[0]["config"]["sampler"], *(spread([r[name]["accuracy"] for r in of]) for name in names)]
         cells.append(f"{max(max(r['paired_p'].values()) for r in of):.0e}")
         # the fidelity term pays 0.25
         cells += [spread([4 * r[f"{phase}_rewards"]["test"]["fidelity"] for r in of]) for phase in ("before", "after")]
-        cells += [spread([objects(run(method, s), phase) for s in SEEDS]) for phase in ("before", "after")]
+        cells += [spread([objects(method, seed, phase) for seed in SEEDS]) for phase in ("before", "after")]
         seconds = statistics.mean(r["seconds"]["total"] + r["base_cached"] * r["seconds"]["base"] for r in of)
         print(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |")
     print("\n| test prompts | " + " | ".join(CATEGORIES) + " |\n|---|" + "---|" * len(CATEGORIES))
     for method, name in METHODS.items():
         for phase in ("before", "after"):
-            figures = [r[f"{phase}_categories"] for r in results[method]]
+            figures = [r[f"{phase}_categories"] for r in found[method]]
             cells = [statistics.mean(f[c]["accuracy"] for f in figures) for c in CATEGORIES]
             print(f"| {name}, {phase} | " + " | ".join(f"{value:.2f}" for value in cells) + " |")
     print("\n| test prompts, before RL |" + "".join(f" guidance {g} |" for g in GUIDANCES))
@@ -78,8 +68,8 @@ def main() -> None:
     for sampler in ("maskgit", "emerge"):
         cells = [spread([before_rl(sampler, g, seed) for seed in SEEDS]) for g in GUIDANCES]
         print(f"| {sampler} | " + " | ".join(cells) + " |")
-    shutil.copy(run("maskgrpo", 0) / "images.png", "assets/t2i.png")
+    shutil.copy(path("maskgrpo", 0) / "images.png", "assets/t2i.png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

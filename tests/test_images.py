@@ -269,6 +269,19 @@ def test_the_settings_of_a_method_and_of_the_task(method):
     assert m.parse(["--method", method])[0].sampler == "semi_autoregressive"
 
 
+def test_the_picture_has_every_category_then_the_next_prompts_before_and_after(tmp_path):
+    """20 test prompts of one category, one each of two more, and one of the other split; the codes tell which are drawn."""
+    pytest.importorskip("matplotlib")
+    kinds = [("test", "A")] * 20 + [("test", "B"), ("test", "C"), ("unseen", "D")]
+    of = lambda n, split, kind: dict(split=split, category=kind, score=1.0, prompt="a circle", completion=str(n))
+    before, after = ([of(100 * phase + i, *kind) for i, kind in enumerate(kinds)] for phase in (0, 1))
+    drawn = []
+    pixels = lambda codes: drawn.append(codes.item()) or torch.zeros(1, 4, 4, 3)
+    m.draw_images(SimpleNamespace(path=tmp_path, pixels=pixels, say=lambda text: None), before, after)
+    chosen = [0, 1, 2, 3, 4, 5, 20, 21]
+    assert drawn == [*chosen, *(100 + i for i in chosen)]
+
+
 def test_bad_flags_are_named(tmp_path, capfd):
     for flags, message in {
         "--task t2i --sampler semi_autoregressive": "--sampler semi_autoregressive: not for an image",

@@ -1,0 +1,33 @@
+"""What the experiments share: a run is made once, by the project's own command, and read from its files."""
+
+import json
+import statistics
+import subprocess
+from pathlib import Path
+
+
+def run(command: str, path: str) -> Path:
+    """The run directory `path` of `command`, which is run now if that has no results yet."""
+    if not Path(path, "results.json").is_file():
+        subprocess.run([*command.split(), "--output_dir", path], check=True)
+    return Path(path)
+
+
+def results(path: Path) -> dict:
+    return json.loads((path / "results.json").read_text())
+
+
+def lines(path: Path, name: str) -> list[dict]:
+    """The rows of a run's `metrics.jsonl`, `completions_before.jsonl` or `completions_after.jsonl`."""
+    return [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def tidy(axes) -> None:
+    """A light grid, and no frame at the top and right."""
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
