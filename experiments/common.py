@@ -22,9 +22,21 @@ def lines(path: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
 
 
+def seconds(of: dict) -> float:
+    """What a run took, its base included, whichever run has trained that."""
+    return of["seconds"]["total"] + of["base_cached"] * of["seconds"]["base"]
+
+
 def spread(values: list[float]) -> str:
     """Mean ± standard deviation over seeds."""
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def table(head: list[str], rows: dict[str, list[str]]) -> None:
+    """A markdown table."""
+    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for name, cells in rows.items():
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def tidy(axes) -> None:

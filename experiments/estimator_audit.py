@@ -32,12 +32,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import maskgrpo as m  # noqa: E402
 import remask  # noqa: E402
+from experiments.common import table, tidy  # noqa: E402
 from tests.exact import log_likelihood  # noqa: E402
 
 QUICK = "--quick" in sys.argv
 SEEDS, BATCHES, DRAWS, FORWARDS = ((0,), 1, 2, (1, 4)) if QUICK else ((0, 1, 2), 2, 2, (1, 2, 4, 12))
 GAMMAS = (0.6,) if QUICK else (0.0, 0.2, 0.4, 0.6, 0.8)
 SAMPLERS = ((4, 4),) if QUICK else ((1, 1), (2, 1), (4, 1), (4, 4), (8, 1))  # block length, tokens per step
+LADDERS = tuple(sampler for sampler in SAMPLERS if sampler[0] == 4)  # those of ladder.py
+MANY = 48  # forwards: enough for most noise to average out
 SHARES, NEAR_ROWS = (1, 0.3, 0.1, 0.03, 0.01), 8 if QUICK else 32
 FLAGS = "--task gsm8k --gen_length 15 --tokens_per_step 1 --max_steps 10"
 FLAGS += " --eval_n 64 --pass_k 0 --eval_every 0 --save_every 0"
@@ -67,6 +70,7 @@ ESTIMATORS = {
     "trace, rotated": Estimator("rotated_trace"),
 }
 VARIANTS = {"token": dict(ratio="token"), "managed": dict(managed=True)}
+IN_LADDERS = tuple(name for name in ESTIMATORS if name not in ("AR, gamma .6, inverse", "trace: TraceRL"))
 IN_SWEEP = ("full, clean prompt", "random, gamma .6", "AR, gamma 0", "AR, gamma .6: MaskGRPO", "trace, rotated")
 
 
@@ -193,13 +197,6 @@ def cell(name: str, batches: list[Comparison]) -> str:
     return re.sub(r"\b0\.", ".", "{:.2f} ±{:.2f}".format(*figure(name, batches)))
 
 
-def table(head: list[str], rows: dict[str, list[str]]) -> None:
-    """A markdown table."""
-    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for name, cells in rows.items():
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-
-
 # ---------------------------------------------------------------------------------------------
 # The tables and the picture
 # ---------------------------------------------------------------------------------------------
@@ -232,6 +229,12 @@ def audit(seed: int) -> dict:
         see = Truth(run, problems, before, after, BATCHES, sampler)
         for name in IN_SWEEP:
             add("sampler", name, sampler, value=see.compare(ESTIMATORS[name], 4))
+        if sampler in LADDERS:
+            for name in IN_LADDERS:
+                alone = ESTIMATORS[name]._replace(ratio="token")
+                add("many", name, (*sampler, "4"), value=see.compare(alone, 4))
+                add("many", name, (*sampler, "4, managed"), value=see.compare(alone._replace(managed=True), 4))
+                add("many", name, (*sampler, MANY), value=see.compare(alone, MANY))
     found |= closer(run, problems, before, after)
     torch.save({key: list(map(tuple, v)) if key[0] != "near" else v for key, v in found.items()}, file)
     return found
@@ -323,6 +326,10 @@ def report(found: dict) -> None:
     print("\nCosine over the sampler, block length / tokens per step, K = 4 (one update)")
     rows = {n: [both(found["sampler", n, sampler]) for sampler in SAMPLERS] for n in IN_SWEEP}
     table(["", *("{} / {}".format(*sampler) for sampler in SAMPLERS)], rows)
+    print("\nCosine of the token loss under the ladder's samplers, block length / tokens per step: K")
+    columns = [(*sampler, mu) for sampler in LADDERS for mu in ("4", "4, managed", MANY)]
+    rows = {n: [cell("cosine", found["many", n, column]) for column in columns] for n in IN_LADDERS}
+    table(["", *("{} / {}: {}".format(*column) for column in columns)], rows)
     print("\nStd of the exact log-ratio over s, to weights a share s of the way to the second policy, by seed")
     rows = {o: [" ".join(f"{v:.2f}" for v in found["near", o, s]) for s in SHARES] for o in ("random", "confident")}
     table(["", *(f"s = {s:g}" for s in SHARES)], rows)
@@ -346,8 +353,7 @@ def draw(found: dict) -> None:
     right.set(xlabel="gamma (4 forwards)")
     for ax in (left, right):
         ax.set_ylim(0, 1.02)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+        tidy(ax)
     figure_.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0.0))
     figure_.savefig("assets/estimator_audit.png", dpi=150, bbox_inches="tight")
 

@@ -3,10 +3,10 @@
 python experiments/gsm8k_tiny.py            # runs what is not there yet, then prints and draws
 """
 
-import statistics
 from pathlib import Path
+from statistics import mean
 
-from common import lines, results, run, spread, tidy
+from common import lines, results, run, seconds, spread, table, tidy
 
 SEEDS, RATIOS = (0, 1, 2), ("token", "sequence")
 
@@ -18,16 +18,17 @@ def path(ratio: str, seed: int) -> Path:
 
 
 def main() -> None:
-    found = {ratio: [results(path(ratio, seed)) for seed in SEEDS] for ratio in RATIOS}
-    print("| | fresh, before | fresh, after | unseen pairs, before | unseen pairs, after | largest p | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    for ratio, of in found.items():
+    rows = {}
+    for ratio in RATIOS:
+        of = [results(path(ratio, seed)) for seed in SEEDS]
         names = ("before", "after", "before_unseen", "after_unseen")
-        cells = [spread([r[name]["accuracy"] for r in of]) for name in names]
         p = max(max(r["paired_p"].values()) for r in of)
-        seconds = [r["seconds"]["total"] + r["base_cached"] * r["seconds"]["base"] for r in of]
-        cells += [f"{p:.0e}", f"{statistics.mean(seconds):.0f}"]
-        print(f"| `--ratio {ratio}` | " + " | ".join(cells) + " |")
+        cells = [*(spread([r[name]["accuracy"] for r in of]) for name in names), f"{p:.0e}"]
+        rows[f"`--ratio {ratio}`"] = [*cells, f"{mean(map(seconds, of)):.0f}"]
+    table(
+        ["", "fresh, before", "fresh, after", "unseen pairs, before", "unseen pairs, after", "largest p", "seconds"],
+        rows,
+    )
     draw()
 
 

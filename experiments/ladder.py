@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from common import lines, results, run, spread, tidy
+from common import lines, results, run, spread, table, tidy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -87,13 +87,6 @@ def compared(name: str, rival: str, tokens: int) -> list[str]:
     cells = [f"{mean(of):+.1f} ± {stdev(of):.1f}" for of in gains.values()]
     largest = max(paired_p(*pair) for pair in pairs["test"])
     return [*cells, f"{sum(gain > 0 for gain in gains['test'])} of {len(SEEDS)}", f"{largest:.0e}"]
-
-
-def table(head: list[str], rows: dict[str, list[str]]) -> None:
-    """A markdown table."""
-    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for name, cells in rows.items():
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:

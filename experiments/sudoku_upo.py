@@ -4,13 +4,13 @@ python experiments/sudoku_upo.py            # runs what is not there yet, then p
 """
 
 import shutil
-import statistics
 from pathlib import Path
+from statistics import mean, stdev
 
-from common import lines, results, run, spread, tidy
+from common import lines, results, run, spread, table, tidy
 
 SEEDS = (0, 1, 2)
-ORDERS = ("random", "max_confidence", "margin", "entropy", "softmax_confidence", "topk_random", "upo")
+ORDERS = ("random", "max_confidence", "margin", "entropy", "softmax_confidence", "topk_random")
 REFERENCES = {ref: f"--ref {ref}" for ref in ("max_confidence", "softmax_confidence", "topk")}
 ABLATION = {
     "KL, pretrained": "--ref softmax_confidence",
@@ -30,38 +30,29 @@ def results_of(flags: str) -> list[dict]:
     return [results(path(flags, seed)) for seed in SEEDS]
 
 
-def print_orders() -> None:
+def orders() -> dict[str, list[str]]:
     """Accuracy of every order; the fixed ones are the same under each reference, their base being the same."""
-    print("| order | seed 0 | seed 1 | seed 2 | mean ± std | largest p against max-confidence, margin |")
-    print("|---|---|---|---|---|---|")
-    for name, flags in {order: REFERENCES["topk"] for order in ORDERS[:-1]}.items():
-        values = [r["accuracy"][name]["mean"] for r in results_of(flags)]
-        print(f"| {name} | " + " | ".join(f"{v:.3f}" for v in values) + f" | {spread(values)} | |")
+    rows = {}
+    for name in ORDERS:
+        values = [r["accuracy"][name]["mean"] for r in results_of(REFERENCES["topk"])]
+        rows[name] = [*(f"{v:.3f}" for v in values), spread(values), ""]
     for ref, flags in REFERENCES.items():
         found = results_of(flags)
         values = [r["accuracy"]["upo"]["mean"] for r in found]
         p = [max(r["paired"][rival]["p"] for r in found) for rival in ("max_confidence", "margin")]
-        cells = " | ".join(f"{v:.3f}" for v in values)
-        print(f"| **UPO**, `--ref {ref}` | {cells} | {spread(values)} | {p[0]:.0e}, {p[1]:.0e} |")
+        rows[f"**UPO**, `--ref {ref}`"] = [*(f"{v:.3f}" for v in values), spread(values), f"{p[0]:.0e}, {p[1]:.0e}"]
+    return rows
 
 
-def print_pass() -> None:
-    """pass@N of random and top-K orders, mean over seeds."""
-    found = results_of(REFERENCES["topk"])
-    print("\n| N | " + " | ".join(found[0]["pass_at_n"]["random"]) + " |\n|---|---|---|---|---|---|")
-    for name in found[0]["pass_at_n"]:
-        values = [[r["pass_at_n"][name][n] for r in found] for n in found[0]["pass_at_n"][name]]
-        print(f"| {name} | " + " | ".join(f"{statistics.mean(v):.3f}" for v in values) + " |")
-
-
-def print_ablation() -> None:
-    print("\n| reference, initialisation | accuracy | over max-confidence, points | by seed |\n|---|---|---|---|")
+def ablation() -> dict[str, list[str]]:
+    rows = {}
     for name, flags in ABLATION.items():
         found = results_of(flags)
         gains = [100 * r["paired"]["max_confidence"]["difference"] for r in found]
         by_seed = ", ".join(f"{gain:+.1f}" for gain in gains)
-        gain = f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains):.1f}"
-        print(f"| {name} | {spread([r['accuracy']['upo']['mean'] for r in found])} | {gain} | {by_seed} |")
+        accuracy = spread([r["accuracy"]["upo"]["mean"] for r in found])
+        rows[name] = [accuracy, f"{mean(gains):+.1f} ± {stdev(gains):.1f}", by_seed]
+    return rows
 
 
 def draw() -> None:
@@ -82,12 +73,12 @@ def draw() -> None:
         for ax, name in zip(axes, panels):
             curves = [[row[name] for row in rows if name in row] for rows in runs]
             step = [i + 1 for i, row in enumerate(runs[0]) if name in row]
-            mean = [statistics.mean(values) for values in zip(*curves)]
+            average = [mean(values) for values in zip(*curves)]
             width = 1 if len(step) < 50 else 10  # single batches are noisy: means of 10 steps
-            blocks = range(0, len(mean) - width + 1, width)
+            blocks = range(0, len(average) - width + 1, width)
             ax.plot(
                 [step[i + width // 2] for i in blocks],
-                [statistics.mean(mean[i : i + width]) for i in blocks],
+                [mean(average[i : i + width]) for i in blocks],
                 color=colour,
                 label=label,
                 lw=1.3,
@@ -102,9 +93,12 @@ def draw() -> None:
 
 
 def main() -> None:
-    print_orders()
-    print_pass()
-    print_ablation()
+    best_of = [r["pass_at_n"] for r in results_of(REFERENCES["topk"])]
+    pass_at_n = {name: [f"{mean(r[name][n] for r in best_of):.3f}" for n in best_of[0][name]] for name in best_of[0]}
+    seeds = [f"seed {seed}" for seed in SEEDS]
+    table(["order", *seeds, "mean ± std", "largest p against max-confidence, margin"], orders())
+    table(["N", *best_of[0]["random"]], pass_at_n)
+    table(["reference, initialisation", "accuracy", "over max-confidence, points", "by seed"], ablation())
     draw()
 
 

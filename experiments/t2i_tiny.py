@@ -5,11 +5,11 @@ python experiments/t2i_tiny.py            # runs what is not there yet, then pri
 """
 
 import shutil
-import statistics
 import sys
 from pathlib import Path
+from statistics import mean
 
-from common import lines, results, run, spread
+from common import lines, results, run, seconds, spread, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -39,35 +39,29 @@ def objects(method: str, seed: int, phase: str) -> float:
     """Whole objects in a test image, on average."""
     rows = lines(path(method, seed), f"completions_{phase}")
     codes = [rewards.image_codes(row["completion"]) for row in rows if row["split"] == "test"]
-    return statistics.mean(len(rewards.find_things(image)[0]) for image in codes)
+    return mean(len(rewards.find_things(image)[0]) for image in codes)
 
 
 def main() -> None:
     found = {method: [results(path(method, seed)) for seed in SEEDS] for method in METHODS}
-    columns = ["", "sampler", "test, before", "after", "unseen, before", "after", "largest p"]
-    columns += ["unbroken, before", "after", "objects, before", "after", "seconds"]
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for method, name in METHODS.items():
-        of = found[method]
+    rows, by_category = {}, {}
+    for method, of in found.items():
         names = ("before", "after", "before_unseen", "after_unseen")
         cells = [of[0]["config"]["sampler"], *(spread([r[name]["accuracy"] for r in of]) for name in names)]
         cells.append(f"{max(max(r['paired_p'].values()) for r in of):.0e}")
         # the fidelity term pays 0.25
         cells += [spread([4 * r[f"{phase}_rewards"]["test"]["fidelity"] for r in of]) for phase in ("before", "after")]
         cells += [spread([objects(method, seed, phase) for seed in SEEDS]) for phase in ("before", "after")]
-        seconds = statistics.mean(r["seconds"]["total"] + r["base_cached"] * r["seconds"]["base"] for r in of)
-        print(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |")
-    print("\n| test prompts | " + " | ".join(CATEGORIES) + " |\n|---|" + "---|" * len(CATEGORIES))
-    for method, name in METHODS.items():
+        rows[METHODS[method]] = [*cells, f"{mean(map(seconds, of)):.0f}"]
         for phase in ("before", "after"):
-            figures = [r[f"{phase}_categories"] for r in found[method]]
-            cells = [statistics.mean(f[c]["accuracy"] for f in figures) for c in CATEGORIES]
-            print(f"| {name}, {phase} | " + " | ".join(f"{value:.2f}" for value in cells) + " |")
-    print("\n| test prompts, before RL |" + "".join(f" guidance {g} |" for g in GUIDANCES))
-    print("|---" * (1 + len(GUIDANCES)) + "|")
-    for sampler in ("maskgit", "emerge"):
-        cells = [spread([before_rl(sampler, g, seed) for seed in SEEDS]) for g in GUIDANCES]
-        print(f"| {sampler} | " + " | ".join(cells) + " |")
+            figures = [r[f"{phase}_categories"] for r in of]
+            cells = [f"{mean(f[c]['accuracy'] for f in figures):.2f}" for c in CATEGORIES]
+            by_category[f"{METHODS[method]}, {phase}"] = cells
+    columns = ["", "sampler", "test, before", "after", "unseen, before", "after", "largest p"]
+    table([*columns, "unbroken, before", "after", "objects, before", "after", "seconds"], rows)
+    table(["test prompts", *CATEGORIES], by_category)
+    rows = {s: [spread([before_rl(s, g, seed) for seed in SEEDS]) for g in GUIDANCES] for s in ("maskgit", "emerge")}
+    table(["test prompts, before RL", *(f"guidance {g}" for g in GUIDANCES)], rows)
     shutil.copy(path("maskgrpo", 0) / "images.png", "assets/t2i.png")
 
 
