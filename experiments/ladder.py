@@ -5,8 +5,7 @@ problems per split, paired; and four of its rows with one token per step instead
 
 Each row changes one thing of the row above it, so all of them divide advantages by their group's std; UniGRPO, TraceRL
 and rotated-trace stand beside the ladder. Completions are counted until validation accuracy (256 problems, every 25
-steps) reaches what the first row ends with. The long runs may go side by side, so seconds are those of 20 steps run
-alone.
+steps) reaches what another row ends with. The long runs may go side by side, so seconds are those of 20 steps alone.
 """
 
 import sys
@@ -31,6 +30,8 @@ ROWS = {
 }
 # tokens per step: the rows that are run with it
 STEPS = {4: tuple(ROWS), 1: ("+ AR-like masks", "+ truncation: MaskGRPO", "TraceRL", "rotated-trace")}
+# tokens per step: the rows whose final accuracy the others are timed to
+GOALS = {4: ("diffu-GRPO", "UniGRPO"), 1: ("+ truncation: MaskGRPO",)}
 PAIRS = (
     ("+ managed randomness", "diffu-GRPO"),
     ("+ AR-like masks", "+ managed randomness"),
@@ -68,9 +69,9 @@ def curve(name: str, seed: int, tokens: int) -> list[tuple[int, float, float]]:
     return [(row["completions"], row["step"] * pace(name, tokens), row["validation_accuracy"]) for row in rows]
 
 
-def reached(name: str, tokens: int) -> str:
-    """Completions until the first row's final validation accuracy: mean over the seeds that reach it, and how many."""
-    goals = [curve(STEPS[tokens][0], seed, tokens)[-1][2] for seed in SEEDS]
+def reached(name: str, goal: str, tokens: int) -> str:
+    """Completions until the final validation accuracy of `goal`: mean over the seeds that reach it, and how many."""
+    goals = [curve(goal, seed, tokens)[-1][2] for seed in SEEDS]
     curves = [curve(name, seed, tokens) for seed in SEEDS]
     first = [next((n for n, _, accuracy in c if accuracy >= goal), None) for c, goal in zip(curves, goals)]
     there = [n for n in first if n is not None]
@@ -78,28 +79,30 @@ def reached(name: str, tokens: int) -> str:
 
 
 def compared(name: str, rival: str, tokens: int) -> list[str]:
-    """The points that `name` gains over `rival` on both splits; on how many seeds of the first, and its largest p."""
-    pairs = {
-        split: [[scores(n, seed, tokens, split) for n in (rival, name)] for seed in SEEDS]
-        for split in ("test", "unseen")
-    }
-    gains = {split: [100 * (mean(ours) - mean(theirs)) for theirs, ours in of] for split, of in pairs.items()}
-    cells = [f"{mean(of):+.1f} ± {stdev(of):.1f}" for of in gains.values()]
-    largest = max(paired_p(*pair) for pair in pairs["test"])
-    return [*cells, f"{sum(gain > 0 for gain in gains['test'])} of {len(SEEDS)}", f"{largest:.0e}"]
+    """Points that `name` gains over `rival` on both splits; on the first, seeds better and worse, and with p < .05."""
+    of = lambda split: [[scores(n, seed, tokens, split) for n in (rival, name)] for seed in SEEDS]
+    gains = {split: [100 * (mean(ours) - mean(theirs)) for theirs, ours in of(split)] for split in ("test", "unseen")}
+    sure = [paired_p(*pair) < 0.05 for pair in of("test")]
+    cells = [f"{mean(values):+.1f} ± {stdev(values):.1f}" for values in gains.values()]
+    for sign in (1, -1):
+        there = [s for gain, s in zip(gains["test"], sure) if gain * sign > 0]
+        cells.append(f"{len(there)} ({sum(there)})")
+    return cells
 
 
 def main() -> None:
     for tokens, names in STEPS.items():
         found = {name: [results(path(name, seed, tokens)) for seed in SEEDS] for name in names}
         accuracies = lambda of, phase: [spread([r[f"{phase}{s}"]["accuracy"] for r in of]) for s in ("", "_unseen")]
-        rows = {"base": [*accuracies(found[names[0]], "before"), "", ""]}
+        rows = {"base": [*accuracies(found[names[0]], "before"), *([""] * len(GOALS[tokens])), ""]}
         for name, of in found.items():
-            rows[name] = [*accuracies(of, "after"), reached(name, tokens), f"{150 * pace(name, tokens):.0f}"]
+            counts = [reached(name, goal, tokens) for goal in GOALS[tokens]]
+            rows[name] = [*accuracies(of, "after"), *counts, f"{150 * pace(name, tokens):.0f}"]
         print(f"\n{tokens} tokens per step")
-        table(["", "fresh", "unseen pairs", "completions to the first row's end", "seconds"], rows)
-        pairs = {f"{a}, over {b}": compared(a, b, tokens) for a, b in PAIRS if {a, b} <= set(names)}
-        table(["points", "fresh", "unseen pairs", "better, fresh", "largest p"], pairs)
+        counts = [f"completions to the end of {goal}" for goal in GOALS[tokens]]
+        table(["", "fresh", "unseen pairs", *counts, "seconds"], rows)
+        pairs = {f"{a} over {b}".replace("+ ", ""): compared(a, b, tokens) for a, b in PAIRS if {a, b} <= set(names)}
+        table(["points", "fresh", "unseen pairs", "seeds better (p < .05)", "worse"], pairs)
     draw()
 
 
