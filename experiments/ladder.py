@@ -3,11 +3,14 @@ problems per split, paired; and four of its rows with one token per step instead
 
     python experiments/ladder.py                # runs what is not there yet, then prints and draws
 
-Each row changes one thing of the row above it, so all of them divide advantages by their group's std; UniGRPO, TraceRL
-and rotated-trace stand beside the ladder. Completions are counted until validation accuracy (256 problems, every 25
-steps) reaches what another row ends with. The long runs may go side by side, so seconds are those of 20 steps alone.
+Each row changes one thing of the row above it, so all of them divide advantages by their group's std. The paper goes
+from a full mask that hides 15% of the prompt to AR-like masks at once; "+ clean prompt" is the full mask (all but one
+token in 10,000) that hides none of it. What follows MaskGRPO stands beside the ladder. Completions are counted until
+validation accuracy (256 problems, every 25 steps) reaches what another row ends with. The long runs may go side by
+side, so seconds are those of 20 steps alone.
 """
 
+import re
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,8 +25,10 @@ SEEDS = (0, 1, 2, 3, 4)
 ROWS = {
     "diffu-GRPO": "--method diffu-grpo",
     "+ managed randomness": "--method diffu-grpo --managed_randomness",
+    "+ clean prompt": "--method diffu-grpo --managed_randomness --remask uniform --gamma 0.9999",
     "+ AR-like masks": "--method maskgrpo --gamma 0",
     "+ truncation: MaskGRPO": "--method maskgrpo",
+    "random masks, gamma .6": "--method truncation",
     "UniGRPO": "--method unigrpo",
     "TraceRL": "--method tracerl",
     "rotated-trace": "--method rotated-trace",
@@ -34,9 +39,11 @@ STEPS = {4: tuple(ROWS), 1: ("+ AR-like masks", "+ truncation: MaskGRPO", "Trace
 GOALS = {4: ("diffu-GRPO", "UniGRPO"), 1: ("+ truncation: MaskGRPO",)}
 PAIRS = (
     ("+ managed randomness", "diffu-GRPO"),
-    ("+ AR-like masks", "+ managed randomness"),
+    ("+ clean prompt", "+ managed randomness"),
+    ("+ AR-like masks", "+ clean prompt"),
     ("+ truncation: MaskGRPO", "+ AR-like masks"),
     ("+ truncation: MaskGRPO", "diffu-GRPO"),
+    ("+ truncation: MaskGRPO", "random masks, gamma .6"),
     ("+ truncation: MaskGRPO", "UniGRPO"),
     ("TraceRL", "+ AR-like masks"),
     ("TraceRL", "+ truncation: MaskGRPO"),
@@ -47,7 +54,7 @@ PAIRS = (
 def path(name: str, seed: int, tokens: int, extra: str = "--max_steps 150 --eval_n 2000", label: str = "") -> Path:
     """The directory of one finished run."""
     command = f"accelerate launch maskgrpo.py --task gsm8k {ROWS[name]} --tokens_per_step {tokens}"
-    directory = f"runs/ladder-{tokens}-{list(ROWS).index(name)}-s{seed}{label}"
+    directory = f"runs/ladder-{tokens}-{'-'.join(re.findall('[A-Za-z0-9]+', name))}-s{seed}{label}"
     return run(f"{command} --advantage std --pass_k 0 --seed {seed} {extra}", directory)
 
 
@@ -90,6 +97,10 @@ def compared(name: str, rival: str, tokens: int) -> list[str]:
     return cells
 
 
+def named(tokens: int) -> str:
+    return f"{tokens} token{'s' * (tokens > 1)} per step"
+
+
 def main() -> None:
     for tokens, names in STEPS.items():
         found = {name: [results(path(name, seed, tokens)) for seed in SEEDS] for name in names}
@@ -98,8 +109,8 @@ def main() -> None:
         for name, of in found.items():
             counts = [reached(name, goal, tokens) for goal in GOALS[tokens]]
             rows[name] = [*accuracies(of, "after"), *counts, f"{150 * pace(name, tokens):.0f}"]
-        print(f"\n{tokens} tokens per step")
-        counts = [f"completions to the end of {goal}" for goal in GOALS[tokens]]
+        print(f"\n{named(tokens)}")
+        counts = [f"completions to {goal.replace('+ ', '')}'s end" for goal in GOALS[tokens]]
         table(["", "fresh", "unseen pairs", *counts, "seconds"], rows)
         pairs = {f"{a} over {b}".replace("+ ", ""): compared(a, b, tokens) for a, b in PAIRS if {a, b} <= set(names)}
         table(["points", "fresh", "unseen pairs", "seeds better (p < .05)", "worse"], pairs)
@@ -110,14 +121,14 @@ def draw() -> None:
     """assets/ladder.png: mean validation accuracy over completions, and over seconds of RL."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
     for ax, (tokens, column) in zip(axes, ((4, 0), (4, 1), (1, 0))):
         for name in STEPS[tokens]:
             points = zip(*[curve(name, seed, tokens) for seed in SEEDS])
             x, y = zip(*[(mean(p[column] for p in at), mean(p[2] for p in at)) for at in points])
             ax.plot(x, y, color=f"C{list(ROWS).index(name)}", lw=1.3, label=name)
         ax.set(xlabel=("completions", "seconds of rollouts and updates")[column])
-        ax.set_title(f"{tokens} token{'s' * (tokens > 1)} per step", fontsize=10)
+        ax.set_title(named(tokens), fontsize=10)
         tidy(ax)
     axes[0].set(ylabel=f"greedy accuracy, mean of {len(SEEDS)} seeds")
     handles, labels = axes[0].get_legend_handles_labels()
