@@ -11,7 +11,8 @@ the mean over its K inner updates:
     cosine      of the policy gradient of a batch (128 completions, the policy that drew them) and the exact one;
                 "update" is the gradient of a single one of 4 inner updates
 
-± is half of a 95% bootstrap interval over batches. Problems are training problems.
+In brackets the lowest and the highest batch. Problems are training problems. The policy gradient is that of the batch's
+sampled completions with their exact likelihood, where no other token becomes the most confident one.
 
     python experiments/estimator_audit.py            # makes its models on first use, prints, draws
     python experiments/estimator_audit.py --quick    # a test of the script; its numbers mean nothing
@@ -61,8 +62,8 @@ class Estimator(NamedTuple):
 ESTIMATORS = {
     "full: diffu-GRPO": Estimator("full"),
     "full, clean prompt": Estimator("uniform", 1.0),
-    "random (0, 1): UniGRPO": Estimator("whole_range"),
-    "random, gamma .6": Estimator("uniform", 0.6),
+    "uniform (0, 1): UniGRPO": Estimator("whole_range"),
+    "uniform, gamma .6": Estimator("uniform", 0.6),
     "AR, gamma 0": Estimator("fading_out", 0.0),
     "AR, gamma .6: MaskGRPO": Estimator("fading_out", 0.6),
     "AR, gamma .6, inverse": Estimator("fading_out", 0.6, inverse=True),
@@ -70,8 +71,16 @@ ESTIMATORS = {
     "trace, rotated": Estimator("rotated_trace"),
 }
 VARIANTS = {"token": dict(ratio="token"), "managed": dict(managed=True)}
+RIVALS = (
+    ("AR, gamma .6: MaskGRPO", "AR, gamma 0"),
+    ("uniform, gamma .6", "uniform (0, 1): UniGRPO"),
+    ("AR, gamma .6: MaskGRPO", "uniform, gamma .6"),
+    ("AR, gamma .6: MaskGRPO", "full, clean prompt"),
+    ("AR, gamma .6, inverse", "AR, gamma .6: MaskGRPO"),
+    ("trace, rotated", "AR, gamma .6: MaskGRPO"),
+)
 IN_LADDERS = tuple(name for name in ESTIMATORS if name not in ("AR, gamma .6, inverse", "trace: TraceRL"))
-IN_SWEEP = ("full, clean prompt", "random, gamma .6", "AR, gamma 0", "AR, gamma .6: MaskGRPO", "trace, rotated")
+IN_SWEEP = ("full, clean prompt", "uniform, gamma .6", "AR, gamma 0", "AR, gamma .6: MaskGRPO", "trace, rotated")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -182,19 +191,22 @@ FIGURES = {
 }
 
 
-def figure(name: str, batches: list[Comparison]) -> tuple[float, float]:
-    """A figure over all batches, and half of its 95% interval: 100 bootstrap samples of whole batches."""
-    pooled = lambda parts: Comparison(*(torch.cat([part[i] for part in parts], dim=-1) for i in range(4)))
-    noise = remask.seeded(0)
-    picks = [torch.randint(len(batches), (len(batches),), generator=noise).tolist() for _ in range(100)]
-    values = torch.tensor([float(FIGURES[name](pooled([batches[i] for i in pick]))) for pick in picks])
-    low, high = values.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return float(FIGURES[name](pooled(batches))), (high - low) / 2
+def figure(name: str, batches: list[Comparison]) -> tuple[float, float, float]:
+    """A figure's mean over batches, and its lowest and highest."""
+    values = [float(FIGURES[name](batch)) for batch in batches]
+    return sum(values) / len(values), min(values), max(values)
 
 
 def cell(name: str, batches: list[Comparison]) -> str:
-    """A figure and its interval, for a table of 80 columns."""
-    return re.sub(r"\b0\.", ".", "{:.2f} ±{:.2f}".format(*figure(name, batches)))
+    """A figure and its range, for a table of 80 columns."""
+    return re.sub(r"\b0\.", ".", "{:.2f} ({:.2f} to {:.2f})".format(*figure(name, batches)))
+
+
+def over(name: str, rival: str, batches: dict[str, list[Comparison]]) -> str:
+    """By how much the cosine of `name` is above that of `rival` on the same batches, and on how many."""
+    cosines = zip(*[[float(FIGURES["cosine"](batch)) for batch in batches[n]] for n in (name, rival)])
+    gains = [ours - theirs for ours, theirs in cosines]
+    return f"{sum(gains) / len(gains):+.2f}, {sum(gain > 0 for gain in gains)} of {len(gains)}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -294,6 +306,8 @@ def closer(run, problems, before, after) -> dict:
 
 
 def main() -> None:
+    if sys.argv[1:] not in ([], ["--quick"]):
+        sys.exit(f"estimator_audit.py: {' '.join(sys.argv[1:])}: the only flag is --quick")
     found: dict = {}
     for seed in SEEDS:
         for key, values in audit(seed).items():
@@ -306,6 +320,9 @@ def main() -> None:
 def report(found: dict) -> None:
     """All tables."""
     names = ("bias", "std", "corr", "slope")
+    ratios = [c.exact for c in found["main", next(iter(ESTIMATORS)), 4]]
+    said = ", ".join(f"{r.mean():.2f} ± {r.std():.2f}" for r in ratios)
+    print(f"\nThe exact log-ratio of each batch, nats, mean ± std over completions: {said}")
     print("\nCosine with the exact policy gradient: of one update of 4, and of K")
     rows = {n: [cell("update", found["main", n, 4])] for n in ESTIMATORS}
     rows = {n: row + [cell("cosine", found["main", n, mu]) for mu in FORWARDS] for n, row in rows.items()}
@@ -313,18 +330,24 @@ def report(found: dict) -> None:
     print("\nThe same at K = 4: with other losses, or one mask noise for a group")
     pairs = {n: {"sequence": found["main", n, 4]} | {v: found["variant", n, v] for v in VARIANTS} for n in ESTIMATORS}
     table(["", "sequence", *VARIANTS], {n: [cell("cosine", c) for c in row.values()] for n, row in pairs.items()})
+    print("\nThe cosine's gain at K = 4 on the same batches, and on how many of them")
+    rows = {}
+    for name, rival in RIVALS:
+        alone = {n: found["main", n, 4] for n in (name, rival)}
+        managed = {n: found["variant", n, "managed"] for n in (name, rival)}
+        rows[f"{name} over {rival}"] = [over(name, rival, alone), over(name, rival, managed)]
+    table(["", "own noise", "managed"], rows)
     for mu in FORWARDS:
         print(f"\nLog-ratio, nats, from K = {mu} forwards")
         table(["", *names], {n: [cell(f, found["main", n, mu]) for f in names] for n in ESTIMATORS})
     print("\nThe exact log-ratio and gradient of random order against those of most-confident-first")
     exactly = found["order", "random order", 0]
     table(["", *names, "cosine"], {"random order": [cell(f, exactly) for f in (*names, "cosine")]})
-    both = lambda batches: f"{figure('cosine', batches)[0]:.2f} ({figure('update', batches)[0]:.2f})"
-    print("\nCosine over gamma, K = 4 (one update)")
-    rows = {s: [both(found["gamma", s, g]) for g in GAMMAS] for s in ("uniform", "fading_out")}
+    print("\nCosine over gamma, K = 4")
+    rows = {s: [cell("cosine", found["gamma", s, g]) for g in GAMMAS] for s in ("uniform", "fading_out")}
     table(["", *(f"gamma {g}" for g in GAMMAS)], rows)
-    print("\nCosine over the sampler, block length / tokens per step, K = 4 (one update)")
-    rows = {n: [both(found["sampler", n, sampler]) for sampler in SAMPLERS] for n in IN_SWEEP}
+    print("\nCosine over the sampler, block length / tokens per step, K = 4")
+    rows = {n: [cell("cosine", found["sampler", n, sampler]) for sampler in SAMPLERS] for n in IN_SWEEP}
     table(["", *("{} / {}".format(*sampler) for sampler in SAMPLERS)], rows)
     print("\nCosine of the token loss under the ladder's samplers, block length / tokens per step: K")
     columns = [(*sampler, mu) for sampler in LADDERS for mu in ("4", "4, managed", MANY)]
@@ -339,17 +362,28 @@ def draw(found: dict) -> None:
     """assets/estimator_audit.png: the cosine over forwards, and over gamma."""
     import matplotlib.pyplot as plt
 
+    below = lambda a, b: [x - y for x, y in zip(a, b)]
     figure_, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2))
     for i, name in enumerate(ESTIMATORS):
-        points = [figure("cosine", found["main", name, mu]) for mu in FORWARDS]
+        mean, low, high = zip(*[figure("cosine", found["main", name, mu]) for mu in FORWARDS])
         x = [mu * 1.03 ** (i - len(ESTIMATORS) / 2) for mu in FORWARDS]  # side by side
-        left.errorbar(x, *zip(*points), marker=".", lw=1.2, capsize=2, label=name, color=f"C{i}")
+        left.errorbar(
+            x, mean, [below(mean, low), below(high, mean)], marker=".", lw=1.2, capsize=2, label=name, color=f"C{i}"
+        )
     left.set(xscale="log", xticks=FORWARDS, xticklabels=FORWARDS, xlabel="forwards, one per inner update")
     left.set(ylabel="cosine with the exact policy gradient")
     left.minorticks_off()
-    for scheme, colour in (("uniform", "C3"), ("fading_out", "C5")):
-        points = [figure("cosine", found["gamma", scheme, gamma]) for gamma in GAMMAS]
-        right.errorbar(GAMMAS, *zip(*points), marker=".", lw=1.2, capsize=2, color=colour)
+    for scheme, colour, shift in (("uniform", "C3", -0.006), ("fading_out", "C5", 0.006)):
+        mean, low, high = zip(*[figure("cosine", found["gamma", scheme, gamma]) for gamma in GAMMAS])
+        right.errorbar(
+            [gamma + shift for gamma in GAMMAS],
+            mean,
+            [below(mean, low), below(high, mean)],
+            marker=".",
+            lw=1.2,
+            capsize=2,
+            color=colour,
+        )
     right.set(xlabel="gamma (4 forwards)")
     for ax in (left, right):
         ax.set_ylim(0, 1.02)
