@@ -3,14 +3,19 @@
 import json
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 
 def run(command: str, path: str) -> Path:
-    """The run directory `path` of `command`, which is run now if that has no results yet."""
-    if not Path(path, "results.json").is_file():
+    """The run directory `path` of `command`, which is run now if that has no results yet; another's are refused."""
+    root, kept = Path(path), Path(path, "command.txt")
+    if not (root / "results.json").is_file():
         subprocess.run([*command.split(), "--output_dir", path], check=True)
-    return Path(path)
+        kept.write_text(command)
+    elif kept.is_file() and kept.read_text() != command:
+        sys.exit(f"{path} holds the results of another command, {kept.read_text()}: move it away, and run this again")
+    return root
 
 
 def results(path: Path) -> dict:

@@ -185,7 +185,7 @@ FIGURES = {
     "bias": lambda c: (c.estimated - c.exact).mean(),
     "std": lambda c: c.estimated.var(0).mean().sqrt(),
     "corr": lambda c: torch.corrcoef(torch.stack([c.exact.repeat(len(c.estimated)), c.estimated.flatten()]))[0, 1],
-    "slope": lambda c: FIGURES["corr"](c) * c.estimated.std() / c.exact.std(),
+    "slope": lambda c: FIGURES["corr"](c) * c.estimated.std(correction=0) / c.exact.std(correction=0),
     "cosine": lambda c: c.cosines.mean(),
     "update": lambda c: c.single.mean(),
 }

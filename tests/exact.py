@@ -48,7 +48,10 @@ def log_likelihood(
     All completions have the same length, and an EOS stands only at the end of a block: tokens that it cuts off may
     have been revealed before it, and their sum is not taken here. What lies behind a completion should hold the mask
     token, as in the rollout. `denoise` gets the states of a row one behind the other, B * (2^m - 1) rows.
+    Raises ValueError for lengths that differ and for another order than "confident" and "random".
     """
+    if len(set(completion.sum(1).tolist())) > 1 or order not in ("confident", "random"):
+        raise ValueError(f"lengths {completion.sum(1).tolist()}, order {order!r}: want one length, a known order")
     places = completion.nonzero()[:, 1].view(len(x), -1)  # columns of the completion, (B, |o|)
     total, hidden = torch.zeros(len(x), dtype=torch.float64), completion
     for block in places.split(block_length, dim=1):  # (B, m)

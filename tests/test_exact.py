@@ -143,3 +143,38 @@ def test_gradients(order):
             model.bias.add_(sign * h * one[0] * (1 if sign == 1 else 2))
         values.append(exact(model, STRINGS, order, 4, 1)[40].log().item())
     assert (values[0] - values[1]) / (2 * h) == pytest.approx(one[0].square().sum().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("order", ["confident", "random"])
+def test_every_prompt_has_its_own_distribution(order):
+    """Prompts of 1 and 2 words in one batch, the shorter behind padding: each sums to 1, and is what it is alone."""
+    model, length, pad = Enumerable(True, 6, WORDS), 4, 0
+    prompts = [(pad, 2), (1, 2)]
+    rows = torch.tensor([[*prompt, *string] for prompt in prompts for string in STRINGS])
+    where = torch.tensor([False, False] + [True] * length).expand_as(rows)
+    of = lambda some: log_likelihood(
+        denoiser(model), rows[some], where[some], MASK, order=order, block_length=2, temperature=T
+    )
+    p = of(slice(None)).exp().view(2, -1)
+    torch.testing.assert_close(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert (p[0] - p[1]).abs().max() > 1e-3
+    torch.testing.assert_close(of(slice(90, 91)).exp(), p.flatten()[90:91], rtol=1e-5, atol=0)
+
+
+def test_completions_may_stand_in_different_columns():
+    """Where a completion ends before the row does, the same words in other columns are another row's completion."""
+    model = Enumerable(True, 6, WORDS)
+    rows, settings = torch.tensor([[1, 2, 0, 1, MASK, MASK], [0, 2, 1, 2, 0, 1]]), dict(order="random", block_length=2)
+    where = torch.tensor([[False] + [True] * 2 + [False] * 3, [False] * 4 + [True] * 2])
+    both = log_likelihood(denoiser(model), rows, where, MASK, **settings)
+    for i in range(2):
+        alone = log_likelihood(denoiser(model), rows[i : i + 1], where[i : i + 1], MASK, **settings)
+        torch.testing.assert_close(alone, both[i : i + 1])
+
+
+@pytest.mark.parametrize("order,lengths", [("confident", (2, 4)), ("left to right", (4, 4))])
+def test_what_it_cannot_take_is_refused(order, lengths):
+    where = torch.arange(4) < torch.tensor(lengths)[:, None]
+    with pytest.raises(ValueError, match="want one length, a known order"):
+        model = Enumerable(True, LENGTH, WORDS)
+        log_likelihood(denoiser(model), torch.zeros(2, 4).long(), where, MASK, order=order, block_length=2)
