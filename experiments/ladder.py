@@ -42,6 +42,7 @@ PAIRS = (
     ("+ AR-like masks", "+ uniform masks"),
     ("+ truncation: MaskGRPO", "+ AR-like masks"),
     ("+ truncation: MaskGRPO", "diffu-GRPO"),
+    ("uniform masks, gamma .6", "+ uniform masks"),
     ("+ truncation: MaskGRPO", "uniform masks, gamma .6"),
     ("+ truncation: MaskGRPO", "UniGRPO"),
     ("TraceRL", "+ AR-like masks"),
