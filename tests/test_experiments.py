@@ -48,7 +48,7 @@ def test_a_figure_is_the_mean_and_range_of_its_batches():
     assert figure("cosine", [double, same]) == close(0.4, 0.2, 0.6)
     assert figure("corr", [double]) == close(1, 1, 1)
     assert figure("slope", [double]) == close(2, 2, 2) and figure("slope", [same]) == close(1, 1, 1)
-    assert over("a", "b", {"a": [double, same], "b": [same, double]}) == "+0.00, 1 of 2"
+    assert over("a", "b", {"a": [double, double], "b": [same, double]}) == "+0.20, 1 of 2"
 
 
 def test_a_run_is_made_once_and_another_command_s_is_refused(tmp_path):
