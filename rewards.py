@@ -1481,7 +1481,8 @@ def become(user: int) -> bool:
 
 
 def change_root(libc: ctypes.CDLL, box: str) -> bool:
-    """Make an empty file system in memory the root: the interpreter's files, read-only, and /tmp to work in."""
+    """Make an empty file system in memory the root: the interpreter's files, read-only, /tmp, and an empty
+    directory to work in."""
 
     def mount(source: str, target: str, kind: bytes | None, flags: int, options: bytes | None = None) -> None:
         if libc.mount(os.fsencode(source), os.fsencode(target), kind, ctypes.c_ulong(flags), options):
@@ -1500,9 +1501,11 @@ def change_root(libc: ctypes.CDLL, box: str) -> bool:
                 kept = os.statvfs(path).f_flag & MS_NOEXEC
                 mount(path, box + path, None, MS_BIND)
                 mount(path, box + path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV | kept)
-        os.mkdir(box + "/tmp")
+        os.makedirs(box + "/tmp", exist_ok=True)  # the interpreter may lie in there
+        os.chmod(box + "/tmp", 0o1777)
+        os.mkdir(box + "/empty")
         os.chroot(box)
-        os.chdir("/tmp")
+        os.chdir("/empty")
     except OSError:
         return False
     return True
