@@ -86,7 +86,7 @@ def reached(name: str, goal: str, tokens: int) -> str:
 
 
 def compared(name: str, rival: str, tokens: int) -> list[str]:
-    """Points that `name` gains over `rival` on both splits, ± the 95% t interval over seeds; seeds better, of fresh."""
+    """Points that `name` gains over `rival` on both splits, ± the 95% t interval over seeds, and seeds better."""
     cells = []
     for split in ("test", "unseen"):
         pairs = [[mean(scores(n, seed, tokens, split)) for n in (name, rival)] for seed in SEEDS]
@@ -94,6 +94,11 @@ def compared(name: str, rival: str, tokens: int) -> list[str]:
         cells.append(f"{mean(gains):+.1f} ± {T95 * stdev(gains) / len(SEEDS) ** 0.5:.1f}")
         cells.append(f"{sum(gain > 0 for gain in gains)} of {len(SEEDS)}")
     return cells
+
+
+def short(name: str) -> str:
+    """A row's name outside the ladder."""
+    return name.removeprefix("+ ").removeprefix("truncation: ")
 
 
 def named(tokens: int) -> str:
@@ -109,9 +114,9 @@ def main() -> None:
             counts = [reached(name, goal, tokens) for goal in GOALS[tokens]]
             rows[name] = [*accuracies(of, "after"), *counts, f"{150 * pace(name, tokens):.0f}"]
         print(f"\n{named(tokens)}")
-        counts = [f"completions to {goal.replace('+ ', '')}'s end" for goal in GOALS[tokens]]
+        counts = [f"completions to {short(goal)}'s end" for goal in GOALS[tokens]]
         table(["", "fresh", "unseen pairs", *counts, "seconds"], rows)
-        pairs = {f"{a} over {b}".replace("+ ", ""): compared(a, b, tokens) for a, b in PAIRS if {a, b} <= set(names)}
+        pairs = {f"{short(a)} over {short(b)}": compared(a, b, tokens) for a, b in PAIRS if {a, b} <= set(names)}
         table(["points", "fresh", "seeds better", "unseen pairs", "seeds better"], pairs)
     draw()
 
