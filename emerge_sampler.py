@@ -1,4 +1,4 @@
-"""Masks -> tokens: how a completion is drawn from a masked diffusion model.
+"""Masks -> tokens (-> pixels): how a completion is drawn from a masked diffusion model, and how it is seen.
 
 A sampler here takes a callable `denoise(x, positions) -> logits` and knows nothing else of the model:
 
@@ -37,13 +37,18 @@ Departures from LLaDA's generate.py, and from the paper's and MMaDA's code
 """
 
 import itertools
+import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Noise = torch.Generator | Sequence[torch.Generator]
@@ -58,9 +63,7 @@ class Rollout(NamedTuple):
     forwards: int
 
 
-# ---------------------------------------------------------------------------------------------
-# One step, pure functions of tensors
-# ---------------------------------------------------------------------------------------------
+# --- One step, pure functions of tensors ------------------------------------------------------------------------------
 
 
 def exponential_noise(positions: Tensor, vocabulary: int, generator: Noise) -> Tensor:
@@ -123,9 +126,7 @@ def guided(conditional: Denoise, unconditional: Denoise, scale: float) -> Denois
     return call
 
 
-# ---------------------------------------------------------------------------------------------
-# The loop of all samplers
-# ---------------------------------------------------------------------------------------------
+# --- The loop of all samplers -----------------------------------------------------------------------------------------
 
 Read = Callable[[Tensor], Tensor]  # what is unfinished (B, L) bool -> the candidates among it (B, L) bool
 # (step counted from 0, logits (N, V), candidates) -> tokens (N,) long, and which of them to keep (B, L) bool
@@ -170,9 +171,7 @@ def fill(
     return Rollout(x.masked_fill(tail, pad_id), unmask_step.masked_fill(tail, -1), forwards)
 
 
-# ---------------------------------------------------------------------------------------------
-# Text: semi-autoregressive blocks, most confident first
-# ---------------------------------------------------------------------------------------------
+# --- Text: semi-autoregressive blocks, most confident first -----------------------------------------------------------
 
 
 def semi_autoregressive(
@@ -211,9 +210,7 @@ def semi_autoregressive(
     return fill(denoise, x, completion, read, step, eos_ids=eos_ids, pad_id=pad_id, everyone=everyone)
 
 
-# ---------------------------------------------------------------------------------------------
-# Images: emerge (Alg. 4) and MaskGIT, over all of the completion at once
-# ---------------------------------------------------------------------------------------------
+# --- Images: emerge (Alg. 4) and MaskGIT, over all of the completion at once ------------------------------------------
 
 # alpha_t, the share of visible tokens, of the time t that falls from 1 to 0. Cosine reveals few at first.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -300,9 +297,104 @@ def maskgit(
     return fill(denoise, x, completion, lambda unfinished: unfinished, step, first_id=first_id, everyone=everyone)
 
 
-# ---------------------------------------------------------------------------------------------
-# python emerge_sampler.py
-# ---------------------------------------------------------------------------------------------
+SAMPLERS = {"semi_autoregressive": semi_autoregressive, "emerge": emerge, "maskgit": maskgit}
+
+
+# --- Tokens -> pixels: the decoder of MAGVIT-v2 -----------------------------------------------------------------------
+
+
+class ResnetBlock(nn.Module):
+    """x + f(x) with f = conv(swish(norm(conv(swish(norm(x)))))); a 1x1 convolution carries x to another width."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, width, 1e-6), nn.Conv2d(width, out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(32, out, 1e-6), nn.Conv2d(out, out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+class AttnBlock(nn.Module):
+    """x + attention among all places of x, one head."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, width, 1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).mT for conv in (self.q, self.k, self.v))  # (B, places, C)
+        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape))
+
+
+class MagvitDecoder(nn.Module):
+    """The image tokenizer's decoder that Show-o published and MMaDA uses (MAGVIT-v2, arXiv 2310.05737), its parameters
+    and sizes under their published names: channels at the finest level, of each level in units of ch and residual
+    blocks of each level, both finest first, and the bits of a code. The defaults are showlab/magvitv2's."""
+
+    def __init__(self, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=(4, 4, 3, 4, 3), z_channels=13):
+        super().__init__()
+        named = lambda **modules: nn.Sequential(OrderedDict(modules))
+        width, bits, self.bits = ch * ch_mult[-1], z_channels, z_channels
+        self.post_quant_conv, self.conv_in = nn.Conv2d(bits, bits, 1), nn.Conv2d(bits, width, 3, padding=1)
+        self.mid = named(block_1=ResnetBlock(width, width), attn_1=AttnBlock(width), block_2=ResnetBlock(width, width))
+        levels = []
+        for level, (multiple, count) in reversed([*enumerate(zip(ch_mult, num_res_blocks))]):  # coarsest first
+            out = ch * multiple
+            parts = {"block": nn.Sequential(*(ResnetBlock(out if i else width, out) for i in range(count)))}
+            if level:
+                parts["upsample"] = named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(out, out, 3, padding=1))
+            levels.append(named(**parts))
+            width = out
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out, self.conv_out = nn.GroupNorm(32, width, 1e-6), nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """(B, h * h) long codes, row by row -> (B, 3, H, H) float, about -1 to 1; H is 16 h as published."""
+        # Lookup-free quantisation: a code's bits, the most significant first, are its vector of -1 and 1
+        z = codes[:, None, :] >> torch.arange(self.bits - 1, -1, -1, device=codes.device)[:, None] & 1
+        h = (2 * z - 1).to(self.conv_in.weight.dtype).unflatten(-1, (math.isqrt(codes.shape[1]), -1))
+        h = self.mid(self.conv_in(self.post_quant_conv(h)))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    @torch.no_grad()
+    def pixels(self, codes: Tensor, batch: int = 8) -> Tensor:
+        """(B, h * h) long codes -> (B, H, H, 3) uint8, `batch` images at a time. ValueError for codes that are no
+        square, or outside the codebook."""
+        if math.isqrt(codes.shape[1]) ** 2 != codes.shape[1] or not (0 <= codes.min() and codes.max() < 2**self.bits):
+            raise ValueError(f"an image is a square of codes from 0 to {2**self.bits - 1}; MMaDA's has 32 x 32")
+        images = torch.cat([self(part) for part in codes.to(self.conv_in.weight.device).split(batch)])
+        return (127.5 * (images.float().clamp(-1, 1) + 1)).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def load_magvit(where: str, device: str | torch.device = "cpu") -> MagvitDecoder:
+    """The decoder from a weights file, a folder that holds one, or a hub id such as showlab/magvitv2; the sizes from
+    config.json beside it where that names any. The encoder's weights are skipped. Raises ValueError, one line."""
+    try:
+        path = Path(where)
+        if not path.exists():
+            path = Path(snapshot_download(where, allow_patterns=["config.json", "*.safetensors", "*.bin", "*.pth"]))
+        files = [file for kind in ("*.safetensors", "*.bin", "*.pth") for file in sorted(path.glob(kind))]
+        file = path if path.is_file() else files[0]
+        beside, names = file.with_name("config.json"), ("ch", "ch_mult", "num_res_blocks", "z_channels")
+        raw = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        with torch.device("meta"):
+            decoder = MagvitDecoder(**{name: raw[name] for name in names if name in raw})
+        weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        own = {name.removeprefix("decoder."): w.float() for name, w in weights.items() if name.startswith("decoder.")}
+        decoder.load_state_dict(own, assign=True)
+    except Exception as error:  # what the hub, a broken file or nonsensical sizes raise has no common class
+        reason = "no weights file" if isinstance(error, IndexError) else " ".join(str(error).split())[:300]
+        raise ValueError(f"{where}: not to be had as a MAGVIT-v2 decoder ({reason})") from None
+    return decoder.requires_grad_(False).eval().to(device)
+
+
+# --- python emerge_sampler.py -----------------------------------------------------------------------------------------
 
 
 class Joint:

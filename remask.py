@@ -51,9 +51,7 @@ class Remask(NamedTuple):
     t: Tensor
 
 
-# ---------------------------------------------------------------------------------------------
-# Time and noise
-# ---------------------------------------------------------------------------------------------
+# --- Time and noise ---------------------------------------------------------------------------------------------------
 
 
 def inner_time(j: int, mu: int, gamma: float) -> float:
@@ -76,14 +74,19 @@ def seeded(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
+def shuffled(n: int, count: int, start: int, *key: int) -> list[int]:
+    """Items start ... start + count of an endless series of shuffles of range(n), from a key; needs no state."""
+    epochs = range(start // n, (start + count - 1) // n + 1)
+    order = {epoch: torch.randperm(n, generator=seeded(*key, epoch)) for epoch in epochs}
+    return [int(order[c // n][c % n]) for c in range(start, start + count)]
+
+
 def ratio_column(r: float | Tensor, rows: int, device: torch.device) -> Tensor:
     """r as a (B, 1) float32 column: one ratio for all rows, or one per row."""
     return torch.as_tensor(r, dtype=torch.float32, device=device).reshape(-1, 1).expand(rows, 1)
 
 
-# ---------------------------------------------------------------------------------------------
-# MaskGRPO: fading-out for text (Alg. 1), uniform for images (Alg. 2)
-# ---------------------------------------------------------------------------------------------
+# --- MaskGRPO: fading-out for text (Alg. 1), uniform for images (Alg. 2) ----------------------------------------------
 
 
 def keep_probability(completion: Tensor, r: float | Tensor) -> Tensor:
@@ -120,9 +123,7 @@ def uniform(completion: Tensor, r: float | Tensor, u: Tensor) -> Remask:
     return Remask(masked, masked, r[:, 0])
 
 
-# ---------------------------------------------------------------------------------------------
-# The compared methods
-# ---------------------------------------------------------------------------------------------
+# --- The compared methods ---------------------------------------------------------------------------------------------
 
 
 def full(completion: Tensor, prompt: Tensor, u: Tensor, prompt_ratio: float = 0.15) -> Remask:
@@ -179,9 +180,7 @@ def by_name(scheme: str, completion, prompt, unmask_step, u, u_ratio, j: int, mu
     }[scheme]()
 
 
-# ---------------------------------------------------------------------------------------------
-# python remask.py
-# ---------------------------------------------------------------------------------------------
+# --- python remask.py -------------------------------------------------------------------------------------------------
 
 
 def mask_probability(scheme: str, length: int = 24, gamma: float = 0.6, mu: int = 4, draws: int = 20_000) -> Remask:

@@ -1,7 +1,7 @@
 """Completions -> numbers: the tasks, their data, and their rewards. Text, or an image's codes, in; numbers out.
 
-A task is one row of `TASKS`: where its problems come from, what the model is asked, what it is rewarded
-for, and how much of it is solved. A problem is a dict of its question, its answer, and what else its reward reads:
+A task is one row of `TASKS`: where its problems come from, what the model is asked, what it is rewarded for, and how
+much of it is solved. A problem is a dict of its question, its answer, and what else its reward reads:
 
     gsm8k      {"question": "Tom has 12 apples ...", "answer": "12 + 7 = 19\\n#### 19"}
     math500    {"question": "Solve 2 x + 3 = 4.", "answer": "\\frac{1}{2}", "solution": "2 x = 1\\n\\boxed{...}"}
@@ -11,51 +11,42 @@ for, and how much of it is solved. A problem is a dict of its question, its answ
     zebra      {"question": "Houses: 1, 2, 3. ...", "answer": "1: red, Tom\\n...", "header": [...], "rows": [[...]]}
     t2i        {"question": "a photo of a red circle", "answer": "0 0 5 6 ..."}, 8 x 8 codes, row by row
 
-Problems come from a generator (offline, from a seed), from a file in the published format, or from the
-published data set by `datasets`. The generator's splits:
+Problems come from a generator (offline, from a seed), from a file in the published format, or by `datasets`. The
+generator's splits: train; validation, which decides when base training stops; test, new questions made of parts that
+training has shown; unseen, with a part that training never shows: an eighth of all first pairs of numbers (gsm8k,
+math500, mbpp), of all sets of numbers (countdown), of all solutions (sudoku, zebra), a fifth of all scenes (t2i).
 
-    train        what the model learns from
-    validation   decides when base training stops
-    test         fresh problems: new questions, made of parts that training has shown
-    unseen       problems with a part that training never shows: an eighth of all first pairs of numbers (gsm8k,
-                 math500, mbpp), of all sets of numbers (countdown), of all solutions (sudoku, zebra),
-                 a fifth of all scenes but single objects (t2i)
+A verdict is a contract, not a search: an answer is read in the few forms that models write, and where any part of
+it is not understood it earns nothing. Leniency is what a policy learns to exploit.
 
-Departures from the papers and from their official code
- 1. The prompt asks for GSM8K's own last line, `#### 42`, instead of <reasoning>/<answer> tags. Reward:
-    2 for a correct answer, 0.5 for an integer, 0.5 for the format, the official weights; the same for MATH (0.5 for
-    an answer that can be told apart) and for code (2 times the share of tests that pass, 0.5 for code that compiles).
+Departures from the papers (MaskGRPO; UPO, arXiv 2510.05725) and from their official code
+ 1. The prompt asks for GSM8K's own last line, `#### 42`, not for <reasoning>/<answer> tags. The weights are official.
  2. The integer bonus needs an answer that can be told apart. The official code pays for any digits.
  3. GSM8K's calculator marks (<<48/2=24>>) are removed from the solutions that SFT trains on.
- 4. A sudoku's clues stand in the completion and its empty cells are filled in, instead of 16 digits being
-    written behind a prompt that holds the puzzle. Reward, as in the paper: the share of right empty cells.
+ 4. A sudoku's reward is, as in the paper, the share of empty cells that are right, filled in place between the clues
+    as in UPO's code; here a changed clue costs as much as a wrong cell.
  5. Several different answers are none. Published evaluations take the last of them, or any.
  6. MBPP's prompt shows one of a problem's tests, where MBPP's own shows all: it pays less to recite them. What the
     tests expect never enters the process that runs the program.
- 7. Countdown is d1's task, in neither paper: 1 for an expression that makes the target of all the numbers, 0.1 for
-    one of all the numbers that does not. It is parsed; d1 hands it to Python's eval.
- 8. Zebra: which puzzles the paper has is not known here. Ours, and the files that are read, are ZebraLogic's: a
-    table of houses and attributes. Reward: the share of its entries that are right.
+ 7. Countdown is d1's task, in neither paper. Its expressions are parsed; d1 hands them to Python's eval.
+ 8. Zebra: UPO's README names github.com/kulinshah98/llm-reasoning-logic-puzzles as its puzzles' source. Ours, and the
+    files that are read, are ZebraLogic's: a table of houses and attributes. Reward: the share of right entries.
  9. The embedded text-to-image task is a miniature: GenEval's six categories over 4 shapes and 4 colours, drawn in
     65 codes. Its verifier reads the codes, where GenEval runs a detector on pixels.
 10. On pixels: CLIP's score is 100 x the cosine, at least 0, where the official code has the bare cosine; remote
     scorers are asked by JSON and PNG, where it unpickles their answers.
 
-    python rewards.py                                     # problems of each split, and what a few completions earn
+    python rewards.py                                     # problems of each task, and what a few completions earn
     python rewards.py --task gsm8k --score FILE.jsonl     # accuracy and mean reward of a file of completions
 """
 
 import argparse
 import ast
 import base64
-import bisect
 import builtins
 import csv
-import ctypes
 import functools
-import http.client
-import importlib.util
-import inspect
+import io
 import itertools
 import json
 import math
@@ -63,177 +54,254 @@ import operator
 import os
 import random
 import re
-import signal
-import struct
+import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
-import types
-import urllib.error
-import urllib.parse
 import urllib.request
 import warnings
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from decimal import Decimal, InvalidOperation
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 Problem = dict[str, Any]
 Reward = dict[str, float]
+
+
+class Verdict(NamedTuple):
+    """What a task makes of a completion."""
+
+    answer: Any  # the one answer that it gives; None: none, or several
+    terms: Reward  # by name; the reward is their sum
+    score: float  # how much of the problem is solved, 0 to 1; of most tasks 0 or 1
 
 
 class DataError(ValueError):
     """Data that cannot be used: what is wrong, in which file and line, and what would be right."""
 
 
-# ---------------------------------------------------------------------------------------------
-# Files and published data: rows, and the names that their fields go by
-# ---------------------------------------------------------------------------------------------
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-QUESTION = ("question", "problem", "prompt", "text", "instruction", "puzzle", "query", "input_question", "input")
-# what nobody would call a model's own answer, as "answer" may be
-GOLD = (
-    *("ground_truth", "gold", "gt", "target", "expected_answer", "gold_answer", "correct_answer", "reference_answer"),
-    *("reference", "gts", "input_correct_responses"),
+# --- Verdicts: what a completion announces as its answer --------------------------------------------------------------
+
+LONGEST = 500  # characters; what is longer is no answer
+END = re.compile(r"<\|(?:eot_id|endoftext|im_end|end_of_text|end|eos)\|>|</s>|<eos>|<end_of_turn>")
+BALANCED = r"(?:[^\\{}]++|\\.)*+"  # an escaped brace is no brace
+for _ in range(8):  # levels of braces
+    BALANCED = rf"(?:[^\\{{}}]++|\\.|\{{{BALANCED}\}})*+"
+BOXED = re.compile(rf"(?s)\\(?:boxed|fbox)\s*\{{(?:({BALANCED})\}}|([^\n<]{{0,{LONGEST}}}))")
+TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
+HASHES = re.compile(r"#{4,}\s*([^\n<]*)")
+# "The answer is 4", "**Answer:** 4", "A: 4", to the sentence's end. What a fence or an object follows is JSON's to read.
+SAID = re.compile(r"(?im)(?:\banswer\b[*_]*(?:\s+is\b|\s*[:=])|^A:)(?=[:*\s]*(?![`{\s*:])([^\n\x22]{1,200}))")
+FIELD = re.compile(r'(?i)"(?:final_)?answer"\s*:\s*("(?:[^"\\\n]|\\.){1,500}"|-?[\d.]+)')
+# A heading or a sentence of the working: "#### Step 2: ...", "#### 1. Add 5", "Answer: Tom has 5 ..."
+HEADING = re.compile(r"[\s*]*(?:[A-Za-z]{2}|\d+[.):][ \t]+\**[A-Za-z])")
+SAYS = re.compile(r"[^\W_]|[<>=∞∅]")  # what an answer holds at least: a letter, a digit, a relation
+
+
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""(start, end, content) of each \boxed{...} with balanced braces that holds anything, of nested ones the inner.
+    One that is never closed ends with its line, or with the tag around it."""
+    found = []
+    for box in BOXED.finditer(text):
+        content = re.sub(r"(?:[\s>$.]|\\[\])])*\Z", "", box[2]) if box[1] is None else box[1]
+        inner = boxes(content)
+        if SAYS.search(content):
+            found.append((*box.span(), inner[0][2] if len(inner) == 1 else content))
+    return found
+
+
+def announced(text: str) -> list[str]:
+    r"""What a text announces as its answers, each spelling once, in the first of these forms that it has: \boxed{},
+    <answer>...</answer> and `#### 42`, where a box in another form stands for it; "the answer is 42"; headings in these
+    places, `#### Step 2` and "Answer: Tom has"; JSON's "answer"."""
+    inside = boxes(text)
+    free = lambda match: not any(start < match.end() and match.start() < end for start, end, _ in inside)
+    tagged, hashes = ([match[1] for match in form.finditer(text) if free(match)] for form in (TAGGED, HASHES))
+    tagged = [re.sub(r"\\(?:boxed|fbox)\s*\{\s*\}", " ", content).lstrip(" #\n") for content in tagged]
+    said = [re.split(r"[.!](?:\s|\Z)", match[1], maxsplit=1)[0] for match in SAID.finditer(text)]
+    said = [sentence for sentence in said if not SAID.search(sentence)]  # the last of "Answer: the answer is 4"
+    fields = [value.strip('"').replace("\\\\", "\\") for value in FIELD.findall(text)]
+    values, spoken = ([text for text in texts if not HEADING.match(text)] for texts in (hashes, said))
+    for form in ([content for *_, content in inside] + tagged + values, spoken, hashes, said, fields):
+        form = [text.strip(" \t\r\n*`").removesuffix(".").rstrip("\\ *`") for text in form if len(text) <= LONGEST]
+        if found := [text for text in dict.fromkeys(form) if SAYS.search(text)]:
+            return found
+    return []
+
+
+def written(completion: str) -> str:
+    """What stands before the first end token; of that, what stands behind marked reasoning if an answer does."""
+    text = END.split(completion, maxsplit=1)[0]
+    behind = re.split(r"</(?:reasoning|think)>", text)[-1]
+    return behind if behind != text and announced(behind) else text
+
+
+# --- Verdicts: numbers, all of whose text is understood ---------------------------------------------------------------
+
+SPELLINGS = (  # the LaTeX of a number or an expression -> its plain spelling, one after the other
+    ("[\u2212\u2013]", "-"),
+    (r"\A\s*\{([^{}]*)\}\s*\Z", r"\1"),  # \boxed{{5}}
+    (r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mathit|mbox|hbox)\s*\{([^{}]*)\}", r" \1 "),
+    (r"(?<=\d)(?:\{,\}|,?\\[,!])\s*(?=\d{3}(?!\d))", ","),  # 385\,000
+    (r"(?<!\\)\\[!,;:> ]|(?<=[\w}])~|\\q?quad\b|\\(?:left|right|displaystyle)(?![a-zA-Z])|\*\*", " "),
+    (r"(?<!\\)\\(?:([$%])|[()\[\]])", r"\1"),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac(?:\s*(\d)|\s+([a-zA-Z]))", r"\\frac{\1\2}"),  # \frac12, \frac1e
+    (r"(\\frac\s*\{[^{}]*\})\s*([\da-zA-Z])", r"\1{\2}"),
+    (r"\\frac\s*\{\s*-", r"-\\frac{"),
 )
-ANSWER = ("answer", *GOLD, "label", "final_answer", "solution")
-COMPLETION = (
-    *("completion", "completions", "generation", "generations", "response", "responses", "model_output", "raw_output"),
-    *("generated_text", "generated_solution", "resps", "output", "outputs", "model_response", "response_text"),
-    *("output_prediction_text", "model_answer", "samples", "messages", "conversations"),
+# What scales a number, relates it, doubts it or is a number itself is no unit; nor is one letter, but for these few.
+NO_UNIT = (
+    r"(?:hundred|thousand|[mbtrz]+illion|dozen|lakh|crore|grand|k|mil|mn|bn|tn|hal[fv]e?|third|quarter|couple|gross|"
+    r"score|fold|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|[mb]illion)th|squared?|cubed?|factorial|double|"
+    r"triple|twice|time|plus|minus|negative|mod|sqrt|root|log|ln|exp|pi|and|or|over|under|above|below|remainder|am|pm|"
+    r"not|no|wrong|incorrect|false|maybe|perhaps|possibly|approximately|about|roughly|almost|nearly|ish|"
+    r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen|"
+    r"twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)s?"
 )
-PARSED = ("prediction", "predictions", "pred", "filtered_resps")  # a whole completion, or only its answer
-VERDICT = ("correct", "is_correct", "verdict", "passed", "exact_match", "acc", "correctness", "score")
+UNIT = rf"(?!{NO_UNIT}\b)(?:[A-Za-z]{{2,30}}|(?<=\s)[mglsh])"
+VALUE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+NUMBER = re.compile(
+    rf"(?i)\$*\s*([-+]?)\s*[$€£]?\s*([-+]?)(?:({VALUE})(?:\s+([0-9]+)/([0-9]+))?|([0-9]+)\s*/\s*([0-9]+))"
+    rf"\s*(?:%|{UNIT})?[\s$]*\.?"
+)
 
 
-def read_text(path: str) -> str:
-    """A whole UTF-8 file; DataError where there is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a text file ({error})") from None
+def plain(text: str) -> str:
+    """A text with its LaTeX's layout and spellings made plain."""
+    for pattern, spelling in SPELLINGS:
+        text = re.sub(pattern, spelling, text)
+    return text.strip()
 
 
-def read_rows(path: str) -> Iterator[tuple[str, dict]]:
-    """(where, row) of each row of a file: JSONL; JSON, a list or an object that holds one; CSV with a header."""
-    text = read_text(path)
-    if path.lower().endswith(".csv"):
-        yield from read_csv(path, text)
-        return
-    rows = json_rows(text)
-    if isinstance(rows, dict):
-        yield f"{path}, line 1", rows
-        return
-    if rows is not None:
-        for number, row in enumerate(rows, 1):
-            yield f"{path}, item {number}", an_object(row, f"{path}, item {number}")
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", str(error))
-            raise DataError(f"{where}: not JSON ({reason}); expected one object per line") from None
-        yield where, an_object(row, where)
-
-
-def an_object(row, where: str) -> dict:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    return row
-
-
-def json_rows(text: str) -> list | dict | None:
-    """The rows of a file that is one JSON value: a list, the one list of objects in an object, or an object that is a
-    row itself; None for anything else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+def parse_number(text: str) -> Fraction | None:
+    r"""The exact value of "$1,234.50", "-7", "3/4", "\frac{1}{2}", "2 1/2", "50%", "42 apples"; None for any text that
+    holds something else beside it, such as "2 million", "5x", "at least 5" or "2 and a half"."""
+    text = re.sub(r"\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2", plain(text)) if len(text) <= 100 else ""
+    match = NUMBER.fullmatch(text.strip())
+    if not match or (match[1] and match[2]):
         return None
-    if not isinstance(value, dict):
-        return value if isinstance(value, list) else None
-    if pick(value, ANSWER) is not None or any(isinstance(value.get(name), str) for name in COMPLETION):
-        return value
-    if value and all(isinstance(row, dict) for row in value.values()):  # by number, as OpenCompass has them
-        return list(value.values())
-    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict) and not is_chat(v)]
-    return lists[0] if len(lists) == 1 else value
+    value, top, bottom = match[3], int(match[4] or match[6] or 0), int(match[5] or match[7] or 1)
+    if bottom == 0 or (match[4] and (not value.isdecimal() or top >= bottom)):  # 2 1/2, but not 2.5 1/2 or 2 3/2
+        return None
+    number = Fraction((value or "0").replace(",", "")) + Fraction(top, bottom)
+    return -number if "-" in (match[1], match[2]) else number
 
 
-def read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
-    """(where, row) of each row of a CSV file, its fields under the header's names in lower case."""
+# --- Verdicts: MATH. Exact numbers and tidied text; what these do not decide is math-verify's -------------------------
+
+UNICODE = str.maketrans(dict(zip("π∞±∪≤≥°", map("{} ".format, r"\pi \infty \pm \cup \le \ge ^\circ".split()))))
+UNITS = rf"(?<=\S)\s*\\(?:text|mathrm|mbox)\s*\{{\s*(?:square |cubic )?{UNIT}\.?\s*\}}(?:\^\{{?[23]\}}?)?\s*\Z"
+TIDY = (  # spellings that mean the same, one after the other
+    (r",?\s*(?<![\w\\])(?:and|or)(?!\w)", ","),
+    (r"(?<!\\)\$", ""),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*\Z", ""),
+    (r"\\(begin|end)\{[bp]?matrix\}", r"\\\1{pmatrix}"),
+    (r"([_^])\s*\{\s*(\w)\s*\}", r"\1\2"),
+    (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
+    (r"\\([lg])eq?(?![a-z])", r"\\\1e "),
+    (r"\A\s*\(\s*([A-Za-z])\s*\)\s*\Z", r"\1"),  # (C)
+    (r"\\varnothing(?![a-z])", r"\\emptyset"),
+    (r"(?<!\.)\.\s*\Z", ""),
+)
+NAME = re.compile(r"\s*([a-zA-Z](?:_\w)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z]))\s*(?=[^=\s])")  # x = 5, x \in [0, 1]
+
+
+def tidy(text: str) -> str:
+    """An expression in one of the spellings that mean the same."""
+    text = plain(re.sub(UNITS, "", text.translate(UNICODE)))
+    for pattern, spelling in TIDY:
+        text = re.sub(pattern, spelling, text)
+    return text.strip(" ,")
+
+
+def squeeze(text: str) -> str:
+    """A text without its spaces."""
+    return "".join(text.split())
+
+
+@functools.cache
+def math_verify(needed: bool = False):
+    """The module math_verify, or None where it is not installed; DataError there for published problems."""
     try:
-        rows = list(csv.reader(text.splitlines()))
-    except csv.Error as error:
-        raise DataError(f"{path}: cannot be read as a CSV file ({error})") from None
-    header = [name.strip().lower() for name in rows[0]] if rows else []
-    for number, row in enumerate(rows[1:], 2):
-        if any(field.strip() for field in row):
-            if len(row) != len(header):
-                raise DataError(f"{path}, line {number}: {len(row)} fields where the header has {len(header)}")
-            yield f"{path}, line {number}", dict(zip(header, row))
-
-
-def pick(row: dict, names: tuple[str, ...]):
-    """The first of several fields that a row has and that is not empty; None if there is none."""
-    return next((row[name] for name in names if row.get(name) not in (None, "", [], {})), None)
-
-
-def pick_text(row: dict, names: tuple[str, ...], where: str, example: str) -> str:
-    """A text field under any of its names; DataError with an example where it is missing."""
-    value = pick(row, names)
-    if not isinstance(value, str) or not value.strip():
-        others = f" (or {', '.join(names[1:])})" if names[1:] else ""
-        raise DataError(f'{where}: field "{names[0]}"{others} is missing or not text; {example}')
-    return value.strip()
-
-
-def load_rows(check: Callable, hub: dict, example: str, path: str | None = None, split: str = "train") -> list[Problem]:
-    """Problems from a file in the published format, or by `datasets` where path is None.
-
-    check(row, where) -> problem; hub: split -> (name, configuration, split) of `datasets`, {} where there is none.
-    """
-    if path is not None:
-        problems = [check(row, where) for where, row in read_rows(path)]
-        if not problems:
-            raise DataError(f"{path}: no problems; expected {example}")
-        return problems
-    if not hub:
-        raise DataError(f"this task has no published data to download: give --data FILE, {example}, or generated")
-    name, config, part = hub[split]
-    try:
-        from datasets import load_dataset
+        import math_verify as module
     except ImportError:
-        raise DataError(f"{name} is downloaded by `datasets`: pip install datasets, or give --data FILE") from None
+        if needed:
+            raise DataError("MATH's published answers are compared by math-verify: pip install math-verify") from None
+        return None
+    return module
+
+
+# All that may stand in an expression for math-verify, which skips what it cannot read: "8 a.m.", 0.\overline{3}, 42_5.
+READ = re.compile(
+    r"(?:\\(?:frac|sqrt|pi|infty|pm|cup|cap|setminus|cdot|times|div|le|ge|lt|gt|neq?|in|emptyset|sin|cos|tan|cot|ln|log|"
+    r"theta|alpha|beta|gamma|phi|omega|lambda|(?:begin|end)\{pmatrix\})(?![a-zA-Z])|\\\\|\\[{}]|\d+(?:\.\d+)?(?!\s*_)|"
+    r"(?<![a-zA-Z])[a-zA-Z]{1,3}(?![a-zA-Z])|[-+*/^_=<>|(),&{}\[\] ])+"
+)
+# What could keep sympy busy: long numbers, high powers, powers of powers, deep nesting.
+WILD = re.compile(
+    r"\\frac(?!\s*\{)|\\frac\s*\{[^{}]*\}(?!\s*\{)|"  # and what it reads only half of: \frac\pi 2
+    r"\d{16}|\^\s*\{?\s*-?\d{3}|\^[^-+,=]*\^[^-+,=]*\^|\^\s*\{[^{}]*\^|[)}\]]\s*\^\s*\{?\d\d|(?:[({][^(){}]*){20}|\d\s+\d"
+)
+# What an answer has as many of as the published one: relations of each kind, parts, signs, brackets around parts.
+OUTLINE = (r"[<>]|\\[lg][et](?![a-z])", "=", r"\\neq?", r"\\in(?![a-z])", ",", r"\\pm", r"[(\[](?=[^()\[\]]*,)")
+
+
+def same_by_math_verify(answer: str, gold: str, question: str) -> bool:
+    """Whether math-verify finds two tidied expressions equal, of which it can read all. An answer may have no variable
+    that the gold lacks, and may not repeat the question: "Factor x^2 - 1" is not answered by x^2 - 1."""
+    module, both = math_verify(), f"{gold} , {answer}"
+    if module is None or len(both) > 300 or WILD.search(both) or not (READ.fullmatch(answer) and READ.fullmatch(gold)):
+        return False
+    letters = [set("".join(re.findall(r"(?<![a-zA-Z\\])[a-zA-Z]+", text))) for text in (answer, gold)]
+    outlines = [[len(re.findall(sign, text)) for sign in OUTLINE] for text in (answer, gold)]
+    if not letters[0] <= letters[1] | {"e", "i"} or outlines[0] != outlines[1]:
+        return False
+    if re.search(r"\W", squeeze(answer)) and squeeze(answer) in squeeze(tidy(question[:10_000])):
+        return False
+    # its time limit is an alarm signal, which only the main thread can set
+    limit = 3 if threading.current_thread() is threading.main_thread() else None
     try:
-        rows = load_dataset(name, config, split=part)
-    except Exception as error:  # the hub's errors have no common class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{name} could not be loaded ({reason}); give --data FILE") from None
-    return [check(row, f"{name} {part}, row {i}") for i, row in enumerate(rows)]
+        with warnings.catch_warnings(action="ignore"):
+            parsed = [module.parse(f"${text}$", parsing_timeout=limit) for text in (gold, answer)]
+            read = all(p and squeeze(p[-1]) == squeeze(text) for p, text in zip(parsed, (gold, answer)))
+            return bool(read and module.verify(*parsed, float_rounding=15, timeout_seconds=limit))
+    except Exception:  # sympy's errors have no common class
+        return False
 
 
-# ---------------------------------------------------------------------------------------------
-# Generators: what they share
-# ---------------------------------------------------------------------------------------------
+def same_answer(answer: str, gold: str, question: str) -> bool:
+    """Whether an answer to a MATH problem is right: equal as exact numbers, or as tidied text, or to math-verify."""
+    texts = [tidy(answer), tidy(gold)]
+    names = [NAME.match(text) for text in texts]
+    for i, (name, other) in enumerate(zip(names, names[::-1])):
+        if name and not other and "=" not in texts[1 - i]:
+            texts[i] = texts[i][name.end() :]  # x = 5 is 5
+    numbers = [parse_number(text) for text in texts]
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    squeezed, apart = [squeeze(text) for text in texts], [bool(re.search(r"\d\s+\d", text)) for text in texts]
+    words = squeezed[0].isalpha() and squeezed[0].casefold() == squeezed[1].casefold()
+    if (squeezed[0] == squeezed[1] or words) and apart[0] == apart[1]:  # 3 4 is not 34
+        return True
+    return same_by_math_verify(*texts, question)
+
+
+# --- Problems: what the generators share, and published files: rows, and the names that their fields go by ------------
 
 SPLITS = ("train", "validation", "test", "unseen")
 
@@ -243,8 +311,12 @@ def crc(text: str) -> int:
     return zlib.crc32(text.encode())
 
 
-def part_of(key: str) -> str:
-    """The one split of train, validation and test that may hold the problem with this key."""
+def part_of(key: str, *pairs: str) -> str | None:
+    """The one split that may hold the problem with this key: "unseen" for an eighth of all its first pairs, which as
+    second pairs are in no split, None."""
+    reserved = [crc(pair) % 8 == 0 for pair in pairs]
+    if any(reserved):
+        return "unseen" if reserved[0] else None
     return {0: "test", 1: "validation"}.get(crc(key) % 16, "train")
 
 
@@ -260,263 +332,143 @@ def generate(task: str, draw: Callable, split: str, n: int, seed: int) -> list[P
     raise DataError(f"the generator has fewer than {n} different {task} problems in its {split} split")
 
 
-def reserved(x: int, op: str, y: int) -> bool:
-    """Whether the pair x op y is one of the eighth of all pairs that training never shows."""
-    return crc(f"{x} {op} {y}") % 8 == 0
+QUESTION = ("question", "problem", "text", "prompt", "puzzle", "prompt_input", "input")
+GOLD = ("ground_truth", "gold", "target", "reference_answer", "answer", "expected_answer", "final_answer", "solution")
+COMPLETION = ("completion", "completions", "generation", "generations", "response", "output", "model_output")
 
 
-# ---------------------------------------------------------------------------------------------
-# Answers: what a completion announces as its answer
-# ---------------------------------------------------------------------------------------------
-
-LONGEST = 500  # characters; what is longer is no answer
-SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>|</s>|\A<s>")  # <|eot_id|> and its like, where a file kept them
-BRACES = re.compile(r"\\\\|\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
-BARE_BOX = re.compile(  # \boxed 42, \boxed2, \boxed\frac12
-    r"\\(?:boxed|fbox)\s*((?:(?<=\s)|(?=\d))[^\s${}\\]+|\\(?:[dtc]?frac|sqrt|text|pi)(?:\s*(?:\d|\{[^{}]{0,80}\})){0,2})"
-)
-TAGS = re.compile(r"</?answer>", re.IGNORECASE)
-HASHES = re.compile(r"#{4,}\s*(?:\**(?:final\s+)?answer\b[*: \t]{0,8}\s*)?([^\n]*)", re.IGNORECASE)
-# A heading of the working, not an answer: "#### Step 2: ...", "#### 1. **Add**", "#### Day 1: ...", "#### The cost:"
-HEADING = re.compile(
-    r"\**(?:(?:step|part|case|solution|problem|question|method|example|explanation)\b|\d{1,2}[.):]\s+\**[a-z]|"
-    r"[a-z]{2,20}\s\d{1,2}\s?:|[^\n]{0,100}:[* \t]*$)",
-    re.IGNORECASE,
-)
-WORDS = re.compile(r"\**[a-z]{2}", re.IGNORECASE)
-VALUE = (  # how an answer on its own line starts; or all of a short line without words
-    r"(?:(?!(?:-|\d{1,2}[.)])\s+\**[a-z])[-+\u2212\d.$\\(\[{]|\S{1,40}[ \t]*$|[a-zA-Z]\w{0,9}(?:\([a-z]\))?\s?=|"
-    r"(?![^\n]{0,60}(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3})[^\n]{1,60}$)"
-)
-DISPLAY = r"(?:\$\$|\\\[)((?:(?!\$\$|\\\]).){0,500}?)(?:\$\$|\\\])"
-SAID = re.compile(
-    r"(?:\bans(?:wer)?(?:\s+(?:to|for)\s[^\n.:]{1,80}?)?(?:\s+(?:is|(?:should|would|will|must)\s+be)\b|\**\s*[:=])(?:\s+is\b)?"
-    rf"|^[#*]{{1,6}}[ \t]*(?:final\s+)?answer(?=[* \t]{{0,8}}\n)|^A:(?=\s{{0,4}}\**{VALUE}))"
-    rf"[:* \t]{{0,8}}(?:[\s*]{{0,12}}(?={VALUE}))?(?=((?s:{DISPLAY})|[^\n]{{0,200}}))",
-    re.IGNORECASE | re.MULTILINE,
-)
-FINAL = re.compile(  # a heading, and nothing below it but a sentence, or one with a formula below it
-    rf"final\s+answer[:* \t]{{0,8}}\n\s{{0,9}}([^\n]{{1,200}}(?:\n\s{{0,9}}(?s:{DISPLAY})\.?)?)\s{{0,9}}\Z",
-    re.IGNORECASE,
-)
-REASON = re.compile(r"\.\s|,?\s+(?:because|since|as)\b|,\s+(?:which|where|given)\b")  # what ends an announcement
-ALNUM = re.compile(r"[^\W_]")
-SAYS = re.compile(r"[^\W_]|[<>=\u221e\u2205]")  # what an answer holds at least; dots and lines wait to be filled in
+def pick(row: dict, names: tuple[str, ...]):
+    """The first of several fields that a row has and that is not empty; None if there is none."""
+    return next((row[name] for name in names if row.get(name) not in (None, "", [], {})), None)
 
 
-class Span(NamedTuple):
-    """A part of a text that announces an answer: where it starts and ends, and the answer's text."""
-
-    start: int
-    end: int
-    text: str
-
-
-def boxes(text: str) -> list[Span]:
-    r"""The outermost \boxed{...} with balanced braces, in one pass; also \fbox{...} and \boxed 42."""
-    stack: list[tuple[int, int] | None] = []  # open braces: (start, start of the content) of a box, None of others
-    spans: list[Span] = []
-    for token in BRACES.finditer(text):
-        if token[0][-1] == "{" and token[0] != "\\{":
-            stack.append((token.start(), token.end()) if token[0] != "{" else None)
-        elif token[0] == "}" and stack and (box := stack.pop()):
-            while spans and spans[-1].start > box[0]:
-                spans.pop()  # it lies inside this one
-            spans.append(Span(box[0], token.end(), text[box[1] : token.start()][: LONGEST + 1]))
-    spans += [Span(m.start(), m.end(), m[1].rstrip(".,;")) for m in BARE_BOX.finditer(text)]
-    return sorted(spans)
+def pick_text(row: dict, names: tuple[str, ...], where: str) -> str:
+    """A text or a number, as text, under any of its names. DataError where it is missing."""
+    value = pick(row, names)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise DataError(f'{where}: field "{names[0]}" (or {", ".join(names[1:])}) is missing or not text')
+    return str(value).strip()
 
 
-def answer_tags(text: str) -> list[Span]:
-    """<answer>...</answer>, closed or not, in one pass."""
-    spans, opened = [], None
-    for tag in itertools.chain(TAGS.finditer(text), [None]):
-        if opened is not None:
-            end = tag.start() if tag else len(text)
-            spans.append(Span(opened, end, text[opened : min(end, opened + LONGEST + 1)]))
-        opened = tag.end() if tag and tag[0][1] != "/" else None
-    return spans
+def read_rows(path: str) -> Iterator[tuple[str, dict]]:
+    """(where, row) of each row of a file: JSONL; JSON, a list or an object with one list in it; CSV with a header; any
+    other text has one prompt per line. A text in place of an object is a prompt.
 
-
-def announcements(completion: str, problem: Problem) -> list[str]:
-    r"""What a completion announces as its answers, each spelling once: \boxed{}, <answer>, `#### 42`; else what follows
-    "the answer is".
-
-    A text that is one JSON object announces its "answer". A box within one of the others stands for it. An echo of the
-    prompt, and working that is marked as such and has an answer behind it, do not count; nor does what has no letter,
-    digit or relation, or is too long.
+    DataError for what is none of these, and for a lone surrogate, which no tokenizer takes.
     """
-    return announced_beside(completion, problem.get("prompt", ""), problem["question"])
-
-
-@functools.lru_cache(maxsize=4)  # a completion is asked for its answer several times in a row
-def announced_beside(completion: str, *prompts: str) -> list[str]:
-    """announcements of a completion to these prompts."""
-    text = SPECIAL.sub("", completion)
-    for message in (*prompts, *INSTRUCTIONS.values()):
-        text = without_echo(text, message)
-    for tag in ("</reasoning>", "</think>"):
-        behind = text.rpartition(tag)[2]
-        text = behind if announced(behind) else text
-    return announced(text)
-
-
-ECHO = 20  # characters, spaces apart: what is shorter may well be the completion's own
-
-
-def without_echo(text: str, message: str) -> str:
-    """A text without a message that it repeats, in whatever spaces, or whose end it begins with."""
-    own, wanted = "".join(text.split()), "".join(message.split())
-    if len(wanted) < ECHO or len(own) < ECHO:
-        return text
-    at = wanted.find(own[:ECHO])
-    while at >= 0 and not own.startswith(wanted[at:]):
-        at = wanted.find(own[:ECHO], at + 1)
-    if at < 0 and wanted not in own:
-        return text
-    places = [i for i, c in enumerate(text) if not c.isspace()]  # of own's characters
-    start, kept = len(wanted) - at if at >= 0 else 0, []
-    for piece in own[start:].split(wanted):
-        kept += [text[places[start] : places[start + len(piece) - 1] + 1]] if piece else []
-        start += len(piece) + len(wanted)
-    return "\n".join(kept)
-
-
-def announced(text: str) -> list[str]:
-    """announcements of a text without echoes and marked working."""
-    inner, outer = boxes(text), answer_tags(text)
-    hashes = [Span(m.start(), m.end(), m[1][: LONGEST + 1]) for m in HASHES.finditer(text)]
-    last = max((span.start for span in inner + outer), default=-1)
-    # words behind #### are a heading before the last box or tag; without digits or formulas also behind it, and where
-    # an answer is only said, but for the last line
-    end = len(text) + 1 if last >= 0 else len(text.rstrip()) if hashes and SAID.search(text) else 0
-    titles = [s.start < last or (s.end < end and not re.search(r"[\d\\$]", s.text)) for s in hashes]
-    titles = [title and WORDS.match(s.text) and not SAID.search(s.text) for s, title in zip(hashes, titles)]
-    hashes = [span for span, title in zip(hashes, titles) if not title and not HEADING.match(span.text)]
-    spans = sorted(inner + without(outer, inner + hashes) + without(hashes, inner))
-    found = [span.text for span in spans] or answer_field(text) or said(text)
-    answers = (answer.strip() for answer in dict.fromkeys(found) if len(answer) <= LONGEST)
-    return [answer for answer in answers if SAYS.search(answer)]
-
-
-def answer_field(text: str) -> list[str]:
-    """The answer of a text that is one JSON object, in a fence or not."""
-    whole = re.fullmatch(r"\s*(?:```\w*\s*)?(\{.*\})\s*(?:```\s*)?", text, re.DOTALL) if 'answer"' in text else None
-    value = read_object(whole[1]) if whole else None
-    answer = pick(value, ("final_answer", "answer")) if isinstance(value, dict) else None
-    return [str(answer)] if isinstance(answer, (str, int, float)) else []
-
-
-def last_objects(text: str) -> list[str]:
-    """The last balanced {...} of a text, at most three, in one pass; where none is, an unclosed one, closed."""
-    depth, start, found = 0, 0, []
-    for match in re.finditer(r"[{}]", text):
-        if match[0] == "{":
-            start = match.start() if depth == 0 else start
-            depth += 1
-        elif depth:
-            depth -= 1
-            if depth == 0:
-                found.append((start, match.end()))
-    if depth and not found:
-        return [text[start:].rstrip("`\n ") + "}" * depth] if depth < 4 else []
-    return [text[start:end] for start, end in found[-3:]]
-
-
-def read_object(text: str):
-    """The last object of a text that is JSON, or nearly so: line breaks and stray backslashes in its texts, comments,
-    commas too many, single quotes; None without one."""
-    for found in reversed(last_objects(text)):
-        loose = re.sub(r",(?=\s*[}\]])", "", re.sub(r"\s//[^\n\"]*$", "", found, flags=re.MULTILINE))
-        loose = re.sub(r'(\\["\\/bfnrtu])|\\', lambda match: match[1] or "\\\\", loose)
-        for spelling in (found, loose if '"' in loose else loose.replace("'", '"')):
-            try:
-                return json.loads(spelling, strict=False)
-            except (ValueError, RecursionError):
-                pass
-    return None
-
-
-def said(text: str) -> list[str]:
-    """What follows "the answer is" and its like, up to a sentence's end or a reason. Words that lead to a further
-    announcement are none: "Answer: the final answer is 5"."""
-    matches, found = [*SAID.finditer(text)], []
-    for match, after in zip(matches, [*matches[1:], None]):
-        led = after is not None and after.start() < match.end(1)
-        sentence, *rest = REASON.split(text[match.end() : after.start()] if led else match[1], maxsplit=1)
-        if not sentence.rstrip("* ").endswith(":") and (rest or not led or re.search(r"[\d\\]", sentence)):
-            found.append(sentence)
-    return [part for part in found if SAYS.search(part)] or [match[1] for match in FINAL.finditer(text)]
-
-
-def without(spans: list[Span], others: list[Span]) -> list[Span]:
-    """The spans in which none of the others starts."""
-    starts = sorted(span.start for span in others)
-    return [s for s in spans if bisect.bisect_left(starts, s.start) == bisect.bisect_left(starts, s.end)]
-
-
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
-UNIT_POWER = re.compile(r"(?:(?<=[A-Za-z}])\s*\^\s*\{?[23]\}?|(?:(?<=\b[ckm]m)|(?<=\bm))[23])(?![\d.])")  # cm^2, m3
-LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mathit|mbox|hbox|operatorname)\s*\{([^{}]*)\}")
-FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-BRACED = [  # \frac12 and its like, with all their braces
-    (re.compile(r"\\[dtc]frac"), r"\\frac"),
-    (re.compile(r"\\frac\s*([^\s{\\])\s*([^\s{\\])"), r"\\frac{\1}{\2}"),
-    (re.compile(r"\\frac\s*([^\s{\\])\s*\{"), r"\\frac{\1}{"),
-    (re.compile(r"(\\frac\s*\{[^{}]*\})\s*([^\s{\\])"), r"\1{\2}"),
-]
-NEGATED = re.compile(r"\b(?:not|wrong|incorrect|maybe|perhaps|possibly|either|neither)\b|n't\b", re.IGNORECASE)
-# "10 cookies (5 + 5)", "10 (= 2 * 5)": where the number comes from
-ASIDE = re.compile(r"(?<=[a-z])\s?\([^()a-zA-Z]*[=+*/][^()a-zA-Z]*\)|\(\s*=[^()]*\)")
-
-
-def without_working(text: str) -> str:
-    """A number without what stands in brackets behind it, where that comes to the same: "18 (9 eggs x $2)", "2280 g
-    (2.28 kg)"."""
-    aside = re.fullmatch(r"([^()]*\d[^()]*)\(([^()]*\d[^()]*)\)[\s.*$]*", text)
-    value = parse_number(aside[1]) if aside else None
-    if value is None:
-        return text
-    made, other = evaluate(re.sub(r"[A-Za-z]{2,}|\$", "", aside[2])), parse_number(aside[2])
-    same = made is not None and len(made[1]) > 1 and made[0] == Fraction(value)
-    if other is not None and re.search("[a-z]", aside[2]):  # 2.28 kg
-        same = same or other.as_tuple()[1] == value.as_tuple()[1]
-    return aside[1] if same else text
-
-
-def parse_number(text: str) -> Decimal | None:
-    r"""The one number in a short text: "$1,234.50", "42 apples", "5 + 37 = 42." ; None if there is none, or several.
-
-    Of an equation the right side counts; a fraction of two numbers is one, and so is a whole number with one.
-    """
-    text = without_working(text)
-    text = LATEX_TEXT.sub(r" \1 ", re.sub("[\u2212\u2013]", "-", text).replace("{,}", ","))
-    for pattern, spelling in BRACED:
-        text = pattern.sub(spelling, text)
-    text = FRACTION.sub(r"\1/\2", re.sub(r"(?<=\d)\\frac", r" \\frac", text))
-    text = re.sub(r"\\[!,;: ]|[$*\\]+(?=[\d.$)-])|[$*]", "", ASIDE.sub("", text)).rstrip(" .")
-    text = UNIT_POWER.sub("", text.rpartition("=")[2])
-    numbers = NUMBER.findall(text)
     try:
-        values = [Decimal(re.sub("[, ]", "", number)) for number in numbers]
-        ratio = r"\s*/\s*".join(map(re.escape, numbers[-2:]))
-        if len(values) == 2 and re.search(rf"(?:^|\s){ratio}", text):
-            values = [values[0] / values[1]]
-        elif len(values) == 3 and 0 <= values[1] < values[2] and re.search(rf"{re.escape(numbers[0])}\s+{ratio}", text):
-            values = [values[0] + (values[1] / values[2]).copy_sign(values[0])]
-        return values[0].normalize() if len(values) == 1 and values[0].is_finite() else None
-    except (InvalidOperation, ZeroDivisionError, OverflowError):
-        return None
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.lower().endswith(".csv"):
+                table = csv.DictReader(file)
+                table.fieldnames = [name.strip().lower() for name in table.fieldnames or []]
+                rows = [(f"line {table.line_num}", row) for row in table if any(row.values())]
+            else:
+                rows = json_rows(path, file.read())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    for place, row in rows:
+        row = {"prompt": row} if isinstance(row, str) else row
+        if not isinstance(row, dict) or None in row:
+            raise DataError(f"{path}, {place}: expected a JSON object, or as many fields as the header has")
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise DataError(f"{path}, {place}: holds half a character (a lone surrogate); write it as valid Unicode")
+        yield f"{path}, {place}", row
 
 
-# ---------------------------------------------------------------------------------------------
-# GSM8K: the embedded generator
-# ---------------------------------------------------------------------------------------------
+def json_rows(path: str, text: str) -> list[tuple[str, Any]]:
+    """(place, value) of each row of JSON or JSONL, or of each line of a text that is neither."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        whole = None
+    if isinstance(whole, dict):  # d1's {"generations": [...], "metrics": ...}, or one row
+        lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        if len(lists) != 1 or pick(whole, QUESTION) is not None:
+            return [("line 1", whole)]
+        whole = lists[0]
+    if isinstance(whole, list):
+        return [(f"item {number}", row) for number, row in enumerate(whole, 1)]
+    prompts = not path.endswith((".json", ".jsonl")) and not text.lstrip().startswith("{")
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            if line := line.strip():
+                rows.append((f"line {number}", line if prompts else json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}); expected one object per line") from None
+    return rows
+
+
+def usable(check: Callable, rows: Iterator[tuple[str, dict]], nothing: str, expected: str) -> tuple[list, int]:
+    """(check(row, where) of each row that it does not refuse, how many it refuses); these are named on stderr.
+    DataError if none is left: the first refusal, or `nothing`, and what was expected."""
+    kept, refused = [], []
+    for where, row in rows:
+        try:
+            kept.append(check(row, where))
+        except DataError as error:
+            refused.append(error)
+    if not kept:
+        raise DataError(f"{[*refused, nothing][0]}; expected {expected}")
+    if refused:
+        print(f"warning: {len(refused)} rows skipped; the first: {refused[0]}", file=sys.stderr)
+    return kept, len(refused)
+
+
+def load_rows(name: str, check: Callable, path: str | None = None, split: str = "train") -> list[Problem]:
+    """Problems from a file in the published format, or by `datasets` where path is None."""
+    math_verify(needed=name == "math500")
+    if path is None and name not in HUB:
+        raise DataError(f"{name} has no published data to download: give --data FILE, {EXAMPLES[name]}, or generated")
+    if path is not None:
+        rows = read_rows(path)
+    else:
+        *source, part = HUB[name][split == "test"]
+        try:
+            from datasets import load_dataset
+
+            path, found = source[0], load_dataset(*source, split=part)
+        except Exception as error:  # the hub's errors have no common class; without `datasets` this is an ImportError
+            raise DataError(f"{source[0]}: `datasets` cannot load it ({first_line(error)}); give --data FILE") from None
+        rows = ((f"{path} {part}, row {i}", row) for i, row in enumerate(found))
+    return usable(check, rows, f"{path}: no problems", EXAMPLES[name])[0]
+
+
+HUB = {  # task -> its training split and its test split, as (name, configuration, split) of `datasets`
+    "gsm8k": (("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")),
+    "math500": (("DigitalLearningGmbH/MATH-lighteval", None, "train"), ("HuggingFaceH4/MATH-500", None, "test")),
+    "mbpp": tuple(("google-research-datasets/mbpp", "full", part) for part in ("train", "test")),
+    # one split: its last 1,024 problems are held out
+    "countdown": tuple(("Jiayi-Pan/Countdown-Tasks-3to4", None, f"train[{part}]") for part in (":-1024", "-1024:")),
+}
+EXAMPLES = {  # task -> what a file of its problems looks like
+    "gsm8k": 'lines {"question": "...", "answer": "... #### 42"}',
+    "math500": 'lines {"problem": "...", "solution": "... \\boxed{42}"}',
+    "mbpp": 'lines {"text": "...", "code": "...", "test_list": ["assert ..."]}',
+    "countdown": 'lines {"nums": [3, 8, 5], "target": 6} or {"input": "3,8,5", "output": "6"}',
+    "sudoku": "a CSV file with the header Puzzle,Solution: 16 digits each, row by row, 0 for empty",
+    "zebra": 'lines {"puzzle": "...", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ...]}}',
+    "t2i": "prompts, one per line, or GenEval's metadata .jsonl",
+}
+INSTRUCTIONS = {
+    "gsm8k": "Solve the problem step by step. Write the final answer on a last line of its own, "
+    "as four hash signs and the number, like this:\n#### 42",
+    "math500": "Solve the problem step by step. Write the final answer in \\boxed{}, once.",
+    "mbpp": "Write a Python program that solves the task. Write all of it in one ```python block.",
+    "countdown": "Make the target from the numbers with +, -, *, / and parentheses. Use every number exactly once. "
+    "Write the expression on a last line of its own, behind four hash signs, like this:\n#### (3 + 8) * 2",
+    "sudoku": "Fill in the empty cells of a 4x4 sudoku. Every row, every column and every 2x2 box holds each of the "
+    "digits 1, 2, 3 and 4 once. Write the grid as four lines of four digits.",
+    "zebra": "Solve the logic puzzle. Write one line per house: its number, a colon, and its entries, "
+    "separated by commas, like this:\n1: red, Tom",
+}
+
+
+# --- GSM8K: word problems ---------------------------------------------------------------------------------------------
 
 NAMES = ("Tom", "Ann", "Sam", "Eva", "Max", "Lea")
 ITEMS = ("apples", "books", "coins", "eggs", "pens", "stamps")
-# The story of a problem and its two operations: (a op1 b) op2 c.
-TEMPLATES = (
+TEMPLATES = (  # the story of a problem and its two operations: (a op1 b) op2 c
     ("{name} has {a} {item}, buys {b}, sells {c}. How many?", "+", "-"),
     ("{name} has {a} {item}, loses {b}, finds {c}. How many?", "-", "+"),
     ("{name} has {a} {item}, sells {b}, loses {c}. How many?", "-", "-"),
@@ -528,13 +480,6 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 LARGEST = 20  # of all numbers in a problem: some 250 different sums, differences and products
 
 
-def split_of(question: str, first: tuple[int, str, int], second: tuple[int, str, int]) -> str | None:
-    """The one split that may hold a problem, decided by its numbers and words alone; None: no split."""
-    if reserved(*first):
-        return "unseen"
-    return None if reserved(*second) else part_of(question)
-
-
 def draw_gsm8k(rng: random.Random, split: str) -> Problem | None:
     """One grade-school word problem with a worked solution, in GSM8K's format; None if its split is another."""
     story, op1, op2 = rng.choice(TEMPLATES)
@@ -542,53 +487,27 @@ def draw_gsm8k(rng: random.Random, split: str) -> Problem | None:
     middle = OPERATIONS[op1](a, b)
     result = OPERATIONS[op2](middle, c)
     question = story.format(name=rng.choice(NAMES), item=rng.choice(ITEMS), a=a, b=b, c=c)
+    first, second = f"{a} {op1} {b}", f"{middle} {op2} {c}"
     small = 1 <= middle <= LARGEST and 1 <= result <= LARGEST
-    if not small or split_of(question, (a, op1, b), (middle, op2, c)) != split:
+    if not small or part_of(question, first, second) != split:
         return None
-    answer = f"{a} {op1} {b} = {middle}\n{middle} {op2} {c} = {result}\n#### {result}"
-    return {"question": question, "answer": answer}
-
-
-# ---------------------------------------------------------------------------------------------
-# GSM8K: published data, the question, the answer, the reward
-# ---------------------------------------------------------------------------------------------
+    return {"question": question, "answer": f"{first} = {middle}\n{second} = {result}\n#### {result}"}
 
 
 def check_gsm8k(row: dict, where: str) -> Problem:
-    """The two fields of a GSM8K problem; DataError says what is missing from `where`."""
-    example = 'GSM8K has "question" and "answer"'
-    question = pick_text(row, QUESTION, where, example)
-    problem = {"question": question, "answer": pick_text(row, ANSWER, where, example)}
+    """question and answer: a worked solution with a last line `#### 42`, or the number alone."""
+    question, answer = (pick_text(row, names, where) for names in (QUESTION, GOLD))
+    problem = {"question": question, "answer": f"#### {answer}" if parse_number(answer) is not None else answer}
     if gold_answer(problem) is None:
-        raise DataError(f'{where}: "answer" must end with a line like "#### 42"')
+        raise DataError(f"{where}: the answer ends in no number, such as #### 42: {answer[-40:]!r}")
     return problem
 
 
-INSTRUCTIONS = {
-    "gsm8k": (
-        "Solve the problem step by step. Write the final answer on a last line of its own, "
-        "as four hash signs and the number, like this:\n#### 42"
-    ),
-    "math500": "Solve the problem step by step. Write the final answer in \\boxed{}, once.",
-    "mbpp": "Write a Python program that solves the task. Write all of it in one ```python block.",
-    "countdown": (
-        "Make the target from the numbers with +, -, *, / and parentheses. Use every number exactly once. "
-        "Write the expression on a last line of its own, behind four hash signs, like this:\n#### (3 + 8) * 2"
-    ),
-    "sudoku": (
-        "Fill in the empty cells of a 4x4 sudoku. Every row, every column and every 2x2 box holds each of the "
-        "digits 1, 2, 3 and 4 once. Write the grid as four lines of four digits."
-    ),
-    "zebra": (
-        "Solve the logic puzzle. Write one line per house: its number, a colon, and its entries, "
-        "separated by commas, like this:\n1: red, Tom"
-    ),
-}
-
-
-def chat(task: str, content: str) -> list[dict[str, str]]:
-    """A task's instruction and one problem, for the tokenizer's chat template."""
-    return [{"role": "system", "content": INSTRUCTIONS[task]}, {"role": "user", "content": content}]
+def gold_answer(problem: Problem) -> Fraction | None:
+    """The number of a published answer: behind its last `####`, or what it announces in another way, or all of it."""
+    _, hashes, last = problem["answer"].rpartition("####")
+    texts = [last] if hashes else announced(last) or [last]
+    return parse_number(texts[0]) if len(texts) == 1 else None
 
 
 def gsm8k_target(problem: Problem) -> str:
@@ -596,51 +515,25 @@ def gsm8k_target(problem: Problem) -> str:
     return re.sub(r"<<[^<>\n]*>>", "", problem["answer"])
 
 
-def gsm8k_answer(completion: str, problem: Problem) -> Decimal | None:
-    """The announced number of a completion; None if none is announced, or if announcements disagree: naming several
-    numbers is not answering."""
-    answers: set[Decimal | None] = set()
-    for text in announcements(completion, problem):
-        if re.search(r"\d", text):
-            answers.add(None if NEGATED.search(text) else parse_number(text))
-        if len(answers) > 1:
-            return None
-    return answers.pop() if answers else None
-
-
-def gold_answer(problem: Problem) -> Decimal | None:
-    """The number after the last `####` of a published answer; without one, what it announces in another way."""
-    _, mark, tail = problem["answer"].rpartition("####")
-    numbers = {parse_number(text) for text in ([tail[:LONGEST]] if mark else announced(problem["answer"]))}
-    return numbers.pop() if len(numbers) == 1 else None
-
-
-def gsm8k_correct(completion: str, problem: Problem) -> float:
-    """1 if the announced answer is the right number, else 0."""
-    answer = gsm8k_answer(completion, problem)
-    return float(answer is not None and answer == gold_answer(problem))
-
-
 def worked(text: str) -> bool:
     """Whether something stands there besides tags: an empty reasoning earns no format reward."""
-    return ALNUM.search(re.sub(r"<[^<>\n]{0,20}>", "", text)) is not None
+    return re.search(r"[^\W_]", re.sub(r"<[^<>\n]{0,20}>", "", text)) is not None
 
 
-def gsm8k_reward(completion: str, problem: Problem) -> Reward:
-    """correctness 2.0; format: 0.5 for an integer answer, 0.5 for a worked solution with a last line `#### N`."""
-    answer = gsm8k_answer(completion, problem)
-    integer = answer is not None and answer == answer.to_integral_value()
-    working, _, last = SPECIAL.sub("", completion).strip().rpartition("\n")
+def gsm8k_verdict(completion: str, problem: Problem) -> Verdict:
+    """correctness 2.0; format: 0.5 for an integer answer, 0.5 for a worked solution with a last line `#### N`. Nothing
+    if no number is announced, or if announcements disagree."""
+    found = {parse_number(text) for text in announced(written(completion))}
+    answer = found.pop() if len(found) == 1 else None
+    if answer is None:
+        return Verdict(None, {"correctness": 0.0, "format": 0.0}, 0.0)
+    working, _, last = END.split(completion, maxsplit=1)[0].strip().rpartition("\n")
     in_form = worked(working) and re.fullmatch(r"#### \S[^\n]{0,40}", last.strip()) is not None
-    return {
-        "correctness": 2.0 * gsm8k_correct(completion, problem),
-        "format": 0.5 * integer + 0.5 * (in_form and answer is not None),
-    }
+    right, form = answer == gold_answer(problem), 0.5 * (answer.denominator == 1) + 0.5 * in_form
+    return Verdict(answer, {"correctness": 2.0 * right, "format": form}, float(right))
 
 
-# ---------------------------------------------------------------------------------------------
-# MATH: equations with one unknown, and when two answers are the same
-# ---------------------------------------------------------------------------------------------
+# --- MATH: equations with one unknown ---------------------------------------------------------------------------------
 
 UNKNOWNS = ("x", "y", "z", "n", "m", "k")
 EQUATIONS = ("Solve {a} {x} + {b} = {c}.", "Solve {b} + {a} {x} = {c}.", "Find {x} if {c} = {a} {x} + {b}.")
@@ -655,360 +548,35 @@ def draw_math500(rng: random.Random, split: str) -> Problem | None:
     notation = "{p}" if value.denominator == 1 else NOTATIONS.get(x, "\\frac{{{p}}}{{{q}}}")
     answer = notation.format(p=value.numerator, q=value.denominator)
     question = rng.choice(EQUATIONS).format(a=a, b=b, c=right + b, x=x)
-    if split_of(question, (right + b, "-", b), (right, "/", a)) != split:
+    if part_of(question, f"{right + b} - {b}", f"{right} / {a}") != split:
         return None
     return {"question": question, "answer": answer, "solution": f"{a} {x} = {right}\n\\boxed{{{answer}}}"}
 
 
 def check_math500(row: dict, where: str) -> Problem:
     r"""problem, answer, solution; the answer is the solution's last \boxed{} where the row has none of its own."""
-    example = 'MATH has "problem", "solution" with a \\boxed{} in it, and perhaps "answer"'
-    question = pick_text(row, QUESTION, where, example)
-    solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
-    answer = pick(row, ANSWER[:-1])
-    answer = str(answer).strip() if isinstance(answer, (str, int, float)) else ""
-    if found := boxes(solution or answer):
-        solution, answer = solution or answer, answer if solution and answer else found[-1].text.strip()
-    if not answer:
-        raise DataError(f'{where}: no "answer", and no \\boxed{{}} in "solution"; {example}')
-    return {"question": question, "answer": answer, "solution": solution or f"\\boxed{{{answer}}}"}
+    question, text = (pick_text(row, names, where) for names in (QUESTION, GOLD))
+    found = boxes(text)
+    if not found and pick(row, GOLD[:-1]) is None:
+        raise DataError(f'{where}: no "answer", and no \\boxed{{}} in "solution"')
+    solution = row.get("solution") or (text if found else f"\\boxed{{{text}}}")
+    return {"question": question, "answer": found[-1][2].strip() if found else text, "solution": solution}
 
 
-UNICODE = str.maketrans(
-    {"\u2212": "-", "\u00b1": r"\pm ", "\u221e": r"\infty ", "\u03c0": r"\pi ", "\u00b0": r"^\circ", "\u222a": r"\cup "}
-    | {"\u2044": "/", "\u00b2": "^2", "\u00b3": "^3", "\u2264": r"\le ", "\u2265": r"\ge ", "\u00b7": r"\cdot "}
-    | {"\u00d7": r"\times ", "\u2205": r"\emptyset ", "\u211d": r"\mathbb{R}", "\u2248": r"\approx "}
-)
-# Layout, and spellings that math-verify would misread; applied one after the other.
-TIDY = [
-    (re.compile(r"\\(?:text)?color\s*\{\w*\}|\\(?:bf|rm|it|left|right|displaystyle)\b|\\[bB]ig[lrg]?\b|\*\*"), " "),
-    (re.compile(r"\\\\\s*\[[\d.]+\s*\w*\]|\\cr\b"), r"\\\\"),
-    (re.compile(r"\\\$|(?<!\\)\$|(?<!\\)\\[()\[\]]"), ""),
-    (re.compile(r"[(\[]?\s*\\(begin|end)\s*\{[bp]?(?:matrix|array)\}(?:\{[clr|]*\})?\s*[)\]]?"), r"\\\1{pmatrix}"),
-    (re.compile(r"(?:\\\\\s*)+(?=\\end)"), ""),
-    (re.compile(r"\^\s*(?:\{\s*(?:\\circ|o)\s*\}|\\circ|o\b|\\text\s*\{o\})|\\deg(?:ree)?\b"), r"^\\circ "),
-    (re.compile(r"(?:\u221a|(?<![\\a-z])sqrt)\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|[a-z]))"), r"\\sqrt{\1\2\3}"),
-    (re.compile(r"\{([^{}]*)\\over\b([^{}]*)\}"), r"\\frac{\1}{\2}"),
-    (re.compile(r",?\s*(?:(?<![a-zA-Z\\])and(?![a-zA-Z])|\\text\s*\{\s*,?\s*and\s*\})\s*"), ", "),
-    (re.compile(r"\\text\s*\{\s*,?\s*or\s*\}"), " or "),
-    (re.compile(r"\A\s*\{([^{}]*)\}\s*\Z"), r"\1"),
-]
-
-
-def tidy(answer: str) -> str:
-    """An answer without LaTeX's layout, stars and a full stop behind it, in ASCII where there is a spelling in it."""
-    inner = boxes(answer)
-    text = re.sub(r"\s+", " ", inner[0].text if len(inner) == 1 and inner[0].start == 0 else answer).translate(UNICODE)
-    for pattern, spelling in TIDY:
-        text = pattern.sub(spelling, text)
-    return text.strip(" *").rstrip(" .*")
-
-
-PI_OR_DIGIT = r"(?:(?<=[\d})%])|(?<=\\pi)|(?<=\\pi\s)|(?<=\\circ\s))"
-# 1,234 but not (1,234)
-THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,|\s)(?=\d{3}(?!\d))(?=[\d{},.\s]*\s*(?:[^\d\s,)\]}]|$))")
-# Spellings that mean the same, applied one after the other.
-PLAIN = [
-    # 10 \text{ apples}
-    (re.compile(PI_OR_DIGIT + r"\s*\\(?:text|mathrm|mbox)\s*\{\s*[A-Za-z. ]+\}(?:\^\{?[23]\}?)?[\s.$]*$"), ""),
-    (LATEX_TEXT, r"\1"),
-    (re.compile(r"(?<=\d),\\!\s*(?=\d{3})|\\!"), ""),
-    (re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad\b"), " "),
-    (re.compile(r"\\?%|^\s*=|\^\s*\\circ"), ""),
-    (re.compile(r",?\s*(?<![a-zA-Z\\])or(?![a-zA-Z])\s*"), ","),
-    (re.compile(r"\bno\s(?:real\s)?solutions?\b|\\varnothing\b", re.IGNORECASE), r"\\emptyset"),
-    (re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|\ball real numbers\b", re.IGNORECASE), r"(-\\infty,\\infty)"),
-    *BRACED,
-    (re.compile(r"\\sqrt\s*([^\s{\\\[])"), r"\\sqrt{\1}"),
-    (re.compile(r"(?<![\w.}])(-?)(\d+)\s+(\d+)\s*/\s*(\d+)"), r"\1\2\\frac{\3}{\4}"),  # 3 1/2
-    (re.compile(r"(?<![\w.}/)])(-?\d+)\s*/\s*(\d+)(?![\w./(^])"), r"\\frac{\1}{\2}"),
-    (re.compile(r"\\frac\{-(\d+)\}"), r"-\\frac{\1}"),
-    (THOUSANDS, ""),
-    (re.compile(r"\\leq?(?![a-zA-Z])"), "<="),
-    (re.compile(r"\\geq?(?![a-zA-Z])"), ">="),
-    (re.compile(r"\\(?:cdot|times)(?![a-zA-Z])"), "*"),
-    (re.compile(r"\\(?:infty|infinity)\b|\binfinity\b"), r"\\infty"),
-    (re.compile(r"([_^])\s*\{\s*\(?(\w)\)?\s*\}"), r"\1\2"),
-    (re.compile(r"\((\w+)\)\s*_"), r"\1_"),
-    (re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc|ln|log)(?:[_^]\w)*)\s*[({]\s*(\\?\w+)\s*[)}](?![\w(^])"), r"\1 \2"),
-    (re.compile(r"(?<![\w)}])\(([^()]+)\)\s*/\s*(?:\(([^()]+)\)|(\d+)(?![\w.(^]))"), r"\\frac{\1}{\2\3}"),  # (x + 1)/2
-    (re.compile(r"^\s*\((?:\\?[a-zA-Z]+\s*,\s*)+\\?[a-zA-Z]+\)\s*=\s*(?=\()"), ""),  # (x, y) = (2, 3)
-    (re.compile(r"^\s*\(?[a-zA-Z](?:_\{?\w\}?)?(?:\([a-z]\))?\s*(?:=|\\in\b)\s*(?=[^=])"), ""),  # x = 5, x \in [0, 1]
-    (re.compile(r"(^|[,(\[])\s*\+"), r"\1"),
-]
-UNITS = re.compile(
-    PI_OR_DIGIT
-    + r"\s*\\?\s*(?:square|sq\.?|cubic)?\s*(?:degrees?|radians?|units?|dollars?|cents?|percent|inch(?:es)?|in\.?|"
-    r"feet|foot|ft|miles?|yards?|meters?|metres?|centimeters?|kilometers?|(?:cm|mm|km|m)(?:\^\{?[23]\}?)?|hours?|hrs?|minutes?|min|"
-    r"seconds?|sec|days?|weeks?|months?|years?|people|students|ways|points|kg|grams?|pounds?|lbs?|mph|"
-    r"p\.?m\.?|a\.?m\.?)(?:\^\{?[23]\}?)?(?:\s*(?:per|/)\s*[a-z]+)?\s*\.?$"
-)
-
-
-def plain(answer: str, join: bool = True) -> str:
-    """An answer in its plainest spelling: without LaTeX's layout, units, x =, spaces and, with join, commas."""
-    text = tidy(answer)
-    for pattern, spelling in PLAIN:
-        text = pattern.sub(spelling, text) if join or pattern is not THOUSANDS else text
-    text = UNITS.sub("", text.strip())
-    text = re.sub(r"(?<!\d)\s+|(?<=[_^]\d)\s+|\s+(?!\d)", "", text).rstrip(".,;:")  # 3 4 is not 34
-    text = re.sub(r"(?<!\d)\.(?=\d)", "0.", text)
-    if between := re.fullmatch(r"([^<>=]+)<(=?)[a-zA-Z]<(=?)([^<>=]+)", text):  # 0 < x <= 5
-        low, closed, closed_above, high = between.groups()
-        text = f"{'[' if closed else '('}{low},{high}{']' if closed_above else ')'}"
-    choice = re.fullmatch(r"\(([A-Za-z])\)", text)
-    return choice[1] if choice else text
-
-
-RATIONAL = re.compile(r"([+-]?)(\d+(?:\.\d+)?)?(?:\\frac\{(\d+)\}\{(\d+)\})?")
-
-
-def rational(text: str) -> Fraction | None:
-    """The value of a plain number: 12, 0.5, \\frac{1}{2}, 3\\frac{1}{2}; None for anything else."""
-    match = RATIONAL.fullmatch(text[:100])
-    if not match or not (match[2] or match[3]) or len(text) > 100 or (match[4] and not int(match[4])):
-        return None
-    whole, part = Fraction(match[2] or 0), Fraction(int(match[3]), int(match[4])) if match[3] else 0
-    if match[2] and match[3] and whole.denominator != 1:
-        return None
-    return (-1 if match[1] == "-" else 1) * (whole + part)
-
-
-def parts_of(text: str, separator: str = ",") -> list[str]:
-    """The parts between those separators that stand in no brackets."""
-    parts, depth, start = [], 0, 0
-    for match in re.finditer(rf"[(\[{{]|[)\]}}]|{re.escape(separator)}", text):
-        depth += (match[0] in "([{") - (match[0] in ")]}")
-        if match[0] == separator and depth == 0:
-            parts.append(text[start : match.start()])
-            start = match.end()
-    return [*parts, text[start:]]
-
-
-def elements(text: str) -> tuple[str, list[str]]:
-    """(brackets, parts) of a plain answer: "(1,2)" -> ("()", ["1", "2"]); a set or bare list has none, and no order. A
-    matrix has its shape for brackets, and so has a union its sign."""
-    brackets = ""
-    if matrix := re.fullmatch(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", text):
-        return "".join(re.findall(r"&|\\\\", matrix[1])) or "&", re.split(r"&|\\\\", matrix[1])
-    if len(union := parts_of(text, "\\cup")) > 1:
-        return "\\cup", union
-    if text.startswith("\\{") and text.endswith("\\}"):
-        text = text[2:-2]
-    elif text[:1] in "([" and text[-1:] in ")]" and text and closes_last(text):
-        brackets, text = text[0] + text[-1], text[1:-1]
-    parts = parts_of(text)
-    if not brackets:  # 1 \pm x is 1 + x and 1 - x
-        signs = [("+", "-") if part.count("\\pm") == 1 else ("",) for part in parts]
-        parts = [re.sub(r"\\pm", s, part).removeprefix("+") for part, both in zip(parts, signs) for s in both]
-    return brackets, parts
-
-
-def closes_last(text: str) -> bool:
-    """Whether a text's first bracket is closed by its last character."""
-    depth = 0
-    for i, c in enumerate(text):
-        depth += (c in "([{") - (c in ")]}")
-        if depth == 0:
-            return i == len(text) - 1
-    return False
-
-
-QUOTIENT = re.compile(r"\\frac\{((?:[^{}+-]|\{[^{}]*\})*)\}\{([1-9]\d{0,19})\}")
-FACTOR = re.compile(  # a number and its power, a root, a variable, a divisor
-    r"\*?(?:(?:(?<=\*)|(?<![\w}]))(\d{1,20}(?:\.\d{1,20})?)(?:\^\{?(\d\d?)\}?)?(?![\d^_!])|/([1-9]\d{0,19})(?![\d^_!])|"
-    r"((?:\\sqrt\{[^{}]*\}|\\(?:pi|theta|alpha|beta|phi|omega)(?![a-z])|[a-zA-Z](?:_\w)?)(?:\^(?:\{[^{}]*\}|\w))?)(?![_!']))"
-)
-
-
-def product(text: str) -> tuple[Fraction, list[str]] | None:
-    """(coefficient, other factors) of a product: -5\\pi/3, \\frac{1}{2}x^2y; None for anything else."""
-    value, text = Fraction(-1 if text[0] == "-" else 1), QUOTIENT.sub(r"*\1/\2", text.removeprefix("-"))
-    if not text or FACTOR.sub("", text):
-        return None
-    for number, power, by, _ in (found := FACTOR.findall(text)):
-        value *= Fraction(number or 1) ** int(power or 1) / int(by or 1)
-    return value, sorted(factor for *_, factor in found if factor)
-
-
-def canonical(text: str, depth: int = 4):
-    """What plain answers that are the same have in common: a number's value; the parts within brackets or a matrix, in
-    order, or of a list, set or union, sorted; a sum's terms; else the text."""
-    value = rational(text)
-    if value is not None or depth == 0:
-        return text if value is None else value
-    around, parts = elements(text)
-    if len(parts) > 1 or around not in ("", "()"):
-        keys = [canonical(re.sub(r"^[a-zA-Z]=", "", part), depth - 1) for part in parts]
-        return around, keys if around not in ("", "\\cup") else sorted(keys, key=str)
-    if around:
-        return canonical(parts[0], depth - 1)
-    found = [product(part) for part in parts_of(text.replace("-", "+-"), "+") if part]  # a - b is a + -b
-    if None in found or not re.search(r"[\d\\+*/^-]", text):
-        return text
-    return found[0][0] if [factors for _, factors in found] == [[]] else str(sorted(found, key=str))
-
-
-def same_plain(a: str, b: str) -> bool:
-    """Whether two plain answers are the same, but for the order of sets and sums, and the case of words."""
-    return canonical(a) == canonical(b) or (a.isalpha() and a.casefold() == b.casefold())
-
-
-@functools.cache
-def math_verify():
-    """The module math_verify, or None where it is not installed."""
-    try:
-        import math_verify as module
-    except ImportError:
-        return None
-    return module
-
-
-# What could keep sympy busy: towers of powers, factorials, long numbers, sums to a high power, deep nesting; and what
-# math-verify would ignore: a base, 42_5, a dash, dots, digits apart.
-WILD = re.compile(
-    r"!|\d{16}|\d\s*_|\^\s*\{?\s*-?\d{3}|\^\s*\{?[^{}\s]*\}?\s*\^|\^\s*\{[^{}]*\^|\\[a-z]{0,3}(?:binom|prod|sum|int|lim|mod)|"
-    r"[)\]}]\s*\^\s*\{?[2-9]\d|(?:[({][^(){}]*){20}|'|dots|(?<![_^\d])\d+\.?\s+\d|%\s*\\?%"
-)
-SIGN = re.compile(r"<|>|\\[lg]eq?\b|(?<![<>])=|:|\||\\(?:neq?|mid|to|approx)\b|\\[A-Z]?[a-z]*arrow")
-LETTER = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]+")  # the variables of a product, but not a command's name
-
-
-def same_by_math_verify(gold: str, answer: str) -> bool:
-    """Whether math-verify finds two expressions equal; False where it is not installed, for what it may hang on, and
-    where the answer has signs of relation or variables of its own: of words math-verify reads what it likes."""
-    module, both = math_verify(), gold + " , " + answer
-    if module is None or len(both) > 300 or WILD.search(both) or len(re.findall(r"\^\s*\{?-?\d\d", both)) > 3:
-        return False
-    letters, signs = ([set(pattern.findall(text)) for text in (gold, answer)] for pattern in (LETTER, SIGN))
-    if not set("".join(letters[1])) <= {*"".join(letters[0]), "e", "i"}:
-        return False
-    if not signs[1] <= signs[0] or ("=" in signs[0]) > ("=" in signs[1]) or answer.count("|") % 2:
-        return False
-    # its time limit is an alarm signal, which only the main thread can set
-    limit = 3 if threading.current_thread() is threading.main_thread() else None
-    try:
-        parsed = [module.parse(f"${text}$", parsing_timeout=limit) for text in (gold, answer)]
-        return bool(all(parsed) and module.verify(*parsed, timeout_seconds=limit))
-    except Exception:  # sympy's errors have no common class
-        return False
-
-
-BOUNDED = re.compile(r"\b(?:at\s(?:least|most)|(?:more|less)\sthan|between|could|cannot)\b", re.IGNORECASE)
-# The only number among words; these would make another number of it.
-COUNTED = re.compile(
-    r"(?!.*\b(?:minus|negative|half|hundred|thousand|million|billion|dozen|squared|cubed|factorial|over|times|pi|a?sin|"
-    r"cos|tan|log|ln|root)\b)(?:[A-Za-z][A-Za-z'.,]*[ *:]+)*([^A-Za-z\\]*\d[^A-Za-z\\]*(?:\\frac\{\d+\}\{\d+\})?)"
-    r"(?:[ *~/-]+[a-z]{2,}[.,]*)*"
-)
-CHOICE = re.compile(  # one of several: "(C) 42", "C. 42", "Option C"
-    r"(?:option|choice|graph)?\s*\(?((?<=\()[A-H](?=\))|[A-H](?=[.:]\s|$))"
-    r"(?:[).:]\s*(?![,/&])(?!.*(?:\([A-H]\)|\b[A-H][.:]\s)).*)?",
-    re.IGNORECASE,
-)
-# "Simplify 6/8": its answer is not 6/8
-CONVERT = re.compile(
-    r"\b(?:express|convert|write|simplify|reduce|factor|expand|evaluate|compute|calculate|rationalize)|"
-    r"\b(?:find|what is)(?:\s+the\s+value\s+of)?\W{1,4}(?=\d|[a-z]*\{)",
-    re.IGNORECASE,
-)
-
-
-def value_of(answer: str) -> str | None:
-    """Of "f(2) = 4/8 = 1/2" the last side, of "22/7 \\approx 3.14" the first, of "1/2 or 0.5" either; None where
-    numbers among the sides differ. Of "x = 1, y = 2" each part's."""
-    for parts in (re.split(r",?\s+or\s+", answer), parts_of(answer)):
-        if len(parts) > 1:
-            values = [value_of(part) for part in parts]
-            if None in values:
-                return None
-            numbers = {rational(plain(value)) for value in values}
-            one = " or " in answer and len(numbers) == 1 and None not in numbers
-            return values[0] if one else ",".join(values)
-    first, *near = re.split(r"\\approx\b", answer)
-    sides = re.split(r"(?<![<>])=", first)
-    exact, rounded = ([v for side in group if (v := rational(plain(side))) is not None] for group in (sides, near))
-    differ = len(set(exact)) > 1 or any(abs(value - near) * 50 > abs(value) for value in exact[:1] for near in rounded)
-    return None if differ else sides[-1]
-
-
-def same_answer(answer: str, gold: str, question: str) -> bool:
-    """Whether an answer to a MATH problem is right.
-
-    The plain comparison: equal after `plain`, equal as exact numbers, element by element, or term by term. Where that
-    fails, math-verify (if installed) looks for a symbolic equality: x^2 + x and x (x + 1). A part of the question is no
-    answer, although it may equal it: "Factor x^2 - 1" is not answered by x^2 - 1. Nor is "not 5" or "at least 5".
-    """
-    b = plain(gold)
-    if any(unsure.search(answer) and not unsure.search(gold) for unsure in (NEGATED, BOUNDED)):
-        return False
-    answer, gold = tidy(answer), tidy(gold)
-    if rational(b) is not None and (alone := COUNTED.fullmatch(LATEX_TEXT.sub(r" \1 ", answer).strip())):
-        answer = alone[1]
-    if not SIGN.search(b):
-        named, answer = answer, value_of(answer)
-        if answer is None:
-            return False
-        if b[:1] == "(" and re.fullmatch(r"\s*([a-z])\s*=[^,=]+(,\s*(?!\1)[a-z]\s*=[^,=]+)+", named):
-            answer = f"({answer})"  # x = 1, y = 2
-    a = plain(answer)
-    if a == b or (re.fullmatch(r"\d+_\{?\d+\}?", b) and a == b.partition("_")[0]):  # the question names the base
-        return True
-    if re.fullmatch(r"[A-H]", b) and (choice := CHOICE.fullmatch(LATEX_TEXT.sub(r"\1", answer))):
-        return choice[1] == b
-    asked = re.search(r"\W", a) and re.search(rf"(?<![\d.]){re.escape(a)}(?![\d.]*\d)", plain(question[:10_000]))
-    exact = same_plain(a, b) or same_plain(plain(answer, False), plain(gold, False))  # 100,200 may be two numbers
-    if asked:
-        return exact and not CONVERT.search(question)
-    # 5 is not 5, 5; math-verify reads both as a set
-    (around_a, of_a), (around_b, of_b) = elements(a), elements(b)
-    alike = len(of_a) == len(of_b) and (around_a == around_b or len(of_a) == 1)
-    return exact or (alike and same_by_math_verify(gold, answer))
-
-
-WORDS_BETWEEN = r"[A-Za-z\s.,:;'*]*"
-MATH = r"(?:(?<!\\)\$+([^$]+)(?<!\\)\$+|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\])"
-FORMULA = re.compile(  # words around one formula, or "The value of $x$ is $5$"
-    rf"(?s)\A{WORDS_BETWEEN}(?:{MATH}[A-Za-z\s,]*\b(?:is|are|equals)\b[\s:]*(?:equal to\s*)?)?{MATH}{WORDS_BETWEEN}\Z"
-)
-ADDED = re.compile(  # "5, since x > 0", "12 (3 times 4)"
-    r"(?s),?\s+(?:because|since|as)\b.*|"
-    r"\s+(?:\\text\{\s*)?\((?!\s*(?:or|and|not)\b)[^()\\]*(?<![a-zA-Z])[a-z]{3,}[^()\\]*\)\}?[\s.*$]*\Z"
-)
-
-
-def math500_answers(completion: str, problem: Problem) -> list[str]:
-    """The different answers that a completion announces, in order."""
-    different: dict[str, str] = {}  # plain spelling -> spelling
-    for text in announcements(completion, problem):
-        text = ADDED.sub("", text)
-        text = next(filter(None, formula.groups()[3:])) if (formula := FORMULA.match(text)) else text
-        if not any(same_plain(plain(text), other) for other in different):
-            different[plain(text)] = text
-        if len(different) > 10:  # no problem has so many solutions
-            break
-    return list(different.values())
-
-
-def math500_correct(completion: str, problem: Problem) -> float:
-    """1 if the answer, all of it where several are announced, equals the published one or all that the published
-    solution announces: "3" and "4" are right where the solutions are 3 and 4, and wrong where the answer is 3."""
-    answers = math500_answers(completion, problem)
-    golds = {problem["answer"], ",".join(math500_answers(problem["solution"], problem))} - {""}
-    return float(bool(answers) and any(same_answer(",".join(answers), gold, problem["question"]) for gold in golds))
-
-
-def math500_reward(completion: str, problem: Problem) -> Reward:
+def math500_verdict(completion: str, problem: Problem) -> Verdict:
     r"""correctness 2.0; format: 0.5 for an answer that can be told apart, 0.5 for working that ends in one \boxed{}."""
-    told = len(math500_answers(completion, problem)) == 1
-    found = boxes(completion)
-    in_form = told and len(found) == 1 and worked(completion[: found[0].start])
-    return {"correctness": 2.0 * math500_correct(completion, problem), "format": 0.5 * told + 0.5 * in_form}
+    text, tidied = END.split(completion, maxsplit=1)[0], {}
+    for spelling in announced(written(completion)):  # two spellings of a number are one answer
+        tidied[parse_number(tidy(spelling)) or squeeze(tidy(spelling))] = spelling
+    answer = [*tidied.values()][0] if len(tidied) == 1 else None
+    if answer is None:
+        return Verdict(None, {"correctness": 0.0, "format": 0.0}, 0.0)
+    found, right = boxes(text), same_answer(answer, problem["answer"], problem["question"])
+    in_form = len(found) == 1 and worked(text[: found[0][0]])
+    return Verdict(answer, {"correctness": 2.0 * right, "format": 0.5 + 0.5 * in_form}, float(right))
 
 
-# ---------------------------------------------------------------------------------------------
-# MBPP: small functions and their tests
-# ---------------------------------------------------------------------------------------------
+# --- MBPP: small functions and their tests ----------------------------------------------------------------------------
 
 FORMULAS = {
     "{f}(x): {a} times x, plus {b}": ("x * {a} + {b}", lambda x, a, b: x * a + b),
@@ -1028,26 +596,21 @@ def draw_mbpp(rng: random.Random, split: str) -> Problem | None:
     question = words.format(f=name, a=a, b=b)
     tests = [f"assert {name}({x}) == {formula(x, a, b)}" for x in rng.sample(range(LARGEST), 3)]
     code = f"def {name}(x):\n return {body.format(a=a, b=b)}"
-    if ("unseen" if reserved(a, "f", b) else part_of(question)) != split:
-        return None
-    return {"question": question, "answer": code, "tests": tests, "imports": "", "setup": ""}
+    if part_of(question, f"{a} f {b}") == split:
+        return {"question": question, "answer": code, "tests": tests, "imports": "", "setup": ""}
+    return None
 
 
 def check_mbpp(row: dict, where: str) -> Problem:
     """text or prompt, code, test_list, test_imports, test_setup_code; challenge tests are left out, as in MBPP's own
-    evaluation. DataError also for a test that `split_test` cannot split."""
-    example = 'MBPP has "text" (or "prompt"), "code" and "test_list"'
-    question = pick_text(row, ("text", *QUESTION), where, example)
-    code = pick(row, ("code", "canonical_solution", "reference", "solution", "answer"))
-    tests = pick(row, ("test_list", "tests", "test", "gold"))
-    if isinstance(tests, str):  # a list as JSON, or one test after the other
-        tests = json_rows(tests) or re.split(r"\n(?=assert\b)", tests.strip())
+    evaluation. DataError also for a test that `split_tests` cannot split."""
+    tests = pick(row, ("test_list", "tests", "test"))
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-        raise DataError(f'{where}: field "test_list" is missing or no list of texts; {example}')
-    text_of = lambda value: "\n".join(value) if isinstance(value, list) else value or ""
-    imports, setup = (text_of(row.get(name)) for name in ("test_imports", "test_setup_code"))
-    problem = {"question": question, "answer": code if isinstance(code, str) else ""}
-    problem |= {"tests": tests, "imports": imports, "setup": setup}
+        raise DataError(f'{where}: field "test_list" is missing or no list of texts')
+    problem = {"question": pick_text(row, QUESTION, where), "tests": tests}
+    for name, published in (("answer", "code"), ("imports", "test_imports"), ("setup", "test_setup_code")):
+        value = pick(row, (published, name)) or ""
+        problem[name] = "\n".join(value) if isinstance(value, list) else str(value)
     try:
         split_tests(problem)
     except (SyntaxError, ValueError) as error:
@@ -1055,196 +618,142 @@ def check_mbpp(row: dict, where: str) -> Problem:
     return problem
 
 
-def mbpp_messages(problem: Problem) -> list[dict[str, str]]:
-    """The chat that asks for a program; one test shows the function's name and arguments."""
-    return chat("mbpp", f"{problem['question']}\n{problem['tests'][0]}")
-
-
-def mbpp_target(problem: Problem) -> str:
-    """The program that SFT trains on."""
-    return f"```python\n{problem['answer']}\n```"
-
-
 LONGEST_PROGRAM = 100_000  # characters
-FENCED = re.compile(r"(```|~~~)[ \t]*[\w+#.-]*[ \t]*\r?\n(.*?)(?:\1|\Z)", re.DOTALL)
-DEFINES = re.compile(r"^[ \t]*(?:(?:async[ ]+)?def|class)\s+(\w+)|^(\w+)\s*=", re.MULTILINE)
-CODE_LINE = re.compile(
-    r"\s|$|[@#)\]}]|(?:(?:async\s+)?def|class|import|from\s+[\w.]+\s+import|if|elif|for|while|with)\s|"
-    r"(?:else|try|finally|except\b[^:]*):|\w[\w.]*(?:\[[^\]]*\])*\s*[-+*/%&|^:]?=|\w[\w.]*\("
-)
+FENCE = re.compile(r"(?i)(?:```|~~~)(?:[ \t]*(?:python|py)\d?(?=\s)|[ \t]*[\w+#.-]*[ \t]*(?=\n))?")
+DEFINES = re.compile(r"^(?:(?:async )?def|class)\s+(\w+)|^(\w+)\s*=", re.MULTILINE)
 
 
-def extract_code(completion: str, tests: tuple[str, ...] | list[str] = ()) -> str | None:
-    """The program of a completion: the last fenced block that defines what the tests call, else the last that defines
-    something; without fences all of its text, or what stands between [BEGIN] and [DONE] or in <answer>, or its lines
-    of code. None if that is no Python, or defines nothing."""
-    called = set(re.findall(r"\b([A-Za-z_]\w*)\s*\(", "\n".join(tests)))
-    text = SPECIAL.sub("", completion).replace("\r\n", "\n")
-    bare = text.partition("[DONE]")[0].rpartition("[BEGIN]")[2].partition("```")[0]
-    bare = TAGS.split(bare)[1] if TAGS.search(bare) else bare
-    bare = re.sub(r"\A\s*'(.*)'\s*\Z", r"\1", bare, flags=re.DOTALL)  # as in MBPP's own few-shot prompt
-    fenced = [match[2].partition("[DONE]")[0] for match in FENCED.finditer(text)]
-    source = bare if bare.strip() or not fenced else fenced[-1]  # a fence may be left open
-    lines = itertools.groupby(source.split("\n"), key=lambda line: CODE_LINE.match(line) is not None)
-    for blocks in (fenced, [bare], ["\n".join(part) for code, part in lines if code]):
-        blocks = (block if compiles(block) else textwrap.dedent(block) for block in blocks if DEFINES.search(block))
-        programs = [block for block in blocks if compiles(block)]
-        wanted = [block for block in programs if called & set(itertools.chain(*DEFINES.findall(block)))]
-        if programs:
-            return (wanted or programs)[-1].strip("\n").rstrip()
+def program_of(text: str) -> str | None:
+    """A text that is Python, or the doctest lines (>>> ...) of one that is not; None where both are none."""
+    text = textwrap.dedent(text).strip("\n").rstrip()
+    prompted = "\n".join(re.findall(r"^(?:>>>|\.\.\.) ?(.*)", text, re.MULTILINE))
+    for source in filter(None, (text, prompted)):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # "\d" in a program is no concern of ours
+                ast.parse(source)
+            return source
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            pass
     return None
 
 
-def compiles(program: str) -> bool:
-    """Whether a text is Python, and no longer than a program of MBPP could ever be."""
-    if len(program) > LONGEST_PROGRAM:
-        return False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "\d" in a program is no concern of ours
-            ast.parse(program)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return False
-    return True
+def extract_code(completion: str) -> str | None:
+    """The program of a completion: its fenced blocks one after the other, up to the last that defines a function or a
+    class; all of its text where nothing is fenced. None if that is no Python, or defines nothing.
 
-
-class SplitTest(NamedTuple):
-    """A test, split between the program and its judge.
-
-    steps: what runs beside the program, in order: ("exec", statement) or ("eval", expression). conditions: what must
-    hold of the expressions' values, which go by the names _0, _1, ...; what is expected stands only here.
+    A fence within a docstring is a part of it: where the blocks are none, all from the first fence to the last is.
     """
+    text = END.split(completion, maxsplit=1)[0].replace("\r\n", "\n")
+    if len(text) > LONGEST_PROGRAM:
+        return None
+    block, all_of_it = r"(.*?)(?:```|~~~|\Z)", "(.*)(?:```|~~~)"
+    short, long = (re.findall(FENCE.pattern + inside, text, re.DOTALL) for inside in (block, all_of_it))
+    for parts in (short, long, [text]):
+        blocks = [program for part in parts if (program := program_of(part))]
+        while len(blocks) > 1 and not re.search(r"^(?:(?:async )?def|class)\s", blocks[-1], re.MULTILINE):
+            blocks.pop()  # how to use it
+        program = program_of("\n\n".join(blocks))
+        if program and DEFINES.search(program):
+            return program
+    return None
 
-    steps: tuple[tuple[str, str], ...]
-    conditions: tuple[str, ...]
+
+def free_names(node: ast.AST, known: set[str]) -> set[str]:
+    """The names in a piece of a test that are the program's: not known, and not bound in the piece itself."""
+    names = [name for name in ast.walk(node) if isinstance(name, ast.Name)]
+    bound = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    return {name.id for name in names} - bound - {of.arg for of in ast.walk(node) if isinstance(of, ast.arg)} - known
 
 
 class Outsiders(ast.NodeTransformer):
     """Replaces the largest sub-expressions that only the program can evaluate by names _0, _1, ..."""
 
-    def __init__(self, own: set[str], known: set[str]):
-        self.own, self.known, self.found = own, known, []
-
-    def placeholder(self, node: ast.AST, form: str = "{}") -> ast.AST:
-        self.found.append(form.format(ast.unparse(node)))
-        return ast.copy_location(ast.Name(f"_{len(self.found) - 1}", ast.Load()), node)
+    def __init__(self, known: set[str]):
+        self.known, self.found = known, []
 
     def visit(self, node: ast.AST) -> ast.AST:
         """The node, or the placeholder of what the program's own names come to in it."""
-        inner = node
-        while isinstance(inner, (ast.Call, ast.Attribute, ast.Subscript)):
-            inner = inner.func if isinstance(inner, ast.Call) else inner.value
-        if isinstance(inner, ast.Name) and (inner.id in self.own or inner.id not in self.known):
-            return self.placeholder(node)
-        if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
-            # What binds names of its own is not taken apart. Where it calls the program, all of it is evaluated beside
-            # the program, and what stands in it can be seen from there; no test of MBPP's own samples is like that.
-            if not self.own & {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}:
-                return node
-            return self.placeholder(node, "list({})" if isinstance(node, ast.GeneratorExp) else "{}")
-        return self.generic_visit(node)
+        root = node
+        while isinstance(root, ast.Call | ast.Attribute | ast.Subscript):
+            root = root.func if isinstance(root, ast.Call) else root.value
+        loops = isinstance(root, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp)
+        if (loops or isinstance(root, ast.Name)) and free_names(root, self.known):
+            self.found.append(ast.unparse(node))
+            return ast.Name(f"_{len(self.found) - 1}", ast.Load())
+        # what binds names of its own is not taken apart
+        return node if loops or isinstance(node, ast.Lambda) else self.generic_visit(node)
 
 
-def names_bound(code: str) -> tuple[set[str], set[str], str]:
-    """(names that a module defines, names that it imports, its import statements)."""
-    body = ast.parse(code).body
-    imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    imported = {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
-    defined = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
-    defined |= {n.id for node in body for n in ast.walk(node) if isinstance(n, ast.Name) and type(n.ctx) is ast.Store}
-    return defined, imported, "\n".join(map(ast.unparse, imports))
+def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], list[str]]]]:
+    """(imports for the judge, (pieces, conditions) of each test). SyntaxError or ValueError for what is no test.
 
-
-def split_tests(problem: Problem) -> tuple[str, list[SplitTest]]:
-    """(imports for the judge, the problem's tests split). SyntaxError or ValueError for what cannot be split.
-
-    `assert set(f(3)) == {1, 2}` becomes the expression f(3), which the program's process evaluates, and the condition
-    set(_0) == {1, 2}, which that process never sees.
+    `assert set(f(3)) == {1, 2}` becomes the piece "f(3)", which the program's process takes, and the condition
+    "set(_0) == {1, 2}", which that process never sees. Statements around it are pieces without a value; a test that
+    cannot be taken apart, such as a loop of assertions, runs in there as a whole.
     """
-    try:
-        own, imported, imports = names_bound(problem["answer"].replace("\r\n", "\n"))
-    except (SyntaxError, ValueError):
-        own, imported, imports = set(), set(), ""  # a reference that is no Python 3 says nothing
-    _, more, _ = names_bound(problem["imports"])
-    known = set(dir(builtins)) | imported | more
+    code = ast.parse(f"{problem['answer']}\n{problem['imports']}").body
+    imports = [node for node in code if isinstance(node, ast.Import | ast.ImportFrom)]
+    known = {*dir(builtins), *(alias.asname or alias.name.split(".")[0] for node in imports for alias in node.names)}
+    known -= {function or variable for function, variable in DEFINES.findall(problem["answer"])}
     tests = []
-    for test in problem["tests"]:
-        steps, conditions, outsiders = [], [], Outsiders(own, known)
-        for node in ast.parse(test.strip()).body:
+    for tree in map(ast.parse, map(str.strip, problem["tests"])):
+        if not free_names(tree, known) or not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+            raise ValueError(f"it asserts nothing of the program: {ast.unparse(tree)[:80]}")
+        outsiders, pieces, conditions = Outsiders(known), [], []
+        for node in tree.body:
+            before = len(outsiders.found)
             if isinstance(node, ast.Assert):
-                before = len(outsiders.found)
                 conditions.append(ast.unparse(outsiders.visit(node.test)))
-                steps += [("eval", source) for source in outsiders.found[before:]]
-            elif any(isinstance(inner, ast.Assert) for inner in ast.walk(node)):
-                raise ValueError("an assertion within another statement")
+                pieces += outsiders.found[before:]
             else:
-                steps.append(("exec", ast.unparse(node)))
-        if not conditions or not outsiders.found:
-            raise ValueError(f"nothing in it depends on the program: {test.strip()[:80]}")
-        tests.append(SplitTest(tuple(steps), tuple(conditions)))
-    return "\n".join(filter(None, (problem["imports"], imports))), tests
+                pieces.append(f"{ast.unparse(node)}\npass")  # no expression, so that it has no value
+        whole = (f"{ast.unparse(tree)}\npass", "True"), ["_0 == True"]
+        tests.append((tuple(pieces), conditions) if outsiders.found else whole)
+    return "\n".join(map(ast.unparse, imports)), tests
 
 
-def pass_rate(program: str, problem: Problem) -> float:
-    """The share of a problem's tests that a program passes, run in the sandbox and judged outside of it."""
-    imports, tests = split_tests(problem)
-    steps = tuple(test.steps for test in tests)
-    results = run_program(problem["imports"], program, problem["setup"], steps, SECONDS)
-    return sum(holds(imports, test.conditions, got) for test, got in zip(tests, results)) / len(tests)
-
-
-def holds(imports: str, conditions: tuple[str, ...], values: str | None) -> bool:
-    """Whether conditions hold of the packed values, JSON. Equality with a literal is decided here; anything else is
-    evaluated in a second sandbox, in which no program runs."""
-    if not values:
-        return False
+def literal(text: str) -> Any:
+    """The value of a literal of Python, plain data; NotImplemented for any other text."""
     try:
-        found = [unpack(value) for value in json.loads(values)]
-    except (ValueError, TypeError, RecursionError):  # forged: no packed values
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return NotImplemented
+
+
+def holds(imports: str, condition: str, values: list | None) -> bool:
+    """Whether a condition holds of the values that came out of a sandbox, texts of plain data; what is none, or forged,
+    holds nowhere. Equality with a literal is decided here; anything else in a second sandbox, without the program."""
+    found, (name, _, expected) = [literal(text) for text in values or []], condition.partition(" == ")
+    if not found or any(value is NotImplemented for value in found):
         return False
-    if len(conditions) == 1 and (match := re.fullmatch(r"_0 == (.*)", conditions[0], re.DOTALL)) and found:
-        try:
-            return bool(found[0] == ast.literal_eval(match[1]))
-        except (ValueError, RecursionError):
-            pass  # no literal
-    steps = [("bind", values), *(("eval", f"bool({condition})") for condition in conditions)]
-    verdicts = run_program(imports, "", "", (tuple(steps),), SECONDS)[0]
-    return bool(verdicts) and json.loads(verdicts) == [True] * len(conditions)
+    if re.fullmatch(r"_\d+", name) and literal(expected) is not NotImplemented:
+        return found[int(name[1:]) :][:1] == [literal(expected)]
+    named = "\n".join(f"_{i} = {text}" for i, text in enumerate(values))
+    return run_program(f"{imports}\n{named}", "", "", ((f"bool({condition})",),))[0] == ["True"]
 
 
-def mbpp_score(completion: str, problem: Problem) -> float:
-    """1 if the completion's program passes all tests, else 0: pass@1 is its mean."""
-    program = extract_code(completion, problem["tests"])
-    return float(program is not None and pass_rate(program, problem) == 1)
-
-
-def mbpp_reward(completion: str, problem: Problem) -> Reward:
-    """tests: 2.0 times the share that passes; format: 0.5 for a program that compiles, 0.5 for one fenced block."""
-    program = extract_code(completion, problem["tests"])
+def mbpp_verdict(completion: str, problem: Problem) -> Verdict:
+    """tests: 2.0 times the share that passes; format: 0.5 for a program that compiles, 0.5 for one in a fence. Solved
+    is what passes all tests: the mean of its score is pass@1."""
+    program = extract_code(completion)
     if program is None:
-        return {"tests": 0.0, "format": 0.0}
-    fenced = len(FENCED.findall(completion)) == 1
-    return {"tests": 2.0 * pass_rate(program, problem), "format": 0.5 + 0.5 * fenced}
+        return Verdict(None, {"tests": 0.0, "format": 0.0}, 0.0)
+    imports, tests = split_tests(problem)
+    found = run_program(problem["imports"], program, problem["setup"], tuple(pieces for pieces, _ in tests))
+    passes = [all(holds(imports, c, values) for c in conditions) for (_, conditions), values in zip(tests, found)]
+    passed = sum(passes) / len(tests)
+    form = 0.5 + 0.5 * (FENCE.search(completion) is not None)
+    return Verdict(program, {"tests": 2.0 * passed, "format": form}, float(passed == 1))
 
 
-# ---------------------------------------------------------------------------------------------
-# The sandbox: programs that a model wrote
-#
-# The program runs in a process of its own; what it returns comes back as plain data, and is judged elsewhere. It can
-# forge what it returns, which is no more than returning it. Where the system allows, the process has its own user,
-# its own processes, network and file system: an empty directory, and the interpreter's files to read.
-# ---------------------------------------------------------------------------------------------
+# --- The sandbox: programs that a model wrote -------------------------------------------------------------------------
+# The program runs in a process of its own, which has limits and, by bubblewrap, an empty directory, the interpreter's
+# files to read, and nothing else. What it returns comes back as plain data, and is judged elsewhere. It can forge what
+# it returns, which is no more than returning it.
 
-SECONDS, GRACE = 5, 5  # of wall-clock and of CPU time per program; more, for starting on a busy machine
-MEMORY, FILE_SIZE, DISK = 2**30, 2**20, 2**24  # bytes: address space, one file (and the results), all files
-FILES = 64  # open ones
-ANSWER_SIZE = 100_000  # characters of one test's packed values
-INSIDE = "builtins ctypes functools json math os signal sys types".split()  # the imports of what runs in the process
-CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
-MS_REC, MS_PRIVATE = 1 << 14, 1 << 18
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
-
+SECONDS, WALL = 5, 20  # of CPU time per program; of wall-clock time, for a right program on a busy machine
+MEMORY, FILE_SIZE, DISK = 2**30, 2**20, 2**24  # bytes: address space; one file, and what comes back; all files
+USERS = itertools.count()
 CODE_REFUSED = "--task {} runs programs that a model wrote: add --allow_code_execution if you want that"
 code_execution_allowed = False
 
@@ -1255,303 +764,144 @@ def allow_code_execution() -> None:
     code_execution_allowed = True
 
 
-@functools.lru_cache(maxsize=4096)  # a group of rollouts often holds the same program twice
-def run_program(imports: str, program: str, setup: str, tests: tuple, seconds: float) -> list[str | None]:
-    """What the tests' expressions come to beside a program: packed values as JSON per test, None where it failed.
+# The sandbox's process: read a job, give up rights and time, run the program, write what each test comes to: one line.
+INSIDE = r'''
+import json, os, resource, sys, types
 
-    tests: steps per test, as in SplitTest. Raises DataError unless code execution was allowed.
-    """
-    job = {"imports": imports, "program": program, "setup": setup, "tests": tests, "seconds": seconds}
-    return run_sandbox(job, seconds)[1]
+def plain(value):
+    """A value without classes of its own; what can only be gone through becomes a tuple."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return value.item()
+    if isinstance(value, dict):
+        return {plain(k): plain(v) for k, v in value.items()}
+    for kind in (list, tuple, set):
+        if isinstance(value, kind):
+            return kind(map(plain, value))
+    if hasattr(type(value), "__iter__") and not isinstance(value, (str, bytes)):
+        return tuple(plain(part) for _, part in zip(range(100_000), value))
+    return value
+
+job = json.loads(sys.stdin.buffer.read())
+results, null = os.dup(1), os.open("/dev/null", os.O_RDWR)
+for stream in (0, 1, 2):
+    os.dup2(null, stream)
+if os.geteuid() == 0:  # root has no limit on processes
+    if os.path.isdir("/proc/self/fd"):  # the way to the interpreter's modules may be closed to the user it becomes
+        folders = filter(os.path.isdir, sys.path)
+        sys.path[:] = ["/proc/self/fd/%d" % os.open(folder, os.O_RDONLY) for folder in folders]
+    os.setgroups([])
+    os.setresgid(job["user"], job["user"], job["user"])
+    os.setresuid(job["user"], job["user"], job["user"])
+for name, most in job["limits"].items():
+    try:
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+    except (AttributeError, ValueError, OSError):  # a system that does not know it
+        pass
+scope = types.ModuleType("program").__dict__
+try:
+    for part in ("imports", "program", "setup"):
+        exec(compile(job[part], part, "exec"), scope)
+except BaseException:  # also SystemExit: the program is to define something, not to leave
+    os._exit(0)
+for pieces in job["tests"]:
+    values = []
+    try:
+        for piece in pieces:
+            try:
+                values.append(repr(plain(eval(piece, scope))))
+            except SyntaxError:  # it is no expression
+                exec(piece, scope)
+        line = json.dumps(values)
+    except BaseException:
+        line = "null"
+    os.write(results, (line if len(line) < 60_000 else "null").encode() + b"\n")
+os._exit(0)
+'''
 
 
-def run_sandbox(job: dict, seconds: float) -> tuple[list[str] | None, list[str | None]]:
-    """(the protections that were active, packed values or None per test) of one job of `sandboxed`."""
-    if not code_execution_allowed:
-        raise DataError(CODE_REFUSED.format("mbpp"))
-    # as isolated as -I, but for the environment: this one is ours, and -I would ignore its hash seed
-    command = [sys.executable, "-s", "-c", inside()]
-    env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as box,
-        tempfile.TemporaryFile() as results,  # a file, so that its size limit caps what comes back
-    ):
-        pipes = dict(stdin=subprocess.PIPE, stdout=results, stderr=subprocess.DEVNULL)
-        process = subprocess.Popen(command, cwd=box, env=env, start_new_session=True, **pipes)
-        try:
-            process.communicate(json.dumps(job).encode(), timeout=seconds + GRACE)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            end_session(process)
-        results.seek(0)
-        lines = results.read(FILE_SIZE).decode(errors="replace").split("\n")
-    return read_results(lines, len(job["tests"]))
-
-
-def inside() -> str:
-    """The program that is the sandbox's process: the functions below, and nothing else of this file or its imports."""
-    names = re.findall(
-        r"\b(?:CLONE|MS|PR_SET)_[A-Z_]+|\b(?:MEMORY|FILE_SIZE|DISK|FILES)\b", (source := inside_source())
-    )
-    constants = [f"{name} = {globals()[name]!r}" for name in dict.fromkeys(names)]
-    return "\n".join(
-        ["from __future__ import annotations", *(f"import {m}" for m in INSIDE), *constants, source, "sandboxed()"]
-    )
+def bubblewrap() -> list[str]:
+    """The command that starts the interpreter in an empty file system, without network and other processes."""
+    command = "bwrap --unshare-ipc --unshare-pid --unshare-net --unshare-uts --die-with-parent".split()
+    # root needs no user namespace, in which it would stay root; it becomes a user that nobody else is
+    root = "--cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID".split()
+    command += root if os.geteuid() == 0 else ["--unshare-user"]
+    places = ("/usr", sys.prefix, sys.base_prefix)
+    for path in sorted({*map(os.path.abspath, places), *map(os.path.realpath, places)}):
+        for parent in [*Path(path).parents][-2::-1]:
+            command += ["--perms", "0755", "--dir", str(parent)]
+        command += ["--ro-bind", path, path]
+    for path in ("/lib", "/lib64"):
+        command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
+    box = ["--perms", "1777", "--size", str(DISK), "--tmpfs", "/box", "--dev-bind", "/dev/null", "/dev/null"]
+    return [*command, *box, "--remount-ro", "/", "--chdir", "/box"]
 
 
 @functools.cache
-def inside_source() -> str:
-    """The source of the functions that run in the sandbox's process, and of nothing else."""
-    functions = [sandboxed, run_steps, pack, unpack, confine, become, change_root, keep_importing, keep_time]
-    return "\n".join(map(inspect.getsource, [*functions, limit_resources]))
-
-
-def end_session(process: subprocess.Popen) -> None:
-    """Kill the sandbox's session, and wait for its first process."""
-    if process.poll() is None:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # gone, or none of ours but its leader
-            process.kill()
-        process.wait()
-
-
-def read_results(lines: list[str], tests: int) -> tuple[list[str] | None, list[str | None]]:
-    """The lines that `sandboxed` wrote: its protections (None: it never started), then (test, values); nothing else."""
-    active, values = None, [None] * tests
-    for line in lines:
-        head, _, tail = line.partition(" ")
-        if head == "active" and active is None:
-            active = [name for name in tail.split(",") if name]
-        elif head.isdecimal() and len(head) < 6 and int(head) < tests and len(tail) <= ANSWER_SIZE:
-            values[int(head)] = tail if values[int(head)] is None else values[int(head)]
-    return active, values
+def separation() -> tuple[str, ...]:
+    """The command in front of the interpreter, () where there is no bubblewrap that works; probed once. DataError
+    where programs cannot be run at all."""
+    job = {"imports": "import collections, csv, decimal", "program": "def f(x): return x", "setup": ""}
+    for command in [tuple(bubblewrap())] * (shutil.which("bwrap") is not None) + [()]:
+        if run_sandbox(job | {"tests": [["f(2)"]]}, command)[0] == ["2"]:
+            return command
+    raise DataError("programs cannot be run here: install bubblewrap, or be a user whom the system lets start Python")
 
 
 def protections() -> str:
-    """One line: how programs will be run on this system, found by running an empty one. DataError if it fails."""
-    active, _ = run_sandbox({"imports": "", "program": "", "setup": "", "tests": [], "seconds": SECONDS}, SECONDS)
-    if active is None:
-        raise DataError(
-            "programs cannot be run here: the sandbox needs Linux or macOS and, where it is root, the right to become "
-            "another user; run as a user who is not root"
-        )
-    without = [name for name in ("files", "network", "processes", "users") if name not in active]
-    apart = f"; its own {', '.join(active)}" * bool(active) + f"; NOT its own here: {', '.join(without)}" * bool(
-        without
-    )
-    return f"a process per program, {SECONDS} s, {MEMORY >> 20} MiB, no further process{apart}"
+    """One line: how programs are run on this system, and what is not separated."""
+    limits = f"{SECONDS} s of CPU, {WALL} s at most, {MEMORY >> 20} MiB, no further process"
+    if separation():
+        return f"bubblewrap: no network, no files but the interpreter's, no other processes, no environment; {limits}"
+    why = "does not work here" if shutil.which("bwrap") else "is not installed: apt-get install bubblewrap"
+    return f"limits only: {limits}; NOT separated: network, files, processes (bubblewrap {why})"
 
 
-# Below: what runs inside the sandbox's process.
+@functools.lru_cache(maxsize=4096)  # a group of rollouts often holds the same program twice
+def run_program(imports: str, program: str, setup: str, tests: tuple) -> list[list | None]:
+    """What the tests' expressions come to beside a program: their texts per test, None where it failed.
 
-
-def sandboxed() -> None:
-    """Read a job from standard input, give up all rights, run its program and tests, write what they come to."""
-    job = json.loads(sys.stdin.buffer.read())
-    results, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(null, stream)
-    os.close(null)
-    active = confine(job["seconds"])
-    write = functools.partial(os.write, results)
-    write(f"active {','.join(active)}\n".encode())
-    module = sys.modules["program"] = types.ModuleType("program")
-    scope = module.__dict__
-    try:
-        for part in ("imports", "program", "setup"):
-            exec(compile(job[part], part, "exec"), scope)
-        for number, steps in enumerate(job["tests"]):
-            write(f"{number} {run_steps(steps, scope)}\n".encode())
-    except BaseException:  # also SystemExit: the program is to define something, not to leave
-        pass
-    os._exit(0)
-
-
-def run_steps(steps: list, scope: dict) -> str:
-    """The packed values of one test's expressions, JSON; "" where it fails."""
-    values = []
-    try:
-        for kind, source in steps:
-            if kind == "eval":
-                values.append(pack(eval(compile(source, "test", "eval"), scope)))
-            elif kind == "exec":
-                exec(compile(source, "test", "exec"), scope)
-            else:
-                scope |= {f"_{i}": unpack(value) for i, value in enumerate(json.loads(source))}
-        return json.dumps(values)
-    except BaseException:
-        return ""
-
-
-def pack(value) -> Any:
-    """A value as JSON: containers as [name, ...], and what can only be gone through as an iterator of a list. What is
-    no plain data becomes ["object"], equal to nothing."""
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
-        value = value.item()
-    if value is None or isinstance(value, (bool, str)):
-        return str.__str__(value) if isinstance(value, str) else value
-    if isinstance(value, int):
-        return int.__int__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
-    if isinstance(value, complex):
-        return ["complex", value.real, value.imag]
-    if isinstance(value, (bytes, bytearray)):
-        return ["bytes", bytes(value).hex()]
-    if isinstance(value, dict):
-        return ["dict", *([pack(k), pack(v)] for k, v in value.items())]
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            return [kind.__name__, *map(pack, value)]
-    views = ("range", "deque", "dict_keys", "dict_values", "dict_items")
-    if hasattr(type(value), "__next__") or type(value).__name__ in views:
-        return ["iter", *(pack(part) for _, part in zip(range(100_000), value))]
-    return ["object"]
-
-
-def unpack(value):
-    """The value that `pack` packed. Raises ValueError, TypeError or RecursionError for what it never packs."""
-    if not isinstance(value, list):
-        if isinstance(value, dict):
-            raise ValueError("an object")
-        return value
-    kind, *parts = value
-    if kind in ("list", "tuple", "set", "frozenset"):
-        return getattr(builtins, kind)(map(unpack, parts))
-    if kind == "dict":
-        return {unpack(k): unpack(v) for k, v in parts}
-    if kind == "iter":
-        return iter(list(map(unpack, parts)))
-    if kind == "complex":
-        return complex(*parts)
-    return bytes.fromhex(*parts) if kind == "bytes" else object()
-
-
-def confine(seconds: float) -> list[str]:
-    """Take everything from this process but the interpreter and an empty directory; the names of what is separated.
-
-    Namespaces need root or unprivileged user namespaces; root then changes to a user that nobody else is. Without
-    namespaces the limits remain, among them that no further process can be started: where one can be, this ends.
+    tests: pieces per test; see `split_tests`. Raises DataError unless code execution was allowed.
     """
-    libc, active = ctypes.CDLL(None, use_errno=True), []
-    outside, group, user = os.geteuid(), os.getegid(), 1_500_000_000 + os.getpid()  # a user for this process alone
-    spaces = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | (CLONE_NEWUSER if outside else 0)
-    if hasattr(libc, "unshare") and libc.unshare(spaces) == 0:
-        if outside:
-            maps = {"setgroups": "deny", "uid_map": f"{user} {outside} 1", "gid_map": f"{user} {group} 1"}
-            for name, text in maps.items():
-                with open(f"/proc/self/{name}", "w") as file:
-                    file.write(text)
-        active += ["network", "processes"] + ["files"] * change_root(libc, os.getcwd())
-        keep_time(seconds)
-    if outside == 0:
-        if "files" not in active:
-            keep_importing()
-        active += ["users"] * become(user)
-    if "users" not in active and active:
-        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-        active += ["users"] * (libc.capset(header, none) == 0)
-    limit_resources(seconds)
-    if hasattr(libc, "prctl"):
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if not code_execution_allowed:
+        raise DataError(CODE_REFUSED.format("mbpp"))
+    return run_sandbox({"imports": imports, "program": program, "setup": setup, "tests": tests}, separation())
+
+
+def run_sandbox(job: dict, command: tuple[str, ...]) -> list[list | None]:
+    """As `run_program`, of one job and behind one command."""
+    # Without a file system of its own a program writes no files, which could fill the disk, and has no folder for them.
+    limits = {"CPU": SECONDS, "AS": MEMORY, "FSIZE": FILE_SIZE if command else 0, "NOFILE": 64, "CORE": 0, "NPROC": 1}
+    job = job | {"limits": limits, "user": 60_000 + next(USERS) % 5000}  # users that a container knows as well
+    # as isolated as -I, but for the environment: this one is ours, and -I would ignore its hash seed
+    env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    argv = [*command, sys.executable, "-s", "-c", INSIDE]
+    process = subprocess.Popen(argv, cwd="/", env=env, start_new_session=True, **pipes)
+    timer, lines = threading.Timer(WALL, process.kill), []  # behind bubblewrap, all that it started ends with it
+    timer.start()
     try:
-        child = os.fork()
-    except OSError:
-        return sorted(active)
-    if child:
-        os.waitpid(child, 0)
-    os._exit(1)  # a root that stays root starts others whatever its limits
-
-
-def become(user: int) -> bool:
-    """Change from root to a user, with the current directory; False where the system has none such."""
-    for one in (user, 60_000 + user % 5_000):  # the second, where a container knows 65,536 of them
+        with process.stdout, process.stdin:
+            process.stdin.write(json.dumps(job).encode())
+            process.stdin.close()
+            lines = process.stdout.read(FILE_SIZE).decode(errors="replace").split("\n")
+    except OSError:  # it ended before it read its job
+        pass
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+    values: list[list | None] = [None] * len(job["tests"])
+    for i, line in enumerate(lines[: len(values)]):  # JSON's texts; what is none, or forged, is no value
         try:
-            os.setgroups([])
-            os.chown(".", one, one)
-            os.setresgid(one, one, one)
-            os.setresuid(one, one, one)
-            return True
-        except OSError:
+            values[i] = [text + "" for text in json.loads(line)]
+        except (ValueError, TypeError, RecursionError):
             pass
-    return False
+    return values
 
 
-def change_root(libc: ctypes.CDLL, box: str) -> bool:
-    """Make an empty file system in memory the root: the interpreter's files, read-only, /tmp, and an empty
-    directory to work in."""
+# --- Countdown: make the target of all the numbers. Expressions are parsed here, never run ----------------------------
 
-    def mount(source: str, target: str, kind: bytes | None, flags: int, options: bytes | None = None) -> None:
-        if libc.mount(os.fsencode(source), os.fsencode(target), kind, ctypes.c_ulong(flags), options):
-            raise OSError(ctypes.get_errno(), f"mount {target}")
-
-    needed = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(os.__file__))}
-    needed |= {path for path in ("/usr", "/lib", "/lib64") if os.path.exists(path)}
-    try:
-        mount("none", "/", None, MS_REC | MS_PRIVATE)
-        mount("tmpfs", box, b"tmpfs", MS_NOSUID | MS_NODEV, b"mode=755,size=%d" % DISK)
-        for path in sorted(needed):
-            if os.path.islink(path):
-                os.symlink(os.readlink(path), box + path)
-            elif not os.path.exists(box + path):  # else it lies in one that is there already
-                os.makedirs(box + path)
-                kept = os.statvfs(path).f_flag & MS_NOEXEC
-                mount(path, box + path, None, MS_BIND)
-                mount(path, box + path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV | kept)
-        os.makedirs(box + "/tmp", exist_ok=True)  # the interpreter may lie in there
-        os.chmod(box + "/tmp", 0o1777)
-        os.mkdir(box + "/empty")
-        os.chroot(box)
-        os.chdir("/empty")
-    except OSError:
-        return False
-    return True
-
-
-def keep_importing() -> None:
-    """Reach the interpreter's modules through open directories: the way to them, as in root's home or in a directory
-    of mkdtemp, may be closed to the user that this process becomes."""
-    folders = [path for path in sys.path if os.path.isdir(path)] if os.path.isdir("/proc/self/fd") else []
-    opened = {path: f"/proc/self/fd/{os.open(path, os.O_RDONLY)}" for path in folders}
-    sys.path[:] = [opened.get(path, path) for path in sys.path]
-    for module in list(sys.modules.values()):
-        for i, path in enumerate(folder := getattr(module, "__path__", [])):
-            for start in opened:
-                if path.startswith(start + "/"):
-                    folder[i] = opened[start] + path[len(start) :]
-
-
-def keep_time(seconds: float) -> None:
-    """Go on in a child, the first process of its own namespace: when it ends, all others in there do. The parent
-    stays outside to end it in time."""
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        return
-    signal.signal(signal.SIGALRM, lambda number, frame: os.kill(child, signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    os.waitpid(child, 0)
-    os._exit(0)
-
-
-def limit_resources(seconds: float) -> None:
-    """CPU time, memory, file size, open files, no core, and no process or thread besides this one."""
-    import resource
-
-    limits = {"CPU": math.ceil(seconds), "AS": MEMORY, "FSIZE": FILE_SIZE, "NOFILE": FILES, "CORE": 0, "NPROC": 1}
-    for name, most in limits.items():
-        try:
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
-        except (AttributeError, ValueError, OSError):  # not every system has all of them
-            pass
-
-
-# ---------------------------------------------------------------------------------------------
-# Countdown: make the target of all the numbers. Expressions are parsed here, never run
-# ---------------------------------------------------------------------------------------------
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def draw_countdown(rng: random.Random, split: str) -> Problem | None:
@@ -1561,10 +911,9 @@ def draw_countdown(rng: random.Random, split: str) -> Problem | None:
     target = OPERATIONS[op2](OPERATIONS[op1](a, b), c)
     numbers = rng.sample([a, b, c], 3)
     key = " ".join(map(str, sorted(numbers)))  # the same numbers in another order are the same problem
-    part = "unseen" if crc(key) % 8 == 0 else part_of(f"{key} {target}")
-    if part != split or not 1 <= target <= 2 * LARGEST:
-        return None
-    return countdown_problem(numbers, target) | {"answer": f"{a} {op1} {b} {op2} {c}"}
+    if 1 <= target <= 2 * LARGEST and part_of(f"{key} {target}", key) == split:
+        return countdown_problem(numbers, target) | {"answer": f"{a} {op1} {b} {op2} {c}"}
+    return None
 
 
 def countdown_problem(numbers: list[int], target: int) -> Problem:
@@ -1574,25 +923,14 @@ def countdown_problem(numbers: list[int], target: int) -> Problem:
 
 
 def check_countdown(row: dict, where: str) -> Problem:
-    """nums (numbers, input "3,8,5") and target (output); or ground_truth, [[3, 8, 5], 6] or with both by name; or both
-    in the question's words, "Numbers: 3, 8, 5. Target: 6.". DataError for all else."""
-    both = pick(row, ("ground_truth", "gts", "solution", "answer"))
-    row = row | both if isinstance(both, dict) else row
-    pair = both if isinstance(both, list) and len(both) == 2 and isinstance(both[0], list) else (None, None)
-    numbers, target = pick(row, ("nums", "numbers", "input")) or pair[0], row.get("target", row.get("output", pair[1]))
-    words = str(pick(row, QUESTION) or "")
-    listed = re.search(r"numbers?:?\s*\[?(\d[\d,\s]*)", words, re.IGNORECASE) or re.search(r"\[(\d[\d,\s]*)\]", words)
-    if numbers is None and listed:
-        goal = r"(?:target(?: of|:)?|equals?|make|evaluates? to(?: exactly)?)\s*(-?\d+)"
-        numbers, said = listed[1], re.search(goal, words, re.IGNORECASE)
-        target = said[1] if said and target is None else target
-    try:
-        numbers = re.findall(r"\d+", numbers) if isinstance(numbers, str) else numbers
-        numbers, target = [int(n) for n in numbers], int(target)
-    except (TypeError, ValueError, OverflowError):
-        numbers = []
-    if not 1 <= len(numbers) <= 20:
-        raise DataError(f'{where}: expected "nums": [3, 8, 5] (or "input": "3,8,5") and "target": 6 (or "output")')
+    """A question in our or d1's words; else input and output of d1's file, nums and target of the published set, or
+    d1's ground_truth, [[3, 8, 5], 6]."""
+    said = re.search(r"numbers: \[?([\d, ]+)\]?\W+target: (\d+)", str(pick(row, ("question", "prompt"))), re.IGNORECASE)
+    fields = pick(row, ("input", "nums")), pick(row, ("output", "target"))
+    given = str(said.groups() if said else row.get("ground_truth") if None in fields else fields)
+    *numbers, target = map(int, re.findall(r"\d+", given) or [0])
+    if not numbers or not re.fullmatch(r"[\d\s,()'\[\]]+", given):
+        raise DataError(f"{where}: no numbers and target")
     return countdown_problem(numbers, target)
 
 
@@ -1603,201 +941,91 @@ def ways_to_make(numbers: tuple[tuple[Fraction, str], ...]) -> Iterator[tuple[Fr
     for i, j in itertools.permutations(range(len(numbers)), 2):
         (x, left), (y, right) = numbers[i], numbers[j]
         rest = tuple(pair for k, pair in enumerate(numbers) if k not in (i, j))
-        for op in "+-*/":
-            if not (op in "+*" and i > j) and not (op == "/" and y == 0):
+        for op in "+-*/" if i < j else "-/":  # x + y is y + x
+            if op != "/" or y != 0:
                 value = x / y if op == "/" else OPERATIONS[op](x, y)
                 yield from ways_to_make((*rest, (value, f"({left} {op} {right})")))
 
 
 def countdown_target(problem: Problem) -> str:
     """A solution that SFT trains on: the generator's, else the first that a search over all expressions finds."""
-    answer = problem["answer"]
-    if not answer:
-        numbers = tuple((Fraction(n), str(n)) for n in problem["numbers"])
-        answer = next((text for value, text in ways_to_make(numbers) if value == problem["target"]), None)
-        if answer is None:
-            raise DataError(f"countdown: {problem['question']} No expression makes it")
-    return f"#### {answer}"
-
-
-SPELLINGS = (
-    (LATEX_TEXT, r"\1"),
-    (re.compile(r"\\left|\\right|\\[,;:! ]|[*]{2}|[$`]|\\\(|\\\)|\\\[|\\\]"), ""),
-    (re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])"), "*"),
-    *BRACED,
-    (FRACTION, r"((\1)/(\2))"),
-    (re.compile(r"\\times|\\cdot|[\u00d7\u00b7\u22c5\u2217\u2022]"), "*"),
-    (re.compile(r"={2,}|\u2192|\\to\b"), "="),
-    (re.compile("[\"'\u2713\u2714\u2705]"), ""),
-    (re.compile(r"\\div|\u00f7|\u2215"), "/"),
-    (re.compile(r"[\u2212\u2013]"), "-"),
-    (re.compile(r"[\[{]"), "("),
-    (re.compile(r"[\]}]"), ")"),
-)
-PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "negative": 3}
-
-
-def spelled(expression: str) -> str:
-    """An expression with + - * / and parentheses for all that means the same."""
-    for pattern, spelling in SPELLINGS:
-        expression = pattern.sub(spelling, expression)
-    return expression
+    numbers = tuple((Fraction(n), str(n)) for n in problem["numbers"])
+    found = (text for value, text in ways_to_make(numbers) if value == problem["target"])
+    if answer := problem["answer"] or next(found, None):
+        return f"#### {answer}"
+    raise DataError(f"countdown: {problem['question']} No expression makes it")
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
-    """(exact value, the numbers used) of whole numbers, + - * / and parentheses; None for anything else.
+    """(exact value, the numbers used) of whole numbers, + - * / and parentheses; None for anything else."""
 
-    The shunting-yard algorithm, in one pass and without recursion.
-    """
-    tokens = re.findall(r"\d+|\S", spelled(expression))
-    values, operators, used, after_value = [], [], [], False
-    for token in [*tokens, None]:
-        if token is not None and token.isascii() and token.isdigit() and not after_value and len(token) <= 20:
-            used.append(int(token))
-            values.append(Fraction(used[-1]))
-            after_value = True
-        elif token == "(" and not after_value:
-            operators.append(token)
-        elif token in ("+", "-") and not after_value:
-            operators += ["negative"] * (token == "-")
-        elif (token in PRECEDENCE or token in (")", None)) and after_value:
-            while operators and operators[-1] != "(" and PRECEDENCE[operators[-1]] >= PRECEDENCE.get(token, 0):
-                if not apply(operators.pop(), values):
-                    return None
-            if token == ")":
-                if not operators:
-                    return None
-                operators.pop()
-            elif token is not None:
-                operators.append(token)
-                after_value = False
-        else:
+    def value(node: ast.AST) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        if isinstance(node, ast.UnaryOp):
+            return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
+        return OPERATORS[type(node.op)](value(node.left), value(node.right))
+
+    try:
+        if len(expression) > LONGEST or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
             return None
-    return (values[0], used) if not operators and len(values) == 1 else None
-
-
-def apply(op: str, values: list[Fraction]) -> bool:
-    """Replace the operands on top of a stack by the result; False where there is none."""
-    y = values.pop()
-    if op == "negative":
-        values.append(-y)
-        return True
-    if op == "/" and y == 0:
-        return False
-    x = values.pop()
-    values.append(x / y if op == "/" else OPERATIONS[op](x, y))
-    return True
-
-
-def expression_of(text: str, numbers: list[int]) -> str | None:
-    """The expression of "E", "E = 23", "23 = E", "The equation is E = 23" or "E = 3 + 20 = 23"; None where its sides
-    differ."""
-    text = re.sub(r"\A`*(?!minus|negative)[A-Za-z]{3,}:?", "", re.sub(r"\s+", "", text))
-    sides = spelled(text.rstrip(".")).split("=")
-    found = [evaluate(side) for side in sides]
-    if len(sides) > 1 and (None in found or len({value for value, _ in found}) > 1):
+        return value(ast.parse(expression.strip(), mode="eval").body), list(map(int, re.findall("[0-9]+", expression)))
+    except (SyntaxError, KeyError, AttributeError, ZeroDivisionError, RecursionError, MemoryError):
         return None
-    uses_all = (side for side, made in zip(sides, found) if made and sorted(made[1]) == sorted(numbers))
-    return next(uses_all, sides[0])
 
 
-def countdown_answer(completion: str, problem: Problem) -> str | None:
-    """The announced expression, without a true "= target" beside it; None without one, or with several."""
-    answers = {expression_of(text, problem["numbers"]) for text in announcements(completion, problem)}
-    return answers.pop() if len(answers) == 1 else None
+def countdown_verdict(completion: str, problem: Problem) -> Verdict:
+    """d1's: 1 for the target made of all the numbers, each once; 0.1 for another value made of all of them. Of
+    "E = 23" or "E = 3 + 20 = 23" the side that uses all numbers counts; sides that differ are no answer."""
+    found, whole = set(), lambda made: made is not None and sorted(made[1]) == sorted(problem["numbers"])
+    for text in map(plain, announced(written(completion))):
+        text = re.sub(r"\\div|\u00f7", "/", re.sub(r"\\times|\\cdot|[\u00d7\u00b7]", "*", text))
+        sides = [side.strip(" .`$") for side in text.split("=")]
+        made = [evaluate(side) for side in sides]
+        equal = None not in made and len({value for value, _ in made}) == 1
+        found.add(next(filter(lambda side: whole(evaluate(side)), sides), sides[0]) if equal else None)
+    answer = found.pop() if len(found) == 1 else None
+    made = evaluate(answer or "")
+    right = whole(made) and made[0] == problem["target"]
+    return Verdict(answer, {"correctness": 0.9 * right, "format": 0.1 * whole(made)}, float(right))
 
 
-def countdown_terms(completion: str, problem: Problem) -> tuple[float, float]:
-    """(1 if the expression makes the target, 1 if it uses every number exactly once); both 0 without the latter."""
-    found = evaluate(countdown_answer(completion, problem) or "")
-    if found is None or sorted(found[1]) != sorted(problem["numbers"]):
-        return 0.0, 0.0
-    return float(found[0] == problem["target"]), 1.0
+# --- Sudoku, 4 x 4: 288 solved grids, so that uniqueness and marginals are counted and not searched -------------------
 
-
-def countdown_reward(completion: str, problem: Problem) -> Reward:
-    """d1's: 1 for the target made of all the numbers, 0.1 for another value made of all the numbers."""
-    right, all_used = countdown_terms(completion, problem)
-    return {"correctness": 0.9 * right, "format": 0.1 * all_used}
-
-
-# ---------------------------------------------------------------------------------------------
-# Sudoku, 4 x 4: 288 solved grids, so that uniqueness and marginals are counted and not searched
-# ---------------------------------------------------------------------------------------------
-
-SIDE, BOX, EMPTY = 4, 2, "0"
-CLUES = (5, 8)  # fewest and most clues of a generated puzzle; 4 is the least that a unique puzzle can have
-
-
-def peers(cell: int) -> set[int]:
-    """The cells that share a row, a column or a box with `cell`, 0 ... 15, itself not included."""
-    row, column = divmod(cell, SIDE)
-    box = lambda r, c: (r // BOX, c // BOX)
-    places = ((r, c) for r in range(SIDE) for c in range(SIDE))
-    return {r * SIDE + c for r, c in places if r == row or c == column or box(r, c) == box(row, column)} - {cell}
+SIDE, EMPTY = 4, "0"
 
 
 @functools.cache
 def solved_grids() -> tuple[str, ...]:
-    """All 288 solved 4 x 4 grids, 16 digits each, row by row."""
-    before = [[p for p in peers(cell) if p < cell] for cell in range(SIDE * SIDE)]
-    grids = [""]
-    for cell in range(SIDE * SIDE):
-        grids = [g + d for g in grids for d in "1234" if all(g[p] != d for p in before[cell])]
-    return tuple(grids)
-
-
-@functools.cache
-def grid_bits() -> tuple[int, ...]:
-    """Each solved grid as a set of (cell, digit) pairs, one bit each: a puzzle is a subset of its solutions."""
-    return tuple(clue_bits(grid) for grid in solved_grids())
-
-
-def clue_bits(puzzle: str) -> int:
-    """The clues of a puzzle as a set of (cell, digit) pairs, one bit each."""
-    return sum(1 << (10 * cell + int(digit)) for cell, digit in enumerate(puzzle) if digit != EMPTY)
+    """All 288 solved 4 x 4 grids, 16 digits each, row by row, in ascending order."""
+    rows = ["".join(row) for row in itertools.permutations("1234")]
+    bands = [a + b for a in rows for b in rows if not {*a[:2]} & {*b[:2]}]  # then the right box is right, too
+    return tuple(a + b for a in bands for b in bands if all(len({*(a + b)[c::SIDE]}) == SIDE for c in range(SIDE)))
 
 
 def solutions(puzzle: str) -> list[str]:
     """Every solved grid that agrees with a puzzle's clues."""
-    clues = clue_bits(puzzle)
-    return [grid for grid, bits in zip(solved_grids(), grid_bits()) if bits & clues == clues]
+    return re.findall(puzzle.replace(EMPTY, "."), "\n".join(solved_grids()))
 
 
 def draw_sudoku(rng: random.Random, split: str) -> Problem | None:
-    """One puzzle with its only solution; None if it has others, or its split is another.
-
-    A puzzle belongs to one split by its own digits; "unseen" puzzles have solutions (an eighth of the 288)
-    that no other split shows.
-    """
+    """One puzzle with its only solution; None if it has others, or its split is another: its solution decides "unseen",
+    an eighth of the 288, and its own digits the rest."""
     solution = rng.choice(solved_grids())
-    clues = set(rng.sample(range(SIDE * SIDE), rng.randint(*CLUES)))
+    clues = set(rng.sample(range(SIDE * SIDE), rng.randint(5, 8)))  # a unique puzzle has 4 at least
     puzzle = "".join(digit if cell in clues else EMPTY for cell, digit in enumerate(solution))
-    part = "unseen" if crc(solution) % 8 == 0 else part_of(puzzle)
-    return {"question": puzzle, "answer": solution} if part == split and len(solutions(puzzle)) == 1 else None
+    fits = part_of(puzzle, solution) == split and len(solutions(puzzle)) == 1
+    return {"question": puzzle, "answer": solution} if fits else None
 
 
 def check_sudoku(row: dict, where: str) -> Problem:
-    """A puzzle with its solution; DataError says what is wrong at `where`. Several solutions are allowed."""
-    row, example = {name.lower(): value for name, value in row.items()}, "a sudoku file has the header Puzzle,Solution"
-    puzzle, solution = (
-        "".join(pick_text(row, names, where, example).split())
-        for names in (("puzzle", *QUESTION), ("solution", *ANSWER))
-    )
-    if not puzzle.isdigit() and (within := re.search(r"(?<!\d)[0-4]{16}(?!\d)", puzzle)):
-        puzzle = within[0]  # a prompt with the puzzle in it
-    # a spreadsheet drops the zeros that a puzzle begins with
-    puzzle = puzzle.zfill(SIDE * SIDE) if puzzle.isdigit() else puzzle
-    if not re.fullmatch(r"[0-4]{16}", puzzle):
-        raise DataError(f"{where}: puzzle {puzzle!r} is not 16 digits 0 to 4, row by row, 0 for empty")
-    if not re.fullmatch(r"[1-4]{16}", solution):
-        raise DataError(f"{where}: solution {solution!r} is not 16 digits 1 to 4, row by row")
-    if EMPTY not in puzzle:
-        raise DataError(f"{where}: puzzle {puzzle} has no empty cell (0)")
-    if not solutions(puzzle):
-        raise DataError(f"{where}: puzzle {puzzle} has no solution")
-    if solution not in solutions(puzzle):
-        raise DataError(f"{where}: solution {solution} does not solve puzzle {puzzle}")
+    """A puzzle, alone or in a sentence, with a solution of it, which need not be the only one."""
+    row = {name.lower(): value for name, value in row.items()}
+    text, solution = (pick_text(row, names, where) for names in (("puzzle", *QUESTION), ("solution", *GOLD)))
+    digits = re.search("[0-4]{8,16}", text)
+    puzzle = digits[0].zfill(SIDE * SIDE) if digits else ""  # a spreadsheet drops the zeros that a puzzle begins with
+    if EMPTY not in puzzle or solution not in solutions(puzzle):
+        raise DataError(f"{where}: {solution!r} is no solution of {text!r}, or that has no empty cell")
     return {"question": puzzle, "answer": solution}
 
 
@@ -1806,69 +1034,50 @@ def grid_text(digits: str) -> str:
     return "\n".join(" ".join(digits[i : i + SIDE]) for i in range(0, len(digits), SIDE))
 
 
-DIGITS = re.compile(r"[0-9\s|,.+\-\[\]*_&\\\u2500-\u257f]+")  # and what draws a table of them
+def sudoku_verdict(completion: str, problem: Problem) -> Verdict:
+    """cells: the share of the empty cells that are right, less one cell for each clue that was changed.
 
-
-# The name of a row of four cells: "Row 1: ", "| R1 |", "1. "; and numbers that are none: of a list, a column, a puzzle.
-ROW_NAME = re.compile(
-    r"^[ \t|>*-]{0,9}(?:r(?:ow)?[ \t]{0,3}[1-4]|[1-4][.):])[ \t:|*]{1,9}(?=(?:[ \t|,*&_]{0,5}[0-4]){4}[ \t|*,.]{0,9}$)",
-    re.IGNORECASE | re.MULTILINE,
-)
-NO_CELL = re.compile(
-    r"^[ \t>*-]{0,9}\d{1,2}[.)][ \t]+(?=[*_]*[a-z])|\bc(?:ol(?:umn)?)? ?\d\b|(?<=[a-z]) \d{1,2}(?=[.:,]?[ \t]{0,9}$)",
-    re.IGNORECASE | re.MULTILINE,
-)
-
-
-def sudoku_grid(completion: str, problem: Problem) -> str | None:
-    """The one set of 16 digits that stands alone, with words around it or not, in <answer> where there is one; an
-    echo of the puzzle is none. None for several, and for anything but a grid with the puzzle's clues in place."""
-    text, puzzle = SPECIAL.sub("", completion), problem["question"]
-    text = NO_CELL.sub(";", ROW_NAME.sub("", text.replace("\\hline", "")))
-    behind = re.split(r"</(?:reasoning|think)>", text)[-1]
-    for parts in ([span.text for span in answer_tags(text)] or [behind], [text]):
-        runs = [re.sub(r"\D", "", run) for part in parts for run in DIGITS.findall(part)]
-        whole = (run for run in runs if len(run) % len(puzzle) == 0)  # one grid, or several without words between
-        found = {run[i : i + len(puzzle)] for run in whole for i in range(0, len(run), len(puzzle))}
-        grids = [grid for grid in found if grid != puzzle]
-        if grids or "<answer>" in text:
-            break
-    grids = [grid for grid in grids if EMPTY not in grid] or grids  # what is still open is working
-    given = len(grids) == 1 and all(c in (EMPTY, g) for c, g in zip(puzzle, grids[0]))
-    return grids[0] if given else None
-
-
-def sudoku_score(completion: str, problem: Problem) -> float:
-    """The share of the empty cells that are right."""
-    grid = sudoku_grid(completion, problem)
-    if grid is None:
-        return 0.0
-    empty = [cell for cell, clue in enumerate(problem["question"]) if clue == EMPTY]
-    return sum(grid[cell] == problem["answer"][cell] for cell in empty) / len(empty)
+    The cells are those of four lines of four, "?" for one that holds no digit; of another text the only sixteen digits
+    in a row that are not the puzzle itself. Without a grid, or with several, nothing."""
+    text, clues = written(completion), problem["question"]
+    text = "\n".join(TAGGED.findall(text)) or text
+    rows = [line.split(" ") if " " in line else list(line) for line in text.strip("\r\n").splitlines()]
+    runs = {re.sub("[^0-9]", "", run) for run in re.findall(r"[0-9\s|,*\[\]+-]+", text)} - {clues}
+    grids = [run for run in runs if len(run) == SIDE * SIDE]
+    if [len(row) for row in rows] == [SIDE] * SIDE:
+        grids = ["".join(cell if re.fullmatch("[0-9]", cell) else "?" for row in rows for cell in row)]
+    if len(grids) != 1:
+        return Verdict(None, {"cells": 0.0}, 0.0)
+    right = sum(a == b for a, b, clue in zip(grids[0], problem["answer"], clues) if clue == EMPTY)
+    changed = sum(a != clue for a, clue in zip(grids[0], clues) if clue != EMPTY)
+    share = max(right - changed, 0) / clues.count(EMPTY)
+    return Verdict(grids[0], {"cells": share}, share)
 
 
 def sudoku_ceiling(problem: Problem) -> float:
-    """The expected share of right cells where each empty one gets its most frequent digit among the puzzle's
-    solutions: Bayes given the clues; 1 for a puzzle with one solution."""
-    grids = solutions(problem["question"])
-    empty = [cell for cell, clue in enumerate(problem["question"]) if clue == EMPTY]
-    most = [max(sum(grid[cell] == digit for grid in grids) for digit in "1234") for cell in empty]
-    return sum(most) / len(grids) / len(empty)
+    """The best expected share of right cells, 1 for a puzzle with one solution: each empty cell gets the digit that
+    most of the puzzle's solutions have there, which is Bayes given the clues."""
+    cells = zip(*solutions(problem["question"]))
+    shares = [max(map(of.count, of)) / len(of) for of, clue in zip(cells, problem["question"]) if clue == EMPTY]
+    return sum(shares) / len(shares)
 
 
-# ---------------------------------------------------------------------------------------------
-# Text to image, in miniature: GenEval's categories on grids of codes
-# ---------------------------------------------------------------------------------------------
+# --- Text to image, in miniature: GenEval's categories on grids of codes ----------------------------------------------
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (38, 98, 217), "yellow": (250, 200, 40)}
+KINDS = list(itertools.product(SHAPES, COLOURS))
 OPENINGS = ("a photo of", "a picture of", "a drawing of", "an image of", "a sketch of", "a view of")
-NUMBERS = {"two": 2, "three": 3, "four": 4}
-# What the first object's place has to be relative to the second's: (rows, columns) to go from it to the second.
-RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
-WIDTH, PARTS = 8, 4  # codes along an image's side; parts of an object, 2 x 2, row by row
-CODEBOOK = 1 + len(SHAPES) * len(COLOURS) * PARTS  # code 0 is the background
-TILE = 8  # pixels along a code's side
+WIDTH, TILE = 8, 8  # codes along an image's side; pixels along a code's
+# An object is four codes, 2 x 2, row by row: the k-th kind has 1 + 4 k + PARTS. Code 0 is the background.
+PARTS = np.arange(4).reshape(2, 2)
+CODEBOOK = 1 + len(KINDS) * PARTS.size
+RELATIONS = {  # where a is of b: they share no column (no row) on the way from one to the other
+    "left of": lambda a, b: b.column - a.column >= 2,
+    "right of": lambda a, b: a.column - b.column >= 2,
+    "above": lambda a, b: b.row - a.row >= 2,
+    "below": lambda a, b: a.row - b.row >= 2,
+}
 
 
 class Thing(NamedTuple):
@@ -1888,113 +1097,80 @@ class Scene(NamedTuple):
     relation: str | None = None
 
 
-def scenes() -> list[tuple[str, Scene]]:
-    """All scenes, in words and as what they ask for, category by category, as GenEval names them."""
-    pairs = [(a, b) for a in SHAPES for b in SHAPES if a != b]
-    tints = [(s, t) for s in COLOURS for t in COLOURS]
-    some = lambda shape, colour=None, n=1: (shape, colour, n)
-    found = [(f"a {a}", Scene("single_object", (some(a),))) for a in SHAPES]
-    found += [(f"a {a} and a {b}", Scene("two_object", (some(a), some(b)))) for a, b in pairs]
-    found += [(f"{w} {a}s", Scene("counting", (some(a, None, n),))) for a in SHAPES for w, n in NUMBERS.items()]
-    found += [(f"a {c} {a}", Scene("colors", (some(a, c),))) for a in SHAPES for c in COLOURS]
-    found += [(f"a {a} {r} a {b}", Scene("position", (some(a), some(b)), r)) for a, b in pairs for r in RELATIONS]
-    found += [
-        (f"a {s} {a} and a {t} {b}", Scene("color_attr", (some(a, s), some(b, t)))) for a, b in pairs for s, t in tints
-    ]
-    return found
-
-
 @functools.cache
 def scene_table() -> dict[str, Scene]:
-    """Every prompt of the miniature, opening and scene, and what it asks for."""
-    return {f"{opening} {words}": scene for words, scene in scenes() for opening in OPENINGS}
-
-
-def scene_of(prompt: str) -> Scene:
-    """What a prompt asks for; DataError for a prompt that the miniature does not know."""
-    scene = scene_table().get(" ".join(prompt.split()))
-    if scene is None:
-        raise DataError(
-            f'prompt {prompt!r}: not one that the embedded t2i task knows, such as "a photo of a red circle and a '
-            f'blue star"; shapes {", ".join(SHAPES)}; colours {", ".join(COLOURS)}'
-        )
-    return scene
-
-
-def code_of(shape: str, colour: str, part: int) -> int:
-    """The code of one part, 0 ... 3 row by row, of an object."""
-    return 1 + (SHAPES.index(shape) * len(COLOURS) + list(COLOURS).index(colour)) * PARTS + part
+    """Every prompt of the miniature and what it asks for: category by category as GenEval names them, each scene in
+    all its wordings."""
+    pairs, numbers = list(itertools.permutations(SHAPES, 2)), ((2, "two"), (3, "three"), (4, "four"))
+    dressed = itertools.product(pairs, itertools.product(COLOURS, repeat=2))
+    some = lambda shape, colour=None, n=1: (shape, colour, n)
+    scenes = [
+        *((f"a {a}", Scene("single_object", (some(a),))) for a in SHAPES),
+        *((f"a {a} and a {b}", Scene("two_object", (some(a), some(b)))) for a, b in pairs),
+        *((f"{w} {a}s", Scene("counting", (some(a, None, n),))) for a in SHAPES for n, w in numbers),
+        *((f"a {c} {a}", Scene("colors", (some(a, c),))) for a, c in KINDS),
+        *((f"a {a} {r} a {b}", Scene("position", (some(a), some(b)), r)) for a, b in pairs for r in RELATIONS),
+        *((f"a {s} {a} and a {t} {b}", Scene("color_attr", (some(a, s), some(b, t)))) for (a, b), (s, t) in dressed),
+    ]
+    return {f"{opening} {words}": scene for words, scene in scenes for opening in OPENINGS}
 
 
 def paint(things: list[Thing]) -> list[int]:
     """The 64 codes of an image that shows these objects."""
-    codes = [0] * (WIDTH * WIDTH)
-    for thing in things:
-        for part in range(PARTS):
-            place = (thing.row + part // 2) * WIDTH + thing.column + part % 2
-            codes[place] = code_of(thing.shape, thing.colour, part)
-    return codes
+    grid = np.zeros((WIDTH, WIDTH), int)
+    for shape, colour, row, column in things:
+        grid[row : row + 2, column : column + 2] = 1 + PARTS.size * KINDS.index((shape, colour)) + PARTS
+    return grid.ravel().tolist()
 
 
 def image_codes(text: str) -> list[int] | None:
     """The codes of an image, spelled with spaces between; None for anything but 64 of the codebook's."""
     words = text[:1000].split()
-    codes = [int(w) for w in words if re.fullmatch(r"\d{1,3}", w, re.ASCII)]
+    codes = [int(word) for word in words if re.fullmatch("[0-9]{1,3}", word)]
     return codes if len(codes) == len(words) == WIDTH * WIDTH and max(codes) < CODEBOOK else None
 
 
 def find_things(codes: list[int]) -> tuple[list[Thing], int]:
     """(the objects with all four parts in place, the number of cells that belong to none of them)."""
-    found = []
-    for place, code in enumerate(codes):
-        row, column = divmod(place, WIDTH)
-        if code % PARTS == 1 and row < WIDTH - 1 and column < WIDTH - 1:  # the first part of an object
-            around = [codes[place + step] for step in (0, 1, WIDTH, WIDTH + 1)]
-            if around == list(range(code, code + PARTS)):
-                kind = code // PARTS
-                found.append(Thing(SHAPES[kind // len(COLOURS)], list(COLOURS)[kind % len(COLOURS)], row, column))
-    return found, sum(code != 0 for code in codes) - PARTS * len(found)
-
-
-def related(a: Thing, b: Thing, relation: str) -> bool:
-    """Whether a is left of b, ...: the two do not share a column (a row) on the way from one to the other."""
-    rows, columns = RELATIONS[relation]
-    return rows * (b.row - a.row) + columns * (b.column - a.column) >= 2
+    grid, found = np.array(codes).reshape(WIDTH, WIDTH), []
+    for row, column in np.argwhere(grid[:-1, :-1] % PARTS.size == 1).tolist():  # the first part of an object
+        first = grid[row, column]
+        if (grid[row : row + 2, column : column + 2] == first + PARTS).all():
+            found.append(Thing(*KINDS[first // PARTS.size], row, column))
+    return found, np.count_nonzero(grid) - PARTS.size * len(found)
 
 
 def geneval(things: list[Thing], scene: Scene) -> bool:
     """GenEval's strict verdict: everything that was asked for is there, all at once. A count is exact; other objects
     may be there besides, as in GenEval."""
-    matching = [
-        [t for t in things if t.shape == shape and colour in (None, t.colour)] for shape, colour, _ in scene.wanted
-    ]
+    wanted = scene.wanted
+    matching = [[t for t in things if t.shape == shape and colour in (None, t.colour)] for shape, colour, _ in wanted]
     if scene.category == "counting":
-        return len(matching[0]) == scene.wanted[0][2]
+        return len(matching[0]) == wanted[0][2]
     if scene.relation:
-        return any(related(a, b, scene.relation) for a in matching[0] for b in matching[1])
+        return any(RELATIONS[scene.relation](a, b) for a in matching[0] for b in matching[1])
     return all(matching)
 
 
-def t2i_reward(completion: str, problem: Problem) -> Reward:
+def t2i_verdict(completion: str, problem: Problem) -> Verdict:
     """geneval: 1 if the image shows what the prompt asks for; fidelity: 0.25 if it shows objects and none is broken.
     Nothing for an image or a prompt that is not the miniature's."""
     codes, scene = image_codes(completion), scene_table().get(problem["question"])
     if codes is None or scene is None:
-        return {"geneval": 0.0, "fidelity": 0.0}
+        return Verdict(codes, {"geneval": 0.0, "fidelity": 0.0}, 0.0)
     things, broken = find_things(codes)
-    return {"geneval": float(geneval(things, scene)), "fidelity": 0.25 * (bool(things) and not broken)}
+    shown = float(geneval(things, scene))
+    return Verdict(codes, {"geneval": shown, "fidelity": 0.25 * (bool(things) and not broken)}, shown)
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> list[Thing]:
     """A random image of a scene: objects on even rows and columns, of any colour where none is asked for."""
+    place, any_colour = lambda: 2 * rng.randrange(WIDTH // 2), lambda: rng.choice(list(COLOURS))
+    asked = [(shape, colour) for shape, colour, n in scene.wanted for _ in range(n)]
     while True:
-        things = []
-        for shape, colour, n in scene.wanted:
-            for _ in range(n):
-                row, column = 2 * rng.randrange(WIDTH // 2), 2 * rng.randrange(WIDTH // 2)
-                things.append(Thing(shape, colour or rng.choice(list(COLOURS)), row, column))
+        things = [Thing(row=place(), column=place(), shape=s, colour=colour or any_colour()) for s, colour in asked]
         apart = len({(thing.row, thing.column) for thing in things}) == len(things)
-        if apart and (scene.relation is None or related(*things, scene.relation)):
+        if apart and (scene.relation is None or RELATIONS[scene.relation](*things)):
             return things
 
 
@@ -2003,65 +1179,35 @@ def prompts_of(split: str) -> dict[str, list[str]]:
     """A split's prompts by category. Every fifth scene of a category is unseen in any wording; of the others each has
     one wording that only the test split has, one that only validation has, and four to train on."""
     found: dict[str, list[str]] = {}
-    for number, (words, scene) in enumerate(scenes()):
-        for i, opening in enumerate(OPENINGS):
-            mine = {0: "test", 1: "validation"}.get((number + i) % len(OPENINGS), "train")
-            if scene.category != "single_object" and number % 5 == 4:
-                mine = "unseen"
-            if mine == split:
-                found.setdefault(scene.category, []).append(f"{opening} {words}")
+    for i, (prompt, scene) in enumerate(scene_table().items()):
+        number, wording = divmod(i, len(OPENINGS))
+        unseen = scene.category != "single_object" and number % 5 == 4
+        part = {0: "test", 1: "validation"}.get((number + wording) % len(OPENINGS), "train")
+        if split == ("unseen" if unseen else part):
+            found.setdefault(scene.category, []).append(prompt)
     return found
 
 
 def generate_t2i(split: str, n: int, seed: int) -> list[Problem]:
     """n prompts of a split, every category as often, each with an image that shows it; prompts repeat, images differ.
     The unseen split has no single objects: there are only four."""
-    rng, prompts = random.Random(f"t2i {split} {seed}"), prompts_of(split)
-    problems = []
-    for i in range(n):
-        prompt = rng.choice(prompts[list(prompts)[i % len(prompts)]])
-        scene = scene_of(prompt)
-        image = " ".join(map(str, paint(draw_scene(scene, rng))))
-        problems.append({"question": prompt, "answer": image, "tag": scene.category})
+    rng, prompts, problems = random.Random(f"t2i {split} {seed}"), prompts_of(split), []
+    for category in itertools.islice(itertools.cycle(prompts), n):
+        prompt = rng.choice(prompts[category])
+        image = " ".join(map(str, paint(draw_scene(scene_table()[prompt], rng))))
+        problems.append({"question": prompt, "answer": image, "tag": category})
     return problems
 
 
 def check_t2i(row: dict, where: str) -> Problem:
-    """A prompt, with what GenEval's metadata says of it; DataError says what is wrong in `where`."""
-    prompt = pick(row, ("prompt", "question"))
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise DataError(f'{where}: field "prompt" is missing or not text')
-    for field, kind in (("tag", str), ("include", list), ("exclude", list)):
-        if not isinstance(row.get(field, kind()), kind):
-            raise DataError(f'{where}: "{field}" is not {kind.__name__}; see GenEval\'s metadata')
+    """A prompt, with what GenEval's metadata says of it, {"include": [...], "exclude": [...]} as JSON, and its tag."""
+    prompt = pick_text(row, ("prompt", "question", "text"), where)
     scene = {field: row[field] for field in ("include", "exclude") if field in row}
-    return {"question": prompt.strip(), "answer": json.dumps(scene) if scene else "", "tag": row.get("tag", "")}
+    return {"question": prompt, "answer": json.dumps(scene) if scene else "", "tag": str(row.get("tag") or "")}
 
 
-def load_prompts(path: str | None) -> list[Problem]:
-    """Prompts from a text file, one per line, or from GenEval's metadata (.jsonl), as problems. Raises DataError.
-
-    question is the prompt; answer what GenEval's detector has to find, {"include": [...], "exclude": [...]} as JSON,
-    and tag the category (single_object, two_object, counting, colors, position, color_attr): both "" in a text file.
-    """
-    if path is None:
-        raise DataError("t2i: give --data FILE, prompts one per line or GenEval's metadata .jsonl, or --data generated")
-    if path.endswith(".jsonl"):
-        problems = [check_t2i(row, where) for where, row in read_rows(path)]
-    else:
-        lines = read_text(path).split("\n")
-        if any(line.startswith("{") for line in lines):
-            raise DataError(f"{path}: holds JSON; GenEval's metadata goes by the name of .jsonl")
-        problems = [check_t2i({"prompt": line}, path) for line in lines if line.strip()]
-    if not problems:
-        raise DataError(f"{path}: no prompts; expected one per line, or GenEval's metadata in a file .jsonl")
-    return problems
-
-
-@functools.cache
-def tiles() -> np.ndarray:
-    """The codebook as pictures, (65, 8, 8, 3) uint8."""
-    book = np.full((CODEBOOK, TILE, TILE, 3), 245, np.uint8)
+def render(codes: list[int]) -> np.ndarray:
+    """The decoder: 64 codes -> pixels (64, 64, 3) uint8."""
     y, x = (np.mgrid[: 2 * TILE, : 2 * TILE] - TILE + 0.5) / (TILE - 1)  # an object's pixels, about -1 ... 1
     inside = {
         "circle": x**2 + y**2 <= 0.9,
@@ -2069,48 +1215,33 @@ def tiles() -> np.ndarray:
         "triangle": (y <= 0.85) & (abs(x) <= (y + 1) / 2),
         "star": np.sqrt(abs(x)) + np.sqrt(abs(y)) <= 1.1,
     }
-    for shape in SHAPES:
-        for colour, rgb in COLOURS.items():
-            picture = np.where(inside[shape][..., None], np.uint8(rgb), np.uint8(245))
-            for part in range(PARTS):
-                r, c = part // 2 * TILE, part % 2 * TILE
-                book[code_of(shape, colour, part)] = picture[r : r + TILE, c : c + TILE]
-    return book
+    book = np.full((CODEBOOK, TILE, TILE, 3), 245, np.uint8)  # the codebook as pictures
+    for kind, (shape, colour) in enumerate(KINDS):
+        picture = np.where(inside[shape][..., None], np.uint8(COLOURS[colour]), np.uint8(245))  # (16, 16, 3)
+        book[1 + PARTS.size * kind + PARTS] = picture.reshape(2, TILE, 2, TILE, 3).swapaxes(1, 2)  # (2, 2, 8, 8, 3)
+    grid = book[np.array(codes).reshape(WIDTH, WIDTH)]  # (8, 8, 8, 8, 3)
+    return grid.swapaxes(1, 2).reshape(WIDTH * TILE, WIDTH * TILE, 3)
 
 
-def render(codes: list[int]) -> np.ndarray:
-    """The decoder: 64 codes -> pixels (64, 64, 3) uint8. DataError for a code outside the codebook."""
-    if len(codes) != WIDTH * WIDTH or not all(0 <= code < CODEBOOK for code in codes):
-        raise DataError(f"an image of this task is {WIDTH * WIDTH} codes from 0 to {CODEBOOK - 1}")
-    grid = tiles()[np.array(codes).reshape(WIDTH, WIDTH)]  # (8, 8, 8, 8, 3)
-    return grid.transpose(0, 2, 1, 3, 4).reshape(WIDTH * TILE, WIDTH * TILE, 3)
+# --- Zebra: houses and their attributes -------------------------------------------------------------------------------
 
-
-# ---------------------------------------------------------------------------------------------
-# Zebra: houses and their attributes
-# ---------------------------------------------------------------------------------------------
-
-HOUSES, ATTRIBUTES = 3, {"Color": ("red", "green", "blue"), "Name": ("Tom", "Ann", "Sam")}
+HOUSES, ATTRIBUTES = (1, 2, 3), {"Color": ("red", "green", "blue"), "Name": ("Tom", "Ann", "Sam")}
 ENTRIES = [entry for entries in ATTRIBUTES.values() for entry in entries]
 
 
 @functools.cache
 def arrangements() -> tuple[dict[str, int], ...]:
-    """Every way to put the entries into the houses: entry -> house, 1 to HOUSES; 36 of them."""
-    orders = [list(itertools.permutations(range(1, HOUSES + 1))) for _ in ATTRIBUTES]
-    return tuple(
-        {entry: house for entries, order in zip(ATTRIBUTES.values(), way) for entry, house in zip(entries, order)}
-        for way in itertools.product(*orders)
-    )
+    """Every way to put the entries into the houses: entry -> house; 36 of them."""
+    orders = itertools.product(itertools.permutations(HOUSES), repeat=len(ATTRIBUTES))
+    return tuple(dict(zip(ENTRIES, itertools.chain(*order))) for order in orders)
 
 
 @functools.cache
 def clues() -> dict[str, int]:
     """Every clue, of kinds that a tiny model can learn -> the set of arrangements that it allows, one bit each."""
     made: dict[str, Callable[[dict[str, int]], bool]] = {}
-    for a in ENTRIES:
-        for house in range(1, HOUSES + 1):
-            made[f"{a} is in house {house}."] = lambda at, a=a, house=house: at[a] == house
+    for a, house in itertools.product(ENTRIES, HOUSES):
+        made[f"{a} is in house {house}."] = lambda at, a=a, house=house: at[a] == house
     for a, b in itertools.permutations(ENTRIES, 2):
         made[f"{a} is directly left of {b}."] = lambda at, a=a, b=b: at[a] == at[b] - 1
         if ENTRIES.index(a) < ENTRIES.index(b):
@@ -2134,134 +1265,57 @@ def draw_zebra(rng: random.Random, split: str) -> Problem | None:
         rest = [other for other in picked if other != text]
         if functools.reduce(operator.and_, map(clues().get, rest), -1) == 1 << chosen:
             picked = rest
-    at = arrangements()[chosen]
-    rows = [[str(h), *(e for e in ENTRIES if at[e] == h)] for h in range(1, HOUSES + 1)]
+    rows = [[str(house), *(e for e in ENTRIES if arrangements()[chosen][e] == house)] for house in HOUSES]
     listed = " ".join(f"{name}: {', '.join(entries)}." for name, entries in ATTRIBUTES.items())
-    question = f"Houses: {', '.join(row[0] for row in rows)}. {listed} {' '.join(picked)}"
+    question = f"Houses: {', '.join(map(str, HOUSES))}. {listed} {' '.join(picked)}"
     return zebra_problem(question, ["House", *ATTRIBUTES], rows) if split in ("unseen", part_of(question)) else None
-
-
-def number_in(house: str) -> str:
-    """1 for "House 1"."""
-    return (re.search(r"\d+", house) or [house.strip()])[0]
 
 
 def zebra_problem(question: str, header: list[str], rows: list[list[str]]) -> Problem:
     """A puzzle with its solution as a table, and as the lines that a model is to write."""
-    rows = [[number_in(row[0]), *row[1:]] for row in rows]
-    answer = "\n".join(f"{row[0]}: {', '.join(row[1:])}" for row in rows)
+    answer = "\n".join(f"{house}: {', '.join(entries)}" for house, *entries in rows)
     return {"question": question, "answer": answer, "header": header, "rows": rows}
 
 
 def check_zebra(row: dict, where: str) -> Problem:
-    """puzzle and solution, as ZebraLogic has them: {"header": [...], "rows": [[...]]}, or {"House 1": {...}, ...}."""
-    example = '"solution" is {"header": ["House", "Name", ...], "rows": [["1", "Eric", ...], ...]}'
-    question = pick_text(row, ("puzzle", *QUESTION), where, f'ZebraLogic has "puzzle" and "solution"; {example}')
-    table = table_of(pick(row, ("solution", *ANSWER)))
-    if table is None:
-        raise DataError(f'{where}: field "solution" holds no table; {example}')
-    header, rows = table
-    if any(not entry.strip("_ ") for entries in rows for entry in entries):
-        raise DataError(
-            f"{where}: the solution is blank (___), as in ZebraLogic's public copy; rewards need it filled in"
-        )
-    if len({len(entries) for entries in rows} | {len(header)}) != 1 or len(header) < 2:
-        raise DataError(f"{where}: a row of the solution has not the {len(header)} entries of its header")
+    """puzzle and solution, as ZebraLogic has them, the solution also as JSON text."""
+    question, table = pick_text(row, ("puzzle", *QUESTION), where), pick(row, ("solution", *GOLD))
+    try:
+        table = json.loads(table) if isinstance(table, str) else table
+        header, rows = table["header"], [list(map(str, entries)) for entries in table["rows"]]
+    except (ValueError, TypeError, LookupError):
+        header, rows = [], []
+    if not rows or any(not 2 <= len(entries) == len(header) or "___" in entries for entries in rows):
+        raise DataError(f"{where}: the solution is no table, or blank (___) as in ZebraLogic's public copy")
     return zebra_problem(question, header, rows)
 
 
-def table_of(value) -> tuple[list[str], list[list[str]]] | None:
-    """(header, rows) of a solution in any of its spellings, also as JSON text; None for anything else."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
-    for name in ("solution", "final_answer", "answer", "houses"):
-        if isinstance(value, dict) and isinstance(value.get(name), (dict, list)):
-            value = value[name]
-    if isinstance(value, dict) and isinstance(value.get("rows"), list) and isinstance(value.get("header"), list):
-        if all(isinstance(row, list) for row in value["rows"]) and value["rows"]:
-            return list(map(str, value["header"])), [[str(entry) for entry in row] for row in value["rows"]]
-        return None
-    if isinstance(value, dict) and value and all(isinstance(entries, dict) for entries in value.values()):
-        header = list(dict.fromkeys(name for entries in value.values() for name in entries))
-        houses = [(re.search(r"\d+", str(house)), entries) for house, entries in value.items()]
-        if all(number for number, _ in houses) and header:
-            rows = [[number[0], *(str(entries.get(name, "")) for name in header)] for number, entries in houses]
-            return ["House", *header], rows
-    return None
+def zebra_verdict(completion: str, problem: Problem) -> Verdict:
+    """entries: the share of the table's entries that are right, in the header's order.
+
+    They are read from lines "1: red, Tom" or "House 1: red, Tom", or from JSON as ZebraLogic asks for it. Without them,
+    or where a house has two different rows, nothing."""
+    text, names = written(completion), problem["header"][1:]
+    text = "\n".join(TAGGED.findall(text)) or text
+    lines = re.findall(r"^[ \t]*(?:House )?(\d{1,2}):(.*)", text, re.MULTILINE)
+    rows = [(house, line.split(",")) for house, line in lines if line.count(",") == len(names) - 1]
+    try:  # {"solution": {"House 1": {"Color": "red", "Name": "Tom"}, ...}}, or the inner object alone
+        houses = json.loads(text[text.find("{") : text.rfind("}") + 1])
+        houses = houses.get("solution", houses).items()
+        rows = [(house.removeprefix("House "), [str(of.get(name, "")) for name in names]) for house, of in houses]
+    except (ValueError, RecursionError, AttributeError):
+        pass
+    rows = [(house, [entry.strip(" .*").casefold() for entry in entries]) for house, entries in rows]
+    found = dict(rows)
+    if not all(found[house] == entries for house, entries in rows):
+        found = {}
+    table = {house: [entry.strip().casefold() for entry in entries] for house, *entries in problem["rows"]}
+    right = sum(a == b for house, entries in table.items() for a, b in zip(entries, found.get(house, [])))
+    share = right / sum(map(len, table.values()))
+    return Verdict(found or None, {"entries": share}, share)
 
 
-HOUSE_LINE = re.compile(
-    r"[ \t|>*#-]{0,10}(house)?[ \t#]{0,3}(\d{1,2})\**[ \t]{0,3}(?(1)(?:[:|,;.)-]|$)|[:|,;.)-])(.*)", re.IGNORECASE
-)
-
-
-def zebra_answer(completion: str, problem: Problem) -> dict[str, list[str]] | None:
-    """House -> its entries in the header's order, in lower case, "" where one is missing; None without a table, or
-    where a house has two different rows. Read are JSON as in ZebraLogic, and what `house_rows` reads."""
-    text = SPECIAL.sub("", completion).replace(problem["question"], "").replace(INSTRUCTIONS["zebra"], "")
-    for tag in ("</reasoning>", "</think>"):
-        text = text.rpartition(tag)[2] or text
-    text = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    header = list(map(key_of, problem["header"]))
-    table = table_of(read_object(text))
-    rows = house_rows(text, header) if table is None else [place(entries, table[0], header) for entries in table[1]]
-    found: dict[str, list[str]] = {}
-    rows = [[house, *(re.sub(r"[\s*_]+", " ", entry).strip().casefold() for entry in row)] for house, *row in rows]
-    for house, *entries in sorted(rows, key=lambda row: "?" in row):  # what is open does not count beside the rest
-        if found.setdefault(number_in(house), entries) != entries and "?" not in entries:
-            return None
-    return found or None
-
-
-def key_of(name: str) -> str:
-    """What "Book Genre", "book_genre" and "BookGenre" have in common."""
-    return re.sub(r"[\s*_]+", "", name).casefold()
-
-
-def place(entries: list[str], names: list[str], header: list[str]) -> list[str]:
-    """Entries under names of their own, in the header's order; "" where one is missing."""
-    placed = dict(zip(map(key_of, names), entries))
-    return [placed.get(name, "") for name in header]
-
-
-def house_rows(text: str, header: list[str]) -> list[list[str]]:
-    """The rows of a table in lines: "1: red, Tom", "| 1 | red | Tom |", "House 1: Name: Tom, Color: red", or "House 1:"
-    and "- Name: Tom" below it. Entries stand under their own names, else in the order of the table's own header or of
-    the problem's."""
-    rows, order = [], header[1:]
-    for line in text.split("\n"):
-        match = HOUSE_LINE.match(line) if len(line) <= LONGEST else None
-        cells = re.split(r"[,;|]", (match[3] if match else line[:LONGEST]).strip(" \t|.*-"))
-        pairs = [cell.partition(":")[::2] for cell in cells if cell.strip()]
-        names = [key_of(name) for name, _ in pairs]
-        entries = [entry for _, entry in pairs]
-        if match:
-            rows.append([match[2], *[""] * len(order)])
-        if sorted(names) == sorted(header) and not any(entries):
-            order = names[1:]
-        elif match and len(pairs) == len(order) and not (set(names) <= set(order) and all(entries)):
-            rows[-1][1:] = place([entry or name.strip() for name, entry in pairs], order, header[1:])
-        elif rows and pairs and set(names) <= set(order) and all(entries):
-            for name, entry in zip(names, entries):
-                at = header.index(name)
-                rows[-1][at] = entry if rows[-1][at] in ("", entry) else "-"  # two of them are none
-    return [row for row in rows if any(row[1:])]
-
-
-def zebra_score(completion: str, problem: Problem) -> float:
-    """The share of the table's entries that are right."""
-    found = zebra_answer(completion, problem) or {}
-    rows = problem["rows"]
-    right = sum(a.strip().casefold() == b for house, *entries in rows for a, b in zip(entries, found.get(house, [])))
-    return right / sum(len(row) - 1 for row in rows)
-
-
-# ---------------------------------------------------------------------------------------------
-# The table of tasks, and their splits
-# ---------------------------------------------------------------------------------------------
+# --- The table of tasks, their splits, and figures --------------------------------------------------------------------
 
 
 class Task(NamedTuple):
@@ -2272,155 +1326,120 @@ class Task(NamedTuple):
     load: Callable[[str | None, str], list[Problem]]  # (file, or None for the published data; split)
     messages: Callable[[Problem], list[dict[str, str]]]  # what the model is asked, for a chat template
     target: Callable[[Problem], str]  # what SFT teaches it to write
-    reward: Callable[[str, Problem], Reward]  # (completion, problem) -> named terms; the reward is their sum
-    score: Callable[[str, Problem], float]  # (completion, problem) -> how much of it is solved, 0 to 1
-    answer: Callable[[str, Problem], Any]  # (completion, problem) -> the answer that is scored; None or empty: none
-    # To be filled in: the target, but for other characters where it is open. None: all of it is the model's own.
-    blanks: Callable[[Problem], str] | None = None
+    verdict: Callable[[str, Problem], Verdict]  # (completion, problem) -> answer, reward, score
+    blanks: Callable[[Problem], str] | None = None  # the target with other characters where it is to be filled in
     ceiling: Callable[[Problem], float] | None = None  # the best expected score of one who knows all but the answer
-    # Codes of an image's codebook where the completion is an image, 0 for text; and an image's pixels from its codes.
-    codebook: int = 0
-    render: Callable[[list[int]], np.ndarray] | None = None
+    codebook: int = 0  # how many codes there are, where the completion is an image
+    render: Callable[[list[int]], np.ndarray] | None = None  # an image's codes -> its pixels
     category: Callable[[Problem], str] | None = None  # what accuracy is reported by, besides overall
     test_draw: int = 1  # the seed of generated test and unseen problems; a new one once figures on them guided a choice
     runs_code: bool = False  # its reward runs what the model wrote: only with --allow_code_execution
 
+    def answer(self, completion: str, problem: Problem) -> Any:
+        """The answer that is scored; None: there is none, or several."""
+        return self.verdict(completion, problem).answer
 
-def task(name: str, draw: Callable, check: Callable, hub: dict, example: str, **row) -> Task:
-    """A row of TASKS from how one problem is drawn, and how one row of published data is read."""
-    generator, loader = functools.partial(generate, name, draw), functools.partial(load_rows, check, hub, example)
-    row = {"messages": lambda problem: chat(name, problem["question"])} | row
-    return Task(generate=generator, check=check, load=loader, **row)
+    def reward(self, completion: str, problem: Problem) -> Reward:
+        """Its reward's named terms; the reward is their sum."""
+        return self.verdict(completion, problem).terms
+
+    def score(self, completion: str, problem: Problem) -> float:
+        """How much of the problem it solves, 0 to 1."""
+        return self.verdict(completion, problem).score
+
+
+def task(name: str, draw, check, verdict, ask=operator.itemgetter("question"), **row) -> Task:
+    """A row of TASKS. ask: problem -> what the model reads below the task's instruction."""
+
+    def messages(problem: Problem) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": INSTRUCTIONS[name]}] if name in INSTRUCTIONS else []
+        return [*system, {"role": "user", "content": ask(problem)}]
+
+    row = {"generate": functools.partial(generate, name, draw), "target": operator.itemgetter("answer")} | row
+    loader = functools.partial(load_rows, name, check)
+    return Task(check=check, load=loader, messages=messages, verdict=verdict, **row)
 
 
 TASKS = {
-    "gsm8k": task(
-        "gsm8k",
-        draw_gsm8k,
-        check_gsm8k,
-        {split: ("openai/gsm8k", "main", split) for split in ("train", "test")},
-        'lines {"question": "...", "answer": "... #### 42"}',
-        target=gsm8k_target,
-        reward=gsm8k_reward,
-        score=gsm8k_correct,
-        answer=gsm8k_answer,
-    ),
-    "math500": task(
-        "math500",
-        draw_math500,
-        check_math500,
-        {
-            "train": ("DigitalLearningGmbH/MATH-lighteval", None, "train"),
-            "test": ("HuggingFaceH4/MATH-500", None, "test"),
-        },
-        'lines {"problem": "...", "solution": "... \\\\boxed{42}"}',
-        target=operator.itemgetter("solution"),
-        reward=math500_reward,
-        score=math500_correct,
-        answer=math500_answers,
-    ),
+    "gsm8k": task("gsm8k", draw_gsm8k, check_gsm8k, gsm8k_verdict, target=gsm8k_target),
+    "math500": task("math500", draw_math500, check_math500, math500_verdict, target=operator.itemgetter("solution")),
     "mbpp": task(
-        "mbpp",
-        draw_mbpp,
-        check_mbpp,
-        {split: ("google-research-datasets/mbpp", "full", split) for split in ("train", "test")},
-        'lines {"text": "...", "code": "...", "test_list": ["assert ..."]}',
-        messages=mbpp_messages,
-        target=mbpp_target,
-        reward=mbpp_reward,
-        score=mbpp_score,
-        answer=lambda completion, problem: extract_code(completion, problem["tests"]),
+        *("mbpp", draw_mbpp, check_mbpp, mbpp_verdict),
+        # one test shows the function's name and arguments
+        ask=lambda problem: f"{problem['question']}\n{problem['tests'][0]}",
+        target=lambda problem: f"```python\n{problem['answer']}\n```",
         runs_code=True,
     ),
-    "countdown": task(
-        "countdown",
-        draw_countdown,
-        check_countdown,
-        # one split: its last 1,024 problems are held out
-        {
-            "train": ("Jiayi-Pan/Countdown-Tasks-3to4", None, "train[:-1024]"),
-            "test": ("Jiayi-Pan/Countdown-Tasks-3to4", None, "train[-1024:]"),
-        },
-        'lines {"nums": [3, 8, 5], "target": 6} or {"input": "3,8,5", "output": "6"}',
-        target=countdown_target,
-        reward=countdown_reward,
-        score=lambda completion, problem: countdown_terms(completion, problem)[0],
-        answer=countdown_answer,
-    ),
+    "countdown": task("countdown", draw_countdown, check_countdown, countdown_verdict, target=countdown_target),
     "sudoku": task(
-        "sudoku",
-        draw_sudoku,
-        check_sudoku,
-        {},
-        "a CSV file with the header Puzzle,Solution",
-        messages=lambda problem: chat("sudoku", "Sudoku:"),  # the clues stand in the completion itself
+        *("sudoku", draw_sudoku, check_sudoku, sudoku_verdict),
+        ask=lambda problem: "Sudoku:",  # the clues stand in the completion itself
         target=lambda problem: grid_text(problem["answer"]),
-        reward=lambda completion, problem: {"cells": sudoku_score(completion, problem)},
-        score=sudoku_score,
-        answer=sudoku_grid,
         blanks=lambda problem: grid_text(problem["question"]),
         ceiling=sudoku_ceiling,
         test_draw=2,
     ),
-    "t2i": Task(
+    "t2i": task(
+        *("t2i", None, check_t2i, t2i_verdict),
         generate=generate_t2i,
-        check=check_t2i,
-        load=lambda path, split: load_prompts(path),
-        messages=lambda problem: [{"role": "user", "content": problem["question"]}],
-        target=operator.itemgetter("answer"),
-        reward=t2i_reward,
-        score=lambda completion, problem: t2i_reward(completion, problem)["geneval"],
-        answer=lambda completion, problem: image_codes(completion),
         codebook=CODEBOOK,
         render=render,
         category=operator.itemgetter("tag"),
     ),
-    "zebra": task(
-        "zebra",
-        draw_zebra,
-        check_zebra,
-        {},
-        'lines {"puzzle": "...", "solution": {"header": [...], "rows": [[...]]}}',
-        target=operator.itemgetter("answer"),
-        reward=lambda completion, problem: {"entries": zebra_score(completion, problem)},
-        score=zebra_score,
-        answer=zebra_answer,
-    ),
+    "zebra": task("zebra", draw_zebra, check_zebra, zebra_verdict),
 }
+# the verdicts by name
+gsm8k_correct, sudoku_score, zebra_score = (TASKS[name].score for name in ("gsm8k", "sudoku", "zebra"))
+countdown_reward, t2i_reward = (TASKS[name].reward for name in ("countdown", "t2i"))
 
 
-def generated_splits(task: Task, n: int, seed: int) -> dict[str, list[Problem]]:
-    """Generated problems: train from the run's seed, 256 for validation, n for test and for unseen.
+def judge_all(task: Task, completions: list[str], problems: list[Problem], pixels=None) -> list[tuple[Reward, float]]:
+    """(the terms of its reward, which is their sum; its score) of each completion. Programs run side by side. pixels, a
+    PixelReward: images are judged by it, and those without a verifier score what they earn."""
+    judge = lambda text, problem: task.verdict(text, problem)[1:]  # without its answer
+    if pixels is not None and completions:
+        codes = torch.tensor([[int(code) for code in text.split()] for text in completions])
+        found = pixels(codes, [problem["question"] for problem in problems])
+        terms = [{name: pixels.weights[name] * found[name][i] for name in found} for i in range(len(completions))]
+        verdicts = map(task.score, completions, problems) if pixels.verified else [sum(of.values()) for of in terms]
+        return list(zip(terms, verdicts))
+    if not task.runs_code:
+        return list(map(judge, completions, problems))
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+        return list(pool.map(judge, completions, problems))
 
-    Held-out problems are the same for every run. validation is for choices; test and unseen are for figures only.
+
+def splits(task: Task, cfg, generated: bool) -> dict[str, list[Problem]]:
+    """train, validation, test and unseen problems of a run. cfg: --data, --eval_data, --eval_n, --eval_only, --seed.
+
+    Generated ones: train from the run's seed; held-out problems are the same for every run, validation for choices,
+    test and unseen for figures only. Published ones, from files or by `datasets`: test is --eval_data, else the
+    published test split, else every tenth problem of --data, and never trains; validation is the last tenth of the
+    rest, 256 at most; there is no unseen split. --eval_only needs no more than a test split.
     """
-    held_out = {"validation": task.generate("validation", 256, 0)}
-    held_out |= {split: task.generate(split, n, task.test_draw) for split in ("test", "unseen")}
-    return {"train": task.generate("train", 20_000, seed)} | held_out
-
-
-def published_splits(task: Task, data: str | None, eval_data: str | None, n: int) -> dict[str, list[Problem]]:
-    """Published problems, from files or by `datasets` (data None). Held-out problems never train.
-
-    test is eval_data, else the published test split, else every tenth problem of data; its first n (0: all).
-    validation is the last tenth of what remains, 256 at most. There is no unseen split.
-    """
-    train = task.load(data, "train")
-    if eval_data or data is None:
-        test = task.load(eval_data, "test")
-    else:
-        test = train[9::10]
-    held_out = {p["question"] for p in test}
+    if cfg.eval_only and (cfg.eval_data or not (generated or cfg.data)):
+        test = task.load(cfg.eval_data, "test")[: cfg.eval_n or None]
+        return {"train": [], "validation": [], "test": test, "unseen": []}
+    if generated:
+        n, held_out = cfg.eval_n or 1000, {"validation": task.generate("validation", 256, 0)}
+        held_out |= {split: task.generate(split, n, task.test_draw) for split in ("test", "unseen")}
+        return {"train": task.generate("train", 20_000, cfg.seed)} | held_out
+    train = task.load(cfg.data, "train")
+    test = task.load(cfg.eval_data, "test") if cfg.eval_data or cfg.data is None else train[9::10]
+    held_out = {problem["question"] for problem in test}
     train = list({p["question"]: p for p in train if p["question"] not in held_out}.values())  # each problem once
     held = min(256, len(train) // 10)
     if not test or not held:
-        raise DataError(f"{data}: {len(train)} problems are too few to hold some out; give 20 or more, or --eval_data")
-    return {"train": train[:-held], "validation": train[-held:], "test": test[: n or None], "unseen": []}
+        raise DataError(f"{cfg.data}: {len(train)} problems are too few to hold some out; give 20, or --eval_data")
+    return {"train": train[:-held], "validation": train[-held:], "test": test[: cfg.eval_n or None], "unseen": []}
 
 
-# ---------------------------------------------------------------------------------------------
-# Verdicts -> figures
-# ---------------------------------------------------------------------------------------------
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+
+def mean_of(rows: list[dict]) -> dict:
+    """Key-wise means of dicts with the same keys."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def accuracy(scores: list[float]) -> dict[str, float]:
@@ -2433,9 +1452,8 @@ def accuracy(scores: list[float]) -> dict[str, float]:
 def pass_at(scores: list[list[float]], k: int) -> float:
     """pass@k: the mean over problems of the best of k samples' expected score, from n >= k samples each, unbiased.
 
-    The i-th lowest of n scores is the best of C(i - 1, k - 1) of the C(n, k) subsets of size k. With c of n
-    verdicts 1 and the others 0 it is the usual 1 - C(n - c, k) / C(n, k).
-    """
+    The i-th lowest of n scores is the best of C(i - 1, k - 1) of the C(n, k) subsets of size k. With c of n verdicts 1
+    and the others 0 it is the usual 1 - C(n - c, k) / C(n, k)."""
     best = lambda row: sum(math.comb(i, k - 1) * score for i, score in enumerate(sorted(row))) / math.comb(len(row), k)
     return sum(map(best, scores)) / len(scores)
 
@@ -2449,553 +1467,202 @@ def paired_p(before: list[float], after: list[float]) -> float:
     return min(1.0, 2 * tail / 2 ** (won + lost))
 
 
-# ---------------------------------------------------------------------------------------------
-# Images: codes -> pixels -> numbers
-# ---------------------------------------------------------------------------------------------
+def figures(phases: dict[str, list[dict]], k: int) -> dict[str, Any]:
+    """The figures of a run under their names in results.json, None where there is nothing to report. phases: name ->
+    judged completions, with split, sample (None: greedy), score, terms, category; k: samples per problem."""
+    found, greedy = {}, lambda rows, split: [r for r in rows if r["split"] == split and r["sample"] is None]
+    scores, of = lambda rows: [row["score"] for row in rows], lambda rows: accuracy(scores(rows)) if rows else None
+    for phase, rows in phases.items():
+        parts = {split: greedy(rows, split) for split in ("test", "unseen")}
+        sampled = scores([row for row in rows if row["sample"] is not None])
+        groups = [sampled[i : i + k] for i in range(0, len(sampled), k or 1)]
+        kinds = dict.fromkeys(row["category"] for row in parts["test"])
+        by_kind = {kind: of([row for row in parts["test"] if row["category"] == kind]) for kind in kinds}
+        best = {n: round(pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k}
+        terms = {split: mean_of([row["terms"] for row in part]) for split, part in parts.items() if part}
+        found |= {phase: of(parts["test"]), f"{phase}_unseen": of(parts["unseen"]), f"{phase}_pass_at": best or None}
+        found |= {f"{phase}_rewards": terms, f"{phase}_categories": None if None in kinds else by_kind}
+    if len(phases) == 2:
+        pairs = {split: [scores(greedy(rows, split)) for rows in phases.values()] for split in ("test", "unseen")}
+        found["paired_p"] = {split: paired_p(*pair) for split, pair in pairs.items() if pair[0]}
+    return found
 
 
-@dataclass(frozen=True)
-class MagvitConfig:
-    """The MAGVIT-v2 decoder's sizes, under the published code's names; the defaults are showlab/magvitv2's."""
-
-    ch: int = 128  # channels at the finest level
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level in units of ch, finest level first
-    num_res_blocks: tuple[int, ...] = (4, 4, 3, 4, 3)  # of each level, finest level first
-    z_channels: int = 13  # bits of a code: a codebook of 2 ** 13
-
-
-group_norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
-
-
-def named(**modules: nn.Module) -> nn.Sequential:
-    """Modules in a row, each under its published name."""
-    return nn.Sequential(OrderedDict(modules))
+def table(results: dict[str, Any], phases: list[str]) -> str:
+    """The figures of results.json as a person reads them."""
+    lines = [f"accuracy ± standard error; {results['decoding']}"]
+    for split, suffix in (("test", ""), ("unseen", "_unseen")):
+        if cells := {phase: of for phase in phases if (of := results[phase + suffix])}:
+            shown = "   ".join(f"{phase} {of['accuracy']:.3f} ± {of['stderr']:.3f}" for phase, of in cells.items())
+            paired = f"   paired p = {results['paired_p'][split]:.1e}" if "paired_p" in results else ""
+            lines.append(f"  {split:<7} {shown}{paired}   n = {cells[phases[0]]['n']}")
+    for phase in phases:
+        best = {f"pass@{n}": value for n, value in (results[f"{phase}_pass_at"] or {}).items()}
+        means = results[f"{phase}_rewards"]["test"] | best
+        lines.append(f"  {phase:<7} " + "  ".join(f"{name} {value:.3f}" for name, value in means.items()))
+    return "\n".join([*lines, "seconds   " + "  ".join(f"{k} {v:.0f}" for k, v in results["seconds"].items())])
 
 
-class ResnetBlock(nn.Module):
-    """x + f(x) with f = conv(swish(norm(conv(swish(norm(x)))))); a 1x1 convolution carries x to another width."""
-
-    def __init__(self, width: int, out: int):
-        super().__init__()
-        self.norm1, self.conv1 = group_norm(width), nn.Conv2d(width, out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(out), nn.Conv2d(out, out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
-
-
-class AttnBlock(nn.Module):
-    """x + attention among all places of x, one head."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = group_norm(width)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).mT for conv in (self.q, self.k, self.v))  # (B, places, C)
-        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape))
-
-
-class MagvitDecoder(nn.Module):
-    """The decoder of the image tokenizer that Show-o published and MMaDA uses (MAGVIT-v2, arXiv 2310.05737).
-
-    Its parameters have the published names, so the published weights load as they are: `load_magvit`.
-    """
-
-    def __init__(self, config: MagvitConfig = MagvitConfig()):
-        super().__init__()
-        self.config = config
-        widths = [config.ch * multiple for multiple in config.ch_mult]
-        width, bits = widths[-1], config.z_channels
-        self.post_quant_conv = nn.Conv2d(bits, bits, 1)
-        self.conv_in = nn.Conv2d(bits, width, 3, padding=1)
-        self.mid = named(block_1=ResnetBlock(width, width), attn_1=AttnBlock(width), block_2=ResnetBlock(width, width))
-        levels = []
-        for level in reversed(range(len(widths))):  # coarsest first; published in the other order
-            out = widths[level]
-            blocks = [ResnetBlock(out if i else width, out) for i in range(config.num_res_blocks[level])]
-            parts = {"block": nn.Sequential(*blocks)}
-            if level:
-                parts["upsample"] = named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(out, out, 3, padding=1))
-            levels.append(named(**parts))
-            width = out
-        self.up = nn.ModuleList(reversed(levels))
-        self.norm_out, self.conv_out = group_norm(width), nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """(B, h * h) long codes, row by row -> (B, 3, H, H) float, about -1 to 1; H is 16 h as published."""
-        bits, side = self.config.z_channels, math.isqrt(codes.shape[1])
-        # Lookup-free quantisation: a code's bits, the most significant first, are its vector of -1 and 1.
-        z = codes[:, None, :] >> torch.arange(bits - 1, -1, -1, device=codes.device)[:, None] & 1
-        z = (2 * z - 1).to(self.conv_in.weight.dtype).reshape(-1, bits, side, side)
-        h = self.mid(self.conv_in(self.post_quant_conv(z)))
-        for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
-
-    @torch.no_grad()
-    def pixels(self, codes: Tensor, batch: int = 8) -> Tensor:
-        """(B, h * h) long codes, row by row -> (B, H, H, 3) uint8 on the decoder's device, `batch` images at a time.
-
-        Raises DataError for a code outside the codebook and for codes that are no square.
-        """
-        size, side = 2**self.config.z_channels, math.isqrt(codes.shape[1])
-        if side * side != codes.shape[1]:
-            raise DataError(f"an image of {codes.shape[1]} codes is not square; MMaDA's has 32 * 32 = 1024")
-        outside = ((codes < 0) | (codes >= size)).nonzero()
-        if len(outside):
-            image, place = outside[0].tolist()
-            code = codes[image, place].item()
-            raise DataError(f"image {image}, place {place}: code {code} is outside the codebook, 0 to {size - 1}")
-        parts = codes.to(self.conv_in.weight.device).split(batch)
-        images = torch.cat([self(part) for part in parts])
-        return (127.5 * (images.float().clamp(-1, 1) + 1)).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def load_magvit(where: str, device: str | torch.device = "cpu") -> MagvitDecoder:
-    """The MAGVIT-v2 decoder from a weights file, a folder that holds one, or a hub id such as showlab/magvitv2.
-
-    config.json beside the weights gives the sizes; where it names none, as the published one, they are the
-    published sizes. The encoder's weights are skipped. Raises DataError.
-    """
-    file = magvit_file(where)
-    beside = file.with_name("config.json")
-    try:
-        raw = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-        sizes = {f.name: raw[f.name] for f in fields(MagvitConfig) if f.name in raw}
-        config = MagvitConfig(**{name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()})
-        with torch.device("meta"):
-            decoder = MagvitDecoder(config)
-    except Exception as error:  # what a nonsensical config.json raises has no common class
-        raise DataError(f"{beside}: not the sizes of a MAGVIT-v2 decoder ({first_line(error)})") from None
-    try:
-        weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-        weights = {name: weight.float() for name, weight in weights.items() if name.startswith("decoder.")}
-    except Exception as error:  # likewise: a file may hold anything
-        raise DataError(f"{file}: cannot be read as weights by name ({first_line(error)})") from None
-    expected = {f"decoder.{name}": weight.shape for name, weight in decoder.state_dict().items()}
-    found = {name: weight.shape for name, weight in weights.items()}
-    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-    if wrong:
-        shape = lambda shapes: list(shapes[wrong[0]]) if wrong[0] in shapes else "nothing"
-        raise DataError(
-            f"{file}: {len(wrong)} weights do not fit a MAGVIT-v2 decoder of {config}; the first is {wrong[0]}: "
-            f"expected {shape(expected)}, found {shape(found)}"
-        )
-    decoder.load_state_dict({name.removeprefix("decoder."): w for name, w in weights.items()}, assign=True)
-    return decoder.requires_grad_(False).eval().to(device)
-
-
-def magvit_file(where: str) -> Path:
-    """The weights file at `where`, as in `load_magvit`: safetensors before .bin and .pth. Raises DataError."""
-    folder = Path(where)
-    if folder.is_file():
-        return folder
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(where, allow_patterns=["config.json", "*.safetensors", "*.bin", "*.pth"]))
-        except Exception as error:  # the hub's errors have no common class
-            reason = f"not a file, not a folder, and not to be had from the hub ({first_line(error)})"
-            raise DataError(f"MAGVIT-v2 weights {where}: {reason}") from None
-    for pattern in ("*.safetensors", "*.bin", "*.pth"):
-        if files := sorted(folder.glob(pattern)):
-            return files[0]
-    raise DataError(f"{where}: no weights in it; expected a file .safetensors, .bin or .pth")
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def png(image: Tensor) -> bytes:
-    """A PNG file of an image (H, W, 3) uint8: 8-bit RGB, no row filters."""
-    height, width, _ = image.shape
-    rows = F.pad(image.cpu().reshape(height, 3 * width), (1, 0)).numpy().tobytes()  # filter 0 before each row
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*parts) for parts in chunks)
-
+# --- Pixels: images -> numbers, by CLIP and by scorers that the user serves -------------------------------------------
 
 CLIP = "openai/clip-vit-large-patch14"  # the one that the official code takes
+SCORER = re.compile(
+    r"(?:(clip)(?::(.+))?|(https?://[\w.-]+(?::\d+)?/(?:\S*/)?([\w.-]+)(?:\?\S*)?))=([-+]?\d*\.?\d+(?:e[-+]?\d+)?)"
+)
+
+
+def parse_scorers(text: str) -> list[tuple[str, float, str]]:
+    """(name, weight, where) of the rewards that a flag names: "clip=1,http://127.0.0.1:8000/hpsv3=0.5"; a URL's last
+    part is the name, and a weight of 0 only reports. The official mixture of its three scales: clip=0.01, and 0.2 for
+    each of HPSv3 and UnifiedReward. DataError."""
+    found = {}
+    for term in map(str.strip, text.split(",")):
+        match = SCORER.fullmatch(term)
+        name = match and (match[1] or match[4])
+        if not match or name in found:
+            raise DataError(f"reward {term!r}: expected clip=1, clip:PATH=1 or http://HOST:PORT/NAME=1, each name once")
+        found[name] = (name, float(match[5]), match[3] or match[2] or CLIP)
+    return list(found.values())
 
 
 def load_clip(where: str = CLIP, device: str | torch.device = "cpu") -> tuple:
     """(CLIPModel, CLIPProcessor) of transformers, from a folder or a hub id. Raises DataError."""
-    if importlib.util.find_spec("PIL") is None:
-        raise DataError("CLIP's image processor needs Pillow: pip install pillow")
     from transformers import CLIPModel, CLIPProcessor  # slow to import, and the other rewards do without
 
     try:
-        processor = CLIPProcessor.from_pretrained(where, trust_remote_code=False)
-        return CLIPModel.from_pretrained(where).to(device).eval(), processor
+        return CLIPModel.from_pretrained(where).to(device).eval(), CLIPProcessor.from_pretrained(where)
     except Exception as error:  # what a broken checkpoint raises has no common class
-        raise DataError(f"CLIP {where}: cannot be loaded ({first_line(error)})") from None
+        raise DataError(f"CLIP {where}: cannot be loaded ({first_line(error)}); it needs Pillow, too") from None
 
 
 @torch.no_grad()
-def clip_score(images: Tensor, prompts: list[str], model, processor, batch: int = 32) -> list[float]:
-    """100 max(0, cosine) of each image with its prompt, after Hessel et al. (arXiv 2104.08718, eq. 1), who have 2.5
-    for 100. The official code has the bare cosine: weigh by 0.01 for its scale.
+def clip_score(images: Tensor, prompts: list[str], model, processor) -> list[float]:
+    """100 max(0, cosine) of each image (B, H, W, 3) uint8 with its prompt, cut at CLIP's 77 tokens, after Hessel et
+    al. (arXiv 2104.08718, eq. 1), who have 2.5 for 100. For the official code's scale weigh by 0.01."""
+    settings = {"return_tensors": "pt", "padding": True, "truncation": True}
+    out = model(**processor(text=prompts, images=list(images.cpu().numpy()), **settings).to(model.device))
+    cosine = (out.image_embeds * out.text_embeds).sum(-1)  # (B,), both of length 1
+    return (100 * cosine.clamp(min=0)).tolist()
 
-    images (B, H, W, 3) uint8; longer prompts than CLIP's text model takes (77 tokens) are cut.
-    """
-    length = model.config.text_config.max_position_embeddings
-    scores = []
+
+def png(image: Tensor) -> bytes:
+    """A PNG file of an image (H, W, 3) uint8."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DataError("a scorer gets its images as PNG, which Pillow writes: pip install pillow") from None
+    file = io.BytesIO()
+    Image.fromarray(image.cpu().numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def remote_score(images, prompts, url: str, timeout=120.0, retries=3, pause=1.0, batch=32) -> list[float]:
+    """Scores of images (B, H, W, 3) uint8 by a reward model that the user serves (HPSv3, UnifiedReward ...).
+
+    Request: POST of JSON {"name": ..., "prompts": [...], "images": [base64 of a PNG, ...]}. Answer within `timeout`
+    seconds: JSON {"scores": [...]}, one finite number per image. A failure is asked again `retries` times, after
+    `pause` seconds, doubled each time; then DataError says whether it is down, slow or answers nonsense."""
+    scores, opener = [], urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a process of the user's own
     for start in range(0, len(prompts), batch):
-        part = slice(start, start + batch)
-        pictures = list(images[part].cpu().numpy())
-        settings = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": length}
-        inputs = processor(text=prompts[part], images=pictures, input_data_format="channels_last", **settings)
-        out = model(**inputs.to(model.device))
-        cosine = (out.image_embeds * out.text_embeds).sum(-1)  # (b,), both of length 1
-        scores += (100 * cosine.clamp(min=0)).tolist()
+        asked = prompts[start : start + batch]
+        pngs = [base64.b64encode(png(image)).decode() for image in images[start : start + batch]]
+        body = json.dumps({"name": url.rpartition("/")[2], "prompts": asked, "images": pngs}).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        for attempt in range(retries + 1):
+            time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
+            try:
+                with opener.open(request, timeout=timeout) as response:
+                    found = json.load(response)["scores"]
+                if len(found) != len(asked) or not all(type(x) in (int, float) and math.isfinite(x) for x in found):
+                    raise ValueError(f"expected {len(asked)} finite numbers in scores")
+                break
+            except Exception as error:  # what a scorer and the way to it can do has no common class
+                slow = isinstance(getattr(error, "reason", error), TimeoutError)  # urllib wraps some of them
+                kind = "slow" if slow else "down" if isinstance(error, OSError) else "nonsense"
+                reason = f"{url}: {kind}: {first_line(error)}; {retries + 1} attempts of {timeout:g} s"
+        else:
+            raise DataError(f"{reason}; is the scorer running there?")
+        scores += map(float, found)
     return scores
 
 
-class ScorerError(DataError):
-    """A remote scorer that cannot be used: its URL, whether it is down, slow or answers nonsense, and the attempts."""
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: a POST that follows one arrives as a GET, or on a host that nobody named."""
-
-    def redirect_request(self, *args):
-        return None
-
-
-LARGEST_ANSWER = 1 << 20  # bytes
-
-
-@dataclass
-class RemoteScorer:
-    """A reward model that the user serves (HPSv3, UnifiedReward, ImageReward ...), as a callable on images.
-
-    Request: POST of JSON {"name": ..., "prompts": [...], "images": [base64 of a PNG, ...]}. Answer: JSON
-    {"scores": [...]}, one finite number per image. A scorer that is down, slow or answers 5xx is asked again.
-    """
-
-    url: str
-    name: str
-    timeout: float = 120.0  # seconds for one answer
-    retries: int = 3  # further attempts of one request
-    pause: float = 1.0  # seconds before the first further attempt; doubled before each next one
-    batch: int = 32  # images per request
-
-    def __call__(self, images: Tensor, prompts: list[str]) -> list[float]:
-        """images (B, H, W, 3) uint8, B prompts -> B scores. Raises ScorerError."""
-        scores = []
-        for start in range(0, len(prompts), self.batch):
-            part = slice(start, start + self.batch)
-            pngs = [base64.b64encode(png(image)).decode() for image in images[part]]
-            body = {"name": self.name, "prompts": prompts[part], "images": pngs}
-            scores += self.scores(self.post(json.dumps(body).encode()), len(pngs))
-        return scores
-
-    def post(self, body: bytes) -> bytes:
-        """The answer to one request, after up to `retries` further attempts."""
-        for attempt in range(1, self.retries + 2):
-            if attempt > 1:
-                time.sleep(self.pause * 2 ** (attempt - 2))
-            try:
-                return self.answer(body)
-            except urllib.error.HTTPError as error:
-                error.close()
-                reason = f"HTTP {error.code}"
-                if error.code < 500 and error.code != 429:  # asking again would not change it
-                    to = f" to {error.headers['Location']!r}" if 300 <= error.code < 400 else ""
-                    raise ScorerError(f"{self.url}: {reason}{to}, on attempt {attempt}; expected 200") from None
-            except (OSError, http.client.HTTPException, UnicodeError) as error:
-                cause = getattr(error, "reason", error)  # urllib wraps what happens before the answer begins
-                slow = isinstance(cause, TimeoutError)
-                reason = f"slow: no answer in {self.timeout:g} s" if slow else f"down: {first_line(cause)}"
-        raise ScorerError(f"{self.url}: {reason}; {attempt} attempts; is the scorer running there?")
-
-    def answer(self, body: bytes) -> bytes:
-        """The answer to one attempt; TimeoutError past the timeout, even where it trickles in."""
-        deadline = time.monotonic() + self.timeout
-        # A scorer is a process of the user's own, so no proxy stands between.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirect)
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        content = b""
-        with opener.open(request, timeout=self.timeout) as response:
-            while part := response.read1(1 << 16):
-                content += part
-                if len(content) > LARGEST_ANSWER:
-                    raise ScorerError(f"{self.url}: nonsense: an answer above {LARGEST_ANSWER} bytes")
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-        return content
-
-    def scores(self, content: bytes, count: int) -> list[float]:
-        """`count` finite numbers from an answer; ScorerError where it holds anything else."""
-        wanted = f'expected {{"scores": [{count} finite numbers]}}'
-        try:
-            scores = json.loads(content)["scores"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ScorerError(f"{self.url}: nonsense: {content[:60]!r}; {wanted}") from None
-        if not isinstance(scores, list) or len(scores) != count:
-            found = f"{len(scores)} scores for {count} images" if isinstance(scores, list) else "scores is no list"
-            raise ScorerError(f"{self.url}: nonsense: {found}; {wanted}")
-        for score in scores:
-            # NaN fails every comparison, and an integer of any length can be compared
-            if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 1e30:
-                raise ScorerError(f"{self.url}: nonsense: a score is {str(score)[:60]!r}; {wanted}")
-        return [float(score) for score in scores]
-
-
-class Scorer(NamedTuple):
-    """One term of a reward on pixels."""
-
-    name: str
-    weight: float
-    where: str  # a CLIP folder or hub id, or the URL of a remote scorer
-
-
-SCORERS = "expected WHERE=WEIGHT,... with WHERE clip, clip:PATH_OR_HUB_ID or http://HOST:PORT/NAME"
-
-
-def parse_scorers(text: str) -> list[Scorer]:
-    """The rewards that a flag names: "clip=1,http://127.0.0.1:8000/hpsv3=0.5". Raises DataError.
-
-    A remote scorer's name is the last part of its URL. A weight of 0 reports a score and does not count it. The
-    official mixture of its three scales: clip=0.01, and 0.2 for each of HPSv3 and UnifiedReward.
-    """
-    scorers: dict[str, Scorer] = {}
-    for term in text.split(","):
-        where, _, number = term.strip().rpartition("=")
-        try:
-            weight = float(number)
-            url = urllib.parse.urlsplit(where)
-            host = url.scheme in ("http", "https") and url.hostname and url.port != 0 and "@" not in url.netloc
-        except ValueError as error:  # no weight, or no port
-            raise DataError(f"reward {term.strip()!r}: {error}; {SCORERS}") from None
-        if not math.isfinite(weight):
-            raise DataError(f"reward {term.strip()!r}: a weight is a finite number")
-        name = url.path.rpartition("/")[2]
-        if where == "clip" or where.startswith("clip:"):
-            scorer = Scorer("clip", weight, where.removeprefix("clip").removeprefix(":") or CLIP)
-        elif host and re.fullmatch(r"[!-~]+", where) and re.fullmatch(r"[\w.-]+", name):
-            scorer = Scorer(name, weight, where)
-        else:
-            raise DataError(f"reward {term.strip()!r}: {SCORERS}")
-        if scorer.name in scorers:
-            raise DataError(f"reward {term.strip()!r}: {scorer.name!r} is named twice")
-        scorers[scorer.name] = scorer
-    return list(scorers.values())
-
-
 class PixelReward:
-    """Codes and prompts -> the terms of a reward on pixels; one decoder and one CLIP serve a whole rollout.
+    """Codes and prompts -> the terms of a reward on pixels. decode: (B, L) long codes -> (B, H, W, 3) uint8. text: see
+    `parse_scorers`. verified: the task's own verifier says what is right, and this only rewards. remote: settings of
+    `remote_score`, such as timeout and retries. weights: term -> its weight."""
 
-    decode: (B, L) long codes -> (B, H, W, 3) uint8, such as `load_magvit(...).pixels`. text: see `parse_scorers`.
-    remote: settings of `RemoteScorer`, such as timeout and retries.
-    """
-
-    def __init__(self, decode: Callable[[Tensor], Tensor], text: str, device: str | torch.device = "cpu", **remote):
-        self.decode = decode
-        self.weights, self.scorers = {}, {}
+    def __init__(self, decode: Callable, text: str, device: str | torch.device = "cpu", verified=False, **remote):
+        self.decode, self.verified, self.weights, self.scorers = decode, verified, {}, {}
         for name, weight, where in parse_scorers(text):
             self.weights[name] = weight
-            if where.startswith(("http://", "https://")):
-                self.scorers[name] = RemoteScorer(where, name, **remote)
+            if where.startswith("http"):
+                self.scorers[name] = functools.partial(remote_score, url=where, **remote)
             else:
                 model, processor = load_clip(where, device)
                 self.scorers[name] = functools.partial(clip_score, model=model, processor=processor)
 
     def __call__(self, codes: Tensor, prompts: list[str]) -> dict[str, list[float]]:
-        """Each term's B scores, not yet weighed, by name. Raises DataError, which ScorerError is."""
+        """Each term's B scores, not yet weighed, by name. Raises DataError."""
         images = self.decode(codes)
         return {name: scorer(images, prompts) for name, scorer in self.scorers.items()}
 
-    def total(self, scores: dict[str, list[float]]) -> list[float]:
-        """The B rewards: the weighted sum of the terms."""
-        rows = zip(*scores.values(), strict=True)
-        return [sum(self.weights[name] * score for name, score in zip(scores, row)) for row in rows]
+
+# --- Files of completions -> figures; the command line ----------------------------------------------------------------
+
+SCALE = (  # measured on published LLaDA-8B generations
+    "The papers' scale is another: on the same LLaDA outputs of 256 tokens these verdicts give 2.6 points more on MATH "
+    "and 1.0 more on GSM8K than d1's parser, which is also the MaskGRPO paper's."
+)
 
 
-# ---------------------------------------------------------------------------------------------
-# Files of completions -> figures; the command line
-# ---------------------------------------------------------------------------------------------
+def score_file(name: str, path: str) -> dict[str, Any]:
+    """The figures of a file of completions: accuracy, mean reward, the share without an answer, rows skipped."""
+    task = TASKS[name]
+    math_verify(needed=name == "math500")
+    if task.runs_code and not code_execution_allowed:
+        raise DataError(CODE_REFUSED.format(name))
 
-SAID_RIGHT, SAID_WRONG = ("true", "correct", "right", "yes", "passed"), ("false", "incorrect", "wrong", "no", "failed")
+    def judge(row: dict, where: str) -> list[dict[str, float]]:
+        row = {field.lower(): value for field, value in row.items()}
+        texts = pick(row, COMPLETION) or row.get("completion")  # the latter may be ""
+        texts = texts if isinstance(texts, list) else [texts]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f'{where}: no completion; expected a text in "completion" (or {", ".join(COMPLETION[1:])})')
+        if pick(row, QUESTION) is None:
+            row["question"] = "(not given)"
+        problem = task.check(row, where)
+        verdicts = [task.verdict(text, problem) for text in texts]
+        of = lambda v: {"accuracy": v.score, "mean_reward": sum(v.terms.values()), "no_answer": v.answer is None}
+        return list(map(of, verdicts))
 
-
-class Scored(NamedTuple):
-    """One completion of a file: where it stands, what it earns, and the file's own verdict (None: it has none)."""
-
-    where: str
-    reward: float
-    score: float
-    answer: Any
-    gold: str
-    verdict: bool | None
-
-
-def is_chat(value) -> bool:
-    """Whether a value is a list of messages, as chats are stored."""
-    return (
-        isinstance(value, list) and bool(value) and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in value)
-    )
-
-
-def said_in(value):
-    """The text of a completion: of a chat what the assistant says, of a message its content; other objects as JSON."""
-    if is_chat(value):
-        own = [m for m in value if m.get("role", m.get("from")) in ("assistant", "gpt")]
-        return "\n".join(str(m.get("content", m.get("value", ""))) for m in own)
-    if isinstance(value, dict):
-        return value["content"] if isinstance(value.get("content"), str) else json.dumps(value)
-    return value
+    expected = 'lines {"prompt": ..., "completion": ..., "answer": ...}'
+    rows, skipped = usable(judge, read_rows(path), f"{path}: no completions", expected)
+    rows = list(itertools.chain(*rows))
+    figures = {key: round(value, 6) for key, value in mean_of(rows).items()}
+    figures |= {"sandbox": protections()} if task.runs_code else {}
+    return {"task": name, "n": len(rows), "skipped": skipped} | figures
 
 
-def verdicts_of(row: dict, count: int) -> list[bool | None]:
-    """The file's own verdict on each of a row's completions: one for all of them or a list; None where it has none."""
-    value = pick(row, VERDICT)
-    values = value if isinstance(value, list) else [value] * count
-    words = [value.strip().lower() if isinstance(value, str) else value for value in values]
-    verdicts = [True if w in (1, *SAID_RIGHT) else False if w in (0, *SAID_WRONG) else None for w in words]
-    return verdicts if len(verdicts) == count else [None] * count
-
-
-def completions_of(name: str, row: dict, where: str) -> list[str]:
-    """The completions of one row, under any of their names. Of countdown, one with "input" and "output" is a row of
-    data; "code" is the text of a solution where no program is asked for. A bare value that was parsed is the answer."""
-    names = [*COMPLETION, *["code"] * (name != "mbpp"), *PARSED]
-    if name == "countdown" and "input" in row and pick(row, GOLD) is None:
-        names.remove("output")
-    field = next((field for field in names if row.get(field) is not None), None)
-    value = row.get(field)
-    while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
-        value = value[0]
-    values = value if isinstance(value, list) and not is_chat(value) else [value]
-    texts = [said_in("" if text is None and len(values) > 1 else text) for text in values]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise DataError(f'{where}: no completion; expected a text in "completion" (or {", ".join(names[1:])})')
-    bare = re.compile(r"(?![^\n]*(?<![\\a-zA-Z])[a-z]{3})[^\n]{1,60}")
-    return [f"<answer>{t}</answer>" if field in PARSED and bare.fullmatch(t) and not announced(t) else t for t in texts]
-
-
-def problem_of(name: str, row: dict, where: str) -> Problem:
-    """The problem that a row's completions answer. Its question may be missing, and a number be all of its answer."""
-    row = dict(row)
-    for field in ("prompt", "question"):
-        if isinstance(row.get(field), list):  # a chat
-            row[field] = "\n".join(str(m.get("content", "")) for m in row[field] if isinstance(m, dict))
-    if pick(row, QUESTION) is None:
-        row["question"] = "(not given)"
-    for field in {*GOLD, *ANSWER}:
-        if isinstance(value := row.get(field), list) and len(value) == 1 and isinstance(value[0], (str, int, float)):
-            row[field] = value[0]
-    gold = pick(row, (*GOLD, *ANSWER))
-    if name == "gsm8k" and isinstance(gold, (str, int, float)):
-        row["answer"] = gold if "####" in str(gold) or announced(str(gold)) else f"#### {gold}"
-    elif name == "math500" and (gold := pick(row, (*GOLD, *ANSWER[:-1]))) is not None:
-        row["answer"] = gold
-    problem = TASKS[name].check(row, where)
-    return problem | ({"prompt": row["prompt"]} if isinstance(row.get("prompt"), str) else {})
-
-
-def score_file(name: str, path: str) -> list[Scored]:
-    """Every completion of a file, scored. DataError names the file and the line of what cannot be read."""
-    rows = []
-    for where, row in read_rows(path):
-        row = {field.lower(): value for field, value in row.items()} | row
-        for part in ("doc", "reward_model"):  # lm-evaluation-harness; verl
-            row = row[part] | row if isinstance(row.get(part), dict) else row
-        problem, texts = problem_of(name, row, where), completions_of(name, row, where)
-        for text, verdict in zip(texts, verdicts_of(row, len(texts))):
-            prompt = problem.get("prompt", "")
-            text = without_echo(text.removeprefix(prompt), prompt)  # a whole prompt, however short, is an echo
-            reward, score = sum(TASKS[name].reward(text, problem).values()), TASKS[name].score(text, problem)
-            rows.append(Scored(where, reward, score, TASKS[name].answer(text, problem), problem["answer"], verdict))
-    if not rows:
-        raise DataError(f'{path}: no completions; expected lines {{"prompt": ..., "completion": ..., "answer": ...}}')
-    return rows
-
-
-def report(name: str, rows: list[Scored], as_json: bool) -> None:
-    """Print accuracy, mean reward, the share without an answer, and where the file's own verdicts differ."""
-    n = len(rows)
-    mean = {"accuracy": sum(row.score for row in rows) / n, "mean_reward": sum(row.reward for row in rows) / n}
-    mean["no_answer"] = sum(not row.answer and row.answer != 0 for row in rows) / n
-    if as_json:
-        print(json.dumps({"task": name, "n": n} | {key: round(value, 6) for key, value in mean.items()}))
-        return
-    print(f"{name}, {n} completions")
-    for key, value in mean.items():
-        print(f"{key.replace('_', ' '):<12} {value:.4f}")
-    judged = [row for row in rows if row.verdict is not None]
-    differ = [row for row in judged if row.verdict != (row.score == 1)]
-    if judged:
-        print(f"the file's own verdicts: {len(judged)}, of which {len(differ)} differ")
-    for row in differ[:5]:
-        own, ours = ("right" if verdict else "wrong" for verdict in (row.verdict, row.score == 1))
-        print(
-            f"  {row.where}: the file says {own}, here {ours}; answer {str(row.answer)[:60]!r}, gold {row.gold[-60:]!r}"
-        )
-
-
-def show(names: list[str]) -> None:
-    """Problems of each split, and what completions of the first two tasks earn."""
-    for name in names:
-        print(f"{name}\n" + "-" * len(name))
-        for split in SPLITS:
-            problem = TASKS[name].generate(split, 1, 0)[0]
-            print(f"{split:<11} {problem['question']}")
-            print("".join(f"{'':<11} | {line}\n" for line in TASKS[name].target(problem).splitlines()))
-    for name in names:
-        problem = TASKS[name].generate("train", 1, 0)[0]
-        if not TASKS[name].runs_code or code_execution_allowed:
-            show_rewards(name, problem, tries(name, problem))
-
-
-def tries(name: str, problem: Problem) -> list[str]:
-    """A right completion of a problem, and what else somebody might write."""
-    target = TASKS[name].target(problem)
-    if name == "gsm8k":
-        right = gold_answer(problem)
-        return [
-            target,
-            f"#### {right}",
-            f"The answer is \\boxed{{{right}.00}}.",
-            f"{right}",
-            f"#### 99\n#### {right}",
-            "",
-        ]
-    if name == "sudoku":
-        ones = grid_text(problem["question"].replace(EMPTY, "1"))
-        return [target, ones, grid_text(solved_grids()[0]), target[:-2]]
-    return [target, problem["answer"], problem["question"], target + "\n" + target.replace("1", "7"), ""]
-
-
-def show_rewards(name: str, problem: Problem, completions: list[str]) -> None:
-    """A table of completions and the terms of their rewards."""
-    rows = [TASKS[name].reward(completion, problem) for completion in completions]
-    print(f"What completions earn where the {name} problem is {problem['question']!r}:")
-    print(f"{'completion':<60}" + "".join(f"{term:>13}" for term in rows[0]))
-    for completion, row in zip(completions, rows):
-        print(f"{repr(completion)[:58]:<60}" + "".join(f"{value:>13.2f}" for value in row.values()))
+def show(name: str) -> None:
+    """A problem of each split, and what a few completions of the last one earn."""
+    task = TASKS[name]
+    print(f"{name}\n" + "-" * len(name))
+    for split in SPLITS:
+        problem = task.generate(split, 1, 0)[0]
+        target = task.target(problem)
+        print(f"{split:<11} {problem['question']}\n" + textwrap.indent(target, " " * 12 + "| ") + "\n")
+    tries = [target, target[: len(target) // 2], f"{target}\n#### 99", ""]
+    if not task.runs_code or code_execution_allowed:
+        for text, (terms, score) in zip(tries, judge_all(task, tries, [problem] * len(tries))):
+            print(f"{repr(text)[:58]:<60}", *(f"{term} {x:.2f} " for term, x in (terms | {"score": score}).items()))
     print()
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise DataError(message + " (see --help)")  # one line, not a page of usage
 
 
 def main(argv: list[str] | None = None) -> int:
     """Show the tasks, or score a file of completions; 0, or 2 with one line that says what to change."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], exit_on_error=False)
     parser.add_argument("--task", choices=tuple(TASKS), help="which task; default: show all")
-    parser.add_argument(
-        "--score", metavar="FILE", help="score completions: JSONL (or JSON) of prompt, completion, answer"
-    )
+    parser.add_argument("--score", metavar="FILE", help="score completions: rows of prompt, completion, answer")
     parser.add_argument("--json", action="store_true", help="with --score: one line of JSON")
     parser.add_argument("--allow_code_execution", action="store_true", help="task mbpp: run the programs, in a sandbox")
     try:
@@ -3005,16 +1672,18 @@ def main(argv: list[str] | None = None) -> int:
         if flags.allow_code_execution:
             allow_code_execution()
         if flags.score is None:
-            show([flags.task] if flags.task else list(TASKS))
-            return 0
-        if TASKS[flags.task].runs_code and not code_execution_allowed:
-            raise DataError(CODE_REFUSED.format(flags.task))
-        if TASKS[flags.task].runs_code and not flags.json:
-            print(f"sandbox      {protections()}")
-        report(flags.task, score_file(flags.task, flags.score), flags.json)
-    except DataError as error:
+            for name in [flags.task] if flags.task else TASKS:
+                show(name)
+        else:
+            found = score_file(flags.task, flags.score)
+            lines = [f"{key.replace('_', ' '):<12} {value}" for key, value in found.items()]
+            print(json.dumps(found) if flags.json else "\n".join([*lines, SCALE]))
+        sys.stdout.flush()
+    except (DataError, argparse.ArgumentError) as error:
         print(f"rewards.py: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # python rewards.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

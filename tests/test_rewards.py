@@ -1,5 +1,8 @@
-"""rewards.py: the generator against a second evaluator, published formats, answers and figures by hand."""
+"""rewards.py: generators against second solvers, verdicts against a table of real spellings, a sandbox from inside."""
 
+import ast
+import base64
+import io
 import itertools
 import json
 import math
@@ -7,1477 +10,681 @@ import os
 import random
 import re
 import socket
+import subprocess
 import sys
+import threading
 import time
-from decimal import Decimal
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 import rewards
-from rewards import DataError
+from rewards import TASKS, DataError
+
+SHARED = Path(rewards.__file__).resolve().parent.parent / "shared" / "data"
+
+# --- Generated problems, against solvers that know nothing of the generators ------------------------------------------
 
 
-def load(name, path, split="train"):
-    return rewards.TASKS[name].load(path, split)
+def gsm8k(question: str) -> list[str]:
+    """A word problem worked out: its numbers in order, the operations from the verbs."""
+    value, *numbers = map(int, re.findall(r"\d+", question))
+    lines, signs = [], {"fills": "*", "buys": "+", "finds": "+", "sells": "-", "loses": "-"}
+    for verb, n in zip(re.findall("|".join(signs), question), numbers, strict=True):
+        step = f"{value} {signs[verb]} {n}"
+        value = eval(step)
+        lines.append(f"{step} = {value}")
+    return ["\n".join([*lines, f"#### {value}"])]
 
 
-def solve(question: str) -> int:
-    """An independent reading of the question: numbers in order, operations from the verbs."""
-    a, b, c = map(int, re.findall(r"\d+", question))
-    verbs = re.findall(r"fills|buys|finds|sells|loses", question)
-    value = a * b if verbs[0] == "fills" else a
-    for verb, n in zip(verbs[-2:] if verbs[0] != "fills" else verbs[-1:], (b, c) if verbs[0] != "fills" else (c,)):
-        value += n if verb in ("buys", "finds") else -n
-    return value
+def math500(question: str) -> list[str]:
+    """Where the line through the sides' difference at 0 and at 1 is 0."""
+    left, right = re.sub(r"(\d) [a-z]", r"\1 * x", re.sub(r"Solve |Find . if |\.$", "", question)).split(" = ")
+    at_0, at_1 = (eval(f"{left} - ({right})", {"x": x}) for x in (0, 1))
+    return [f"\\boxed{{{Fraction(at_0, at_0 - at_1)}}}"]
 
 
-@pytest.mark.parametrize("split", rewards.SPLITS)
-def test_generated_problems_are_right_and_worked_out(split):
-    for p in rewards.TASKS["gsm8k"].generate(split, 400, 3):
-        assert rewards.gold_answer(p) == solve(p["question"])
-        lines = p["answer"].splitlines()
-        for line in lines[:2]:
-            x, op, y, equals, z = line.split()
-            assert {"+": int(x) + int(y), "-": int(x) - int(y), "*": int(x) * int(y)}[op] == int(z) and equals == "="
-        assert lines[1].split()[0] == lines[0].split()[-1] and lines[2] == f"#### {lines[1].split()[-1]}"
-        assert rewards.check_gsm8k(p, "here") == p
-
-
-def pairs(problem):
-    return [tuple(line.split()[:3]) for line in problem["answer"].splitlines()[:2]]
-
-
-def test_splits_are_disjoint_and_unseen_pairs_never_train():
-    splits = {s: rewards.TASKS["gsm8k"].generate(s, 3000 if s == "train" else 800, 0) for s in rewards.SPLITS}
-    questions = {s: {p["question"] for p in rows} for s, rows in splits.items()}
-    for s in rewards.SPLITS:
-        assert len(questions[s]) == len(splits[s])
-        assert all(questions[s].isdisjoint(questions[other]) for other in rewards.SPLITS if other != s)
-    # over several seeds, as a run's training seed must not matter
-    trained = {
-        pair for seed in range(4) for p in rewards.TASKS["gsm8k"].generate("train", 3000, seed) for pair in pairs(p)
-    }
-    assert all(pairs(p)[0] not in trained for p in splits["unseen"])
-    assert sum(pairs(p)[0] in trained for p in splits["test"]) > 0.98 * len(splits["test"])
-    for seed in range(4):
-        assert questions["test"].isdisjoint(p["question"] for p in rewards.TASKS["gsm8k"].generate("train", 3000, seed))
-
-
-def test_held_out_problems_are_the_same_for_every_run_and_never_train():
-    task = rewards.TASKS["gsm8k"]
-    one, two = rewards.generated_splits(task, 300, 1), rewards.generated_splits(task, 300, 2)
-    assert one["train"] != two["train"] and len(one["train"]) == 20_000
-    for split, count in (("validation", 256), ("test", 300), ("unseen", 300)):
-        assert one[split] == two[split] and len(one[split]) == count
-        asked = {p["question"] for p in one[split]}
-        assert asked.isdisjoint(p["question"] for p in one["train"] + two["train"])
-
-
-def test_generation_repeats_from_its_seed():
-    assert rewards.TASKS["gsm8k"].generate("train", 50, 1) == rewards.TASKS["gsm8k"].generate("train", 50, 1)
-    assert rewards.TASKS["gsm8k"].generate("train", 50, 1) != rewards.TASKS["gsm8k"].generate("train", 50, 2)
-    random.seed(0)
-    state = random.getstate()
-    rewards.TASKS["gsm8k"].generate("test", 50, 1)
-    assert random.getstate() == state
-    with pytest.raises(DataError, match="fewer than"):
-        rewards.TASKS["gsm8k"].generate("none", 1, 0)
-
-
-def test_reward_terms_by_hand():
-    p = {"question": "?", "answer": "12 + 3 = 15\n#### 15"}
-    cases = {
-        "12 + 3 = 15\n#### 15": (2.0, 1.0),
-        "#### 15": (2.0, 0.5),  # right, but nothing worked out
-        "12 + 3 = 15\n#### 14": (0.0, 1.0),
-        "12 + 3\n#### 15.5": (0.0, 0.5),  # in form, no integer
-        "12 + 3\n#### 15\nand more": (2.0, 0.5),  # the answer is not the last line
-        "15 15 15": (0.0, 0.0),  # digits are not an answer
-        "#### 14\n#### 15": (0.0, 0.0),
-        "\n#### 15": (2.0, 0.5),  # an empty reasoning
-        "<reasoning>\n</reasoning>\n#### 15": (2.0, 0.5),
-    }
-    for completion, (correctness, form) in cases.items():
-        assert rewards.gsm8k_reward(completion, p) == {"correctness": correctness, "format": form}, completion
-        assert rewards.gsm8k_correct(completion, p) == (correctness == 2.0)
-
-
-def test_target_drops_the_calculator_marks():
-    p = {"question": "?", "answer": "He sold 48/2 = <<48/2=24>>24 clips.\n#### 24"}
-    assert rewards.gsm8k_target(p) == "He sold 48/2 = 24 clips.\n#### 24"
-
-
-def test_published_file(data_file):
-    problems = load("gsm8k", str(data_file))
-    assert len(problems) == 60 and all("<<" in p["answer"] for p in problems)
-    splits = rewards.published_splits(rewards.TASKS["gsm8k"], str(data_file), None, 3)
-    assert [len(splits[s]) for s in rewards.SPLITS] == [49, 5, 3, 0]
-    seen = [p["question"] for s in ("train", "validation", "test") for p in splits[s]]
-    assert len(set(seen)) == len(seen)
-
-
-@pytest.mark.parametrize(
-    "text,message",
-    [
-        ("", "no problems"),
-        ('{"question": "a", "answer": "#### 1"}\n{"question": "a"', "line 2: not JSON"),
-        ('{"question": "a", "answer": "#### 1"}\n\n[1]', "line 3: expected a JSON object"),
-        ('{"question": "a"}', 'line 1: field "answer"'),
-        ('{"question": 3, "answer": "#### 1"}', 'line 1: field "question"'),
-        ('{"question": "a", "answer": "1"}', "line 1: .* must end with"),
-    ],
-)
-def test_bad_files_name_file_and_line(tmp_path, text, message):
-    file = tmp_path / "bad.jsonl"
-    file.write_text(text)
-    with pytest.raises(DataError, match=f"bad.jsonl.*{message}"):
-        load("gsm8k", str(file))
-
-
-def test_a_line_separator_inside_a_string_is_no_line_break(tmp_path):
-    file = tmp_path / "u.jsonl"
-    file.write_text('{"question": "a\u2028b", "answer": "#### 1"}\r\n{"question": "c", "answer": "#### 2"}\n')
-    assert [p["question"] for p in load("gsm8k", str(file))] == ["a\u2028b", "c"]
-
-
-def test_missing_and_binary_files(tmp_path):
-    with pytest.raises(DataError, match="none.jsonl: cannot be read"):
-        load("gsm8k", str(tmp_path / "none.jsonl"))
-    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="b.jsonl: cannot be read"):
-        load("gsm8k", str(tmp_path / "b.jsonl"))
-    (tmp_path / "few.jsonl").write_text(json.dumps({"question": "a", "answer": "#### 1"}) + "\n")
-    with pytest.raises(DataError, match="too few"):
-        rewards.published_splits(rewards.TASKS["gsm8k"], str(tmp_path / "few.jsonl"), None, 0)
-
-
-def test_figures():
-    assert rewards.accuracy([True, True, True, False]) == {
-        "accuracy": 0.75,
-        "stderr": round(math.sqrt(0.75 * 0.25 / 4), 6),
-        "n": 4,
-    }
-    rows = [[True, False, False, False], [True, True, False, False]]
-    # by enumeration: the share of pairs of samples with a right one
-    by_hand = sum(any(row[i] or row[j] for _ in (0,)) for row in rows for i in range(4) for j in range(i)) / 12
-    assert rewards.pass_at(rows, 2) == pytest.approx(by_hand)
-    assert rewards.pass_at(rows, 1) == pytest.approx(3 / 8) and rewards.pass_at(rows, 4) == 1
-    # 1 lost, 5 won: 2 (C(6,0) + C(6,1)) / 2^6
-    before, after = [True] + [False] * 5 + [True], [False] + [True] * 5 + [True]
-    assert rewards.paired_p(before, after) == pytest.approx(14 / 64)
-    assert rewards.paired_p([True, False], [True, False]) == 1.0
-
-
-# ---------------------------------------------------------------------------------------------
-# Sudoku
-# ---------------------------------------------------------------------------------------------
-
-
-def solve_sudoku(puzzle: str) -> list[str]:
+def sudoku(puzzle: str) -> list[str]:
     """All solutions by plain backtracking over sets of rows, columns and boxes: no table of grids."""
     if "0" not in puzzle:
         return [puzzle]
     cell = puzzle.index("0")
     r, c = divmod(cell, 4)
-    seen = set(puzzle[4 * r : 4 * r + 4]) | set(puzzle[c::4])
-    top, left = r // 2 * 2, c // 2 * 2
-    seen |= {puzzle[4 * (top + i) + left + j] for i in range(2) for j in range(2)}
-    return [s for d in "1234" if d not in seen for s in solve_sudoku(puzzle[:cell] + d + puzzle[cell + 1 :])]
+    box = [4 * (r // 2 * 2 + i) + c // 2 * 2 + j for i in range(2) for j in range(2)]
+    seen = {*puzzle[4 * r : 4 * r + 4], *puzzle[c::4], *(puzzle[i] for i in box)}
+    return [s for d in "1234" if d not in seen for s in sudoku(puzzle[:cell] + d + puzzle[cell + 1 :])]
 
 
-def test_there_are_288_grids():
-    assert sorted(rewards.solved_grids()) == sorted(solve_sudoku("0" * 16)) and len(rewards.solved_grids()) == 288
-
-
-@pytest.mark.parametrize("split", rewards.SPLITS)
-def test_generated_sudokus_have_one_solution(split):
-    problems = rewards.TASKS["sudoku"].generate(split, 150, 3)
-    assert len({p["question"] for p in problems}) == 150
-    for p in problems:
-        assert solve_sudoku(p["question"]) == [p["answer"]] == rewards.solutions(p["question"])
-        assert 5 <= 16 - p["question"].count("0") <= 8
-        assert rewards.sudoku_ceiling(p) == 1
-        assert rewards.check_sudoku({"Puzzle": p["question"], "Solution": p["answer"]}, "here") == p
-
-
-def test_sudoku_splits_are_disjoint():
-    splits = {s: rewards.TASKS["sudoku"].generate(s, 2000 if s == "train" else 500, 0) for s in rewards.SPLITS}
-    puzzles = {s: {p["question"] for p in rows} for s, rows in splits.items()}
-    assert all(puzzles[a].isdisjoint(puzzles[b]) for a in puzzles for b in puzzles if a != b)
-    grids = {s: {p["answer"] for p in rows} for s, rows in splits.items()}
-    assert (
-        all(grids["unseen"].isdisjoint(grids[s]) for s in rewards.SPLITS if s != "unseen") and len(grids["unseen"]) > 20
-    )
-    for seed in range(1, 4):
-        assert puzzles["test"].isdisjoint(p["question"] for p in rewards.TASKS["sudoku"].generate("train", 2000, seed))
-
-
-def test_sudoku_score_by_hand():
-    p = {"question": "1234341221430000", "answer": "1234341221434321"}
-    grid = lambda digits: rewards.grid_text(digits)
-    assert grid(p["answer"]) == "1 2 3 4\n3 4 1 2\n2 1 4 3\n4 3 2 1"
-    for digits, score in (("4321", 1.0), ("4322", 0.75), ("1234", 0.0), ("4312", 0.5), ("4300", 0.5)):
-        assert rewards.sudoku_score(grid("123434122143" + digits), p) == score
-    assert rewards.TASKS["sudoku"].reward(grid(p["answer"]), p) == {"cells": 1.0}
-    # a changed clue, a missing cell, one too many, and no grid at all earn nothing
-    for text in (
-        grid("2134341221434321"),
-        grid(p["answer"])[:-2],
-        grid(p["answer"]) + " 1",
-        "",
-        "\x00" * 16,
-        "solved!",
-    ):
-        assert rewards.sudoku_score(text, p) == 0
-
-
-def test_where_sudokus_stand():
-    p = {"question": "1234341221430000", "answer": "1234341221434321"}
-    right, wrong = p["answer"], "1234341221431234"
-    rows = [list(map(int, right[i : i + 4])) for i in range(0, 16, 4)]
-    lines = "\n".join(right[i : i + 4] for i in range(0, 16, 4))
-    grid = rewards.grid_text(right)
-    cases = {
-        f"```\n{grid}\n```": 1,
-        f"The solution is:\n{right}": 1,
-        f"The solution is:\n{lines}\n\nAll rows hold 1 to 4.": 1,
-        f"Here is the solved 4x4 grid:\n{grid}": 1,
-        str(rows): 1,
-        f"<answer>**{right}**</answer>": 1,
-        f"<answer>Solution: {right}</answer>": 1,
-        f"Final Answer:\n{lines}": 1,
-        f"Puzzle: {p['question']}\nSolution: {right}": 1,
-        f"{right}, that is\n{grid}": 1,
-        f"{wrong}, no\n<answer>{right}</answer>": 1,
-        f"{wrong} or {right}": 0,
-        f"{wrong}, no: {right}": 0,
-        f"<answer>{wrong}</answer> or <answer>{right}</answer>": 0,
-        f"{wrong}\n{right}": 0,
-        f"Row 1: {right}": 1,
-        f"The grid:\n\n{grid}\n\n1. Each row has 1-4.\n2. Each column too.": 1,
-        "\n".join(f"Row {i}: {' '.join(map(str, row))}" for i, row in enumerate(rows, 1)): 1,
-        "\n".join(f"{i}. {' '.join(map(str, row))}" for i, row in enumerate(rows, 1)): 1,
-        "| | C1 | C2 | C3 | C4 |\n" + "\n".join(f"| R{i} | {' | '.join(map(str, row))} |" for i, row in enumerate(rows, 1)): 1,
-        f"After step 1: {right[:14]}00\nThe grid: {right}": 1,
-        f"<think>try {wrong}</think>\n{right}": 1,
-        f"<think>try {right}</think>\n{wrong}": 0,
-        f"{right[:14]}00\n{wrong} or {right}": 0,
-        f"{grid}\n\n1 2": 0,
-        f"{right[:14]}00\n{right[:12]}4200": 0,
-        f"1. {right}": 0,
-        f"{right}5": 0,
-        p["question"]: 0,
-    }
-    for text, score in cases.items():
-        assert rewards.sudoku_score(text, p) == score, text
-
-
-def test_sudoku_ceiling_of_several_solutions():
-    puzzle = "1234341200000000"
-    grids = solve_sudoku(puzzle)
-    assert len(grids) > 1
-    best = sum(max(sum(g[c] == d for g in grids) for d in "1234") for c in range(8, 16)) / len(grids) / 8
-    assert rewards.sudoku_ceiling({"question": puzzle, "answer": grids[0]}) == pytest.approx(best) and best < 1
-
-
-def test_published_sudokus(tmp_path):
-    file = tmp_path / "puzzles.csv"
-    file.write_text(
-        "\ufeffPuzzle,Solution\r\n1234341221434300,1234341221434321\r\n\r\n234341221434321,1234341221434321\r\n"
-    )
-    problems = load("sudoku", str(file))  # the second lost its leading zero to a spreadsheet
-    assert [p["question"] for p in problems] == ["1234341221434300", "0234341221434321"]
-    for text in ("", "a,b\n1,2\n", "Puzzle,Solution\n"):
-        file.write_text(text)
-        with pytest.raises(DataError, match=r"puzzles\.csv(, line 2: .*|: no problems; .*) header Puzzle,Solution"):
-            load("sudoku", str(file))
-    with pytest.raises(DataError, match="cannot be read"):
-        load("sudoku", str(tmp_path / "none.csv"))
-    with pytest.raises(DataError, match="--data FILE, a CSV file with the header"):
-        load("sudoku", None)
-
-
-def test_problems_that_are_held_out_do_not_train(tmp_path):
-    """Not even where --data and --eval_data share them."""
-    problems = rewards.TASKS["sudoku"].generate("train", 60, 1)
-    write = lambda name, rows: (tmp_path / name).write_text(
-        "Puzzle,Solution\n" + "".join(f"{p['question']},{p['answer']}\n" for p in rows)
-    )
-    write("train.csv", problems)
-    write("test.csv", problems[:20])
-    task = rewards.TASKS["sudoku"]
-    splits = rewards.published_splits(task, str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), 0)
-    assert splits["test"] == problems[:20] and splits["train"] + splits["validation"] == problems[20:]
-    write("twice.csv", problems + problems)
-    splits = rewards.published_splits(task, str(tmp_path / "twice.csv"), None, 0)
-    names = [p["question"] for p in splits["train"] + splits["validation"]]
-    assert len(names) == len(set(names)) and not set(names) & {p["question"] for p in splits["test"]}
-
-
-def test_pass_at_is_the_mean_best_of_k():
-    """Against all subsets, for scores between 0 and 1."""
-    rng = random.Random(0)
-    rows = [[rng.choice([0, 0.25, 0.5, 1]) for _ in range(6)] for _ in range(5)]
-    for k in range(1, 7):
-        subsets = [max(s) for row in rows for s in itertools.combinations(row, k)]
-        assert rewards.pass_at(rows, k) == pytest.approx(sum(subsets) / len(subsets))
-
-
-# ---------------------------------------------------------------------------------------------
-# Answers: spellings, with the verdict that a careful person would give
-# ---------------------------------------------------------------------------------------------
-
-INSTRUCTED = rewards.INSTRUCTIONS["gsm8k"]
-# gold, then what is right, then what is wrong (or no answer at all)
-NUMBERS = {
-    "42": (
-        ["#### 42", "####42", "####  42  ", "#### \n42", "#### 42.", "#### 42.0", "#### 42.00", "#### $42", "#### 42$"]
-        + ["#### 42 apples", "#### 42 apples.", "#### **42**", "####\t42", "#### 42%", "#### 42 m^2", "#### 42 cm^{2}"]
-        + ["\\boxed{42}", "\\boxed {42}", "\\boxed{ 42 }", "\\boxed{\\$ 42}", "\\boxed{\\$42}", "$\\boxed{42}$", "\\fbox{42}"]
-        + ["\\boxed{42\\text{ apples}}", "\\boxed{42 \\mathrm{cm}^2}", "\\boxed{\\text{42}}", "\\boxed{x = 42}", "\\boxed 42"]
-        + ["\\boxed{5 + 37 = 42}", "\\boxed{\\frac{84}{2}}", "\\boxed{42}\\boxed{42.0}", "\\boxed{\\boxed{42}}"]
-        + ["<answer>42</answer>", "<answer>\n42\n</answer>", "<answer> $42 </answer>", "<answer>42", "<ANSWER>42</ANSWER>"]
-        + ["<answer>\\boxed{42}</answer>", "<answer>\n\\boxed{42}\n</answer>", "<answer>#### 42</answer>"]
-        + ["<answer>The total is 42 apples.</answer>", "<answer>6 * 7 = 42</answer>", "<answer>42.</answer>"]
-        + ["<reasoning>6 x 7</reasoning><answer>42</answer>", "<reasoning>\\boxed{6}</reasoning>\n<answer>42</answer>"]
-        + ["<think>#### 7, no</think>\n#### 42", "The answer is 42.", "The answer is: 42", "Answer: 42", "**Answer:** 42"]
-        + ["So the final answer is $42$. I hope it is correct.", "Final Answer: The final answer is $42$. I hope so."]
-        + ["The answer is **42**.", "the answer is 42 apples. Well done.", "#### 42<|eot_id|>", "#### 42<|endoftext|>\n<|eot_id|>"]
-        + ["#### Step 1: add 6 and 7\n6 * 7\n#### 42", "#### 1. Multiply\n6 * 7 = 42\n#### 42", "#### 42\n#### 42.0"]
-        + ["Put the answer in \\boxed{}.\n\\boxed{42}", "#### 42 apples\n\\boxed{42}", f"{INSTRUCTED}\n\\boxed{{42}}"],
-        ["42", "so 42 it is", "6 * 7 = 42", "", "####", "#### none", "#### forty", "\\boxed{}", "\\boxed{42", "answer 42"]
-        + ["#### 41\n#### 42", "#### 42\n#### 43", "#### 43\n#### 42", "\\boxed{42} or \\boxed{43}", "#### 42\n#### 41", "\\boxed{41} \\boxed{42}", "#### 42 or 43", "#### 41, 42", "#### 40 to 42"]
-        + ["#### 42\n<answer>41</answer>", "\\boxed{41}\n#### 42", "The answer is 41. The answer is 42.", "#### 42 43 44"]
-        + ["#### 420", "#### 4.2", "#### -42", "#### 4 2", "#### 42.5", "#### 42,000", "#### 1/42", "\\boxed{4}2", "#### 1042"]
-        + [INSTRUCTED, f"{INSTRUCTED}\n6 * 7", "42 42 42 42", "### 42", "#### " + "9" * 600 + "\n42", "<answer></answer> 42"]
-        + ["<reasoning>#### 42</reasoning>\n#### 41", "#### Step 42: multiply", "#### \u0664\u0663"],
-    ),
-    "1234.5": (
-        ["#### $1,234.50", "#### 1234.5", "\\boxed{1,234.50}", "\\boxed{1{,}234.5}", "\\boxed{1\\,234.5}", "#### 1,234.5 dollars"],
-        ["#### 1,23,4.5", "#### 1234", "#### 1.234,5", "#### 12345", "#### 1 234.5 678"],
-    ),
-    "1000000": (["#### 1,000,000", "#### 1000000.", "\\boxed{\\$1,000,000}", "\\boxed{1{,}000{,}000}"], ["#### 1,000", "#### 1,000,00"]),
-    "-7": (["#### -7", "#### \u22127", "\\boxed{-7}", "#### -$7", "#### -7 degrees", "\\boxed{-7.0}"], ["#### 7", "#### - 7 7"]),
-    "0.5": (["#### 0.5", "#### .5", "#### 1/2", "\\boxed{\\frac{1}{2}}", "#### $0.50", "\\boxed{\\dfrac{1}{2}}"], ["#### 5", "#### 1/0", "#### 2"]),
-    "10": (
-        ["**Answer:**\n10", "The answer is:\n\n$$10$$", "The answer is:\n$$\n10\n$$", "Final Answer:\n\n**10**", "A: 10", "5 + 5\nA: 10"]
-        + ["The answer should be 10", "It is not 5, so the answer would be 10.", "The answer to the question is 10", "The answer to 5 + 5 is 10."]
-        + ["The answer is 10, because 5 plus 5 makes 10.", "The answer is 10 cookies (5 + 5).", "#### 10 apples (= 2 bags)", "#### 10 (= 2 * 5)"]
-        + ["#### Total cost for 3 months:\n5 + 5\n\\boxed{10}", "#### Solving for 3 x\n\\boxed{10}", "#### 1. **Add** 5 and 5\n\\boxed{10}"]
-        + ["#### Final Answer\n10", "### Final Answer\n\n**$10**", "#### Answer: 10", "#### Total: 10", "#### Day 1: 5\n#### Day 2: 5\n#### 10"]
-        + ["Answer: The final answer is 10", "Answer:\n- Tom has 5 apples\nThe answer is 10", "Answer:\n1. Add 5 and 5\nThe answer is 10."],
-        ["#### 10 or 3", "<answer>Tom has 10 apples and Ann has 3.</answer>", "#### 10 apples (or 3)", "#### 10 apples (or = 3)", "#### Tom: 3\n#### Ann: 10", "#### 10 (3)", "#### 3 (4 + 5)"]
-        + ["The answer is 3, the answer is 10", "The answer is 10. The answer should be 3.", "The answer is 3. The answer is 10.", "A: 10\nA: 3", "A: 3\nThe answer is 10"]
-        + ["#### 10\n\\boxed{3}", "#### 3 apples\n\\boxed{10}", "#### The answer is 3\n\\boxed{10}", "#### \u201310", "#### 3\u201310"]
-        + ["Answer:\nTom has 10 apples", "Answer:\n1. Add 5 and 5 to get 10", "#### Day 10:", "#### Step\n10", "A lot: 10"],
-    ),
-    "3": (
-        ["<answer>Tom has 3 apples left.</answer>", "#### The answer is 3", "<answer>She needs $3</answer>", "Final answer: Tom needs 3 hours"]
-        + ["#### 3 m^2", "#### 3 cm^{2}", "#### 3 cm2", "#### 3 m2", "#### 3 km3", "#### 3 m/s^2", "\\boxed{3 \\text{ cm}^3}"],
-        ["#### 3 apples 2", "#### 3 and 2", "#### Tom 3 Ann 2"],
-    ),
-    "0.75": (["\\boxed{\\frac34}", "\\boxed{\\dfrac 34}", "\\boxed{\\frac3{4}}"], ["\\boxed{\\frac43}"]),
-    "34": (["\\boxed{34}"], ["\\boxed{\\frac34}", "\\boxed{\\frac3 4}"]),
-    "12.5": (["\\boxed{12\\frac{1}{2}}", "\\boxed{12\\frac12}", "#### 12 1/2", "#### 12 1/2 hours"], ["#### 12 2/1", "#### 12, 1/2", "#### 12 1 2"]),
-    "18": (
-        ["The answer is 18 (9 x 2).", "The answer is $18 per day (9 eggs \u00d7 $2).", "#### 18 kg (18000 g)", '{"reasoning": "9 * 2", "answer": "$18"}']
-        + ['```json\n{"reasoning": "a\nb", "answer": 18}\n```', '{"answer": 18, "final_answer": "18.0",}', "**Final Answer:**\n\nJanet makes $18.", "### Final Answer:\n\nShe makes **$18** a day."]
-        + ["\\boxed{18}\n#### Note\nThis is so.", "#### Counting\n9 * 2\n#### Conclusion\nThe answer is 18.", "ans: 18", "The final answer is:\n\\[\nx = 18\n\\]"],
-        ["The answer is 18 (9 x 3).", "The answer is 9 (9 x 2).", "#### 18 (18000)", "The answer is not 18.", "<answer>perhaps 18</answer>", '{"reasoning": "18"}', 'It is {"answer": 18}', '{"answer": [18]}']
-        + ["**Final Answer:**\n\nJanet makes $18.\n\nOr so.", "\\boxed{18}\n#### 19 eggs", "\\boxed{18}\n#### She has $19", "#### Counting\nThe answer is 18. The answer is 19."],
-    ),
-    "70000": (["#### 70 000", "#### $70 000"], ["#### 70 00", "#### 70 000 000", "#### 7 0000"]),
-    "-5": (["#### \u20135", "#### -5"], ["#### 5", "#### 0\u20135"]),
-    "0": (["#### 0", "\\boxed{0}", "#### 0.0", "#### -0", "#### $0"], ["####", "#### none", "#### 10"]),
-}  # fmt: skip
-SPELLED = [
-    (gold, text, right) for gold, lists in NUMBERS.items() for right, texts in zip((1, 0), lists) for text in texts
-]
-
-# (gold, what is right, what is wrong)
-EXPRESSIONS = [
-    (r"\frac{1}{2}", [r"\frac12", r"\dfrac{1}{2}", r"\tfrac12", "1/2", "0.5", ".5", r"\frac{ 1 }{ 2 }", "0.50", r"\frac{2}{4}"], ["2", "1", "0.05", "12", r"-\frac{1}{2}"]),
-    (r"-\frac{1}{3}", [r"\frac{-1}{3}", "-1/3", r"-\dfrac{1}{3}", r"x = -\frac13"], ["-0.333", r"\frac{1}{3}"]),
-    (r"3\frac{1}{2}", ["3.5", "7/2", r"\frac{7}{2}", "3 1/2"], [r"\frac{31}{2}", "3", "1.5"]),
-    ("10,000", ["10000", r"10{,}000", r"10,\!000", r"\$10,000", "10,000.00", r"10,000\text{ dollars}"], ["10", "1000", "(10,0)"]),
-    (r"50\%", ["50", r"50\%", "50%"], ["5", "500"]),
-    (r"90^\circ", ["90", r"90^{\circ}", r"90\text{ degrees}", "90 degrees"], ["9", "180"]),
-    (r"\text{Evelyn}", ["Evelyn", r"\text{ Evelyn }", r"\mathrm{Evelyn}", "evelyn", r"\textbf{Evelyn}"], ["Eve", r"\text{Angela}"]),
-    (r"\text{(C)}", ["C", "(C)", r"\text{C}", r"\textbf{(C)}"], ["(B)", "D"]),
-    ("(3, 4)", ["(3,4)", r"\left(3, 4\right)", "( 3 , 4.0 )", r"\left( 3,\,4 \right)"], ["(4,3)", "3,4,5", "[3,4)", "34", "(3,4,5)"]),
-    (r"\left[0,1\right)", ["[0,1)", "[0, 1)", r"x \in [0,1)"], ["(0,1)", "[0,1]", "(0,1]"]),
-    ("1,-2", ["-2,1", "1, -2", r"\{1,-2\}", "1 and -2", "x = 1, -2"], ["1", "-2", "1,2", "1,-2,3", "12"]),
-    (r"(-\infty, 5]", [r"(-\infty,5]", r"\left(-\infty, 5\right]"], ["(-5,5]", r"(\infty,5]"]),
-    (r"3\sqrt{2}", [r"3\sqrt2", r"3 \sqrt{2}"], [r"\sqrt{2}", r"2\sqrt{3}", "3"]),
-    ("x^2+2x+1", ["x^2 + 2x + 1", "$x^2+2x+1$", "x^2+2x+1."], ["x^2+2x", "x^2"]),
-    ("5", ["5", "5.0", "x=5", r"5 \text{ cm}", "5 cm", r"5\text{ square units}", "$5$", r"\(5\)", "5.", r"\$5", "+5"], ["55", "-5", "5x", "4,5", "5,5", "five"]),
-    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", [r"\begin{pmatrix}1\\2\end{pmatrix}"], [r"\begin{pmatrix}2\\1\end{pmatrix}"]),
-    ("2k+2", ["2k + 2"], ["2k", "2"]),
-    (r"\pi", [r"\pi", "\u03c0"], ["3.14", r"2\pi"]),
-    (">", [">"], ["<", "="]),
-    (r"11,\! 111,\! 111,\! 100", ["11111111100", "11,111,111,100", r"11{,}111{,}111{,}100"], ["11,111,111", "(11,111,111,100)"]),
-    (r"1 \pm \sqrt{19}", [r"1+\sqrt{19}, 1-\sqrt{19}", r"1 - \sqrt{19} \text{ and } 1 + \sqrt{19}", r"1\pm\sqrt{19}", r"x = 1 \pm \sqrt{19}"], [r"1+\sqrt{19}", r"1-\sqrt{19}, 1-\sqrt{19}", r"19 \pm \sqrt{1}", r"\pm\sqrt{19}"]),
-    (r"3 \pm 2\sqrt{2}", [r"3+2\sqrt2, 3-2\sqrt2"], [r"3+2\sqrt2, 3-2\sqrt3", r"3-2\sqrt2"]),
-    (r"\{1\pm\sqrt5,-2\}", [r"1+\sqrt{5}, 1-\sqrt{5}, -2", r"-2, 1 \pm \sqrt 5"], [r"1+\sqrt5, 1-\sqrt5", r"1\pm\sqrt5, 2"]),
-    (r"\pm 3", ["3, -3", "-3, 3", "\u00b13"], ["3", "-3", "3,3"]),
-    ("(2,3)", ["(x, y) = (2, 3)", r"(r,\theta) = (2,3)"], ["(x, y) = (3, 2)", "(2, 3) = (x, y, z)", "2,3"]),
-    ("[-2,7]", [r"-2 \le x \le 7", r"-2 \leq x \leq 7", r"x \in [-2,7]"], [r"-2 < x \le 7", r"-2 < x < 7", r"-2 \le x", r"2 \le x \le 7"]),
-    (r"0 < x \le 5", ["(0,5]"], ["[0,5]", "(0,5)"]),
-    (r"10 \text{ integers}", ["10", r"10\text{ integers}"], ["1", r"10\text{ or }11"]),
-    ("10", [r"10\text{ apples}", r"10 \mathrm{ cm}^2", r"10\text{ apples}."], [r"10\text{ apples}, 5", r"\text{ten}"]),
-    ("4210_{5}", ["4210_5", "4210"], ["4210_6", "421", "4210_{12}"]),
-    ("10", ["10"], ["10_2"]),
-    ("101_{12}", ["101_{12}", "101"], ["101_1", "101_2"]),
-    ("x^{2}+1", ["x^2+1"], ["x^{2+1}", "x^3+1"]),
-    (r"\frac{x+1}{2}", ["(x+1)/2", "(x + 1)/(2)"], ["x+1/2", "(x+1)/3", "(x+1)/2^2"]),
-    ("2", [r"2"], [r"\frac12"]),
-    (r"\frac{3}{4}", ["3/4.", "**3/4**.", r"\frac68=\frac34", r"P(\text{even}) = 0.75", r"\frac34 \approx 0.75", r"\frac34 \text{ or } 0.75", r"$\frac{3}{4}$, or $0.75$", r"{3\over 4}", "3\u20444", r"\left(\frac34\right)"], [r"\frac34 = 0.7", r"\frac34 \approx 0.5", r"0.5 \approx \frac34", r"\frac34 \text{ or } 0.7", "3/4/2.", r"\frac{3}{4}, \frac{3}{4}"]),
-    ("5", ["f(2) = 5", "AB=5", r"\angle ABC = 5^\circ", "S_{10} = 5", "{5}", r"\text{The answer is }5", "There are **5** divisors", "5 apples.", "5 mi/hr", r"\textcolor{blue}{5}", "5^o", "5 (five)", "5, since 2 is even", "15/3 = 5"],
-     ["7 = 5", "3=4=5", "5 = 7", r"5 \approx 3", r"\le 5", "5:1", "3|5", r"5\ldots", "not 5", "at least 5", r"5\text{ is wrong}", "Not 3. It is 4. No it is 5", "x could be $3$; x could be $5$", "minus 5", "5 million", "5 x", "5 (or 6)", r"\log 5", "5'"]),
-    ("x+y=5", ["x + y = 5"], ["5", "x + y = 6"]),
-    ("p - q", ["-q+p", "p-q"], ["q-p", "-p+q"]),
-    ("2x", [r"x \cdot 2", "2x"], ["x^2", "22x"]),
-    (r"1-2\sqrt{5}", [r"-2\sqrt5+1", r"1-\sqrt{5}\cdot 2"], [r"1+2\sqrt5", r"2\sqrt5-1", r"1-\sqrt{5}^2"]),
-    (r"\frac{5\pi}{3}", [r"5\pi/3", r"\frac{5}{3}\pi", r"\frac53 \cdot \pi", "5\u03c0/3."], [r"5/3\pi^2", r"\frac{3}{5}\pi", r"5\pi", r"\frac{5}{3\pi}"]),
-    (r"\frac{x}{2}-3", [r"-3+\frac{1}{2}x", "0.5x-3"], [r"\frac{2}{x}-3", r"\frac{x-3}{2}"]),
-    ("10^{5}", ["100000", "100,000", "10^5"], ["10^4", "10,5", "50"]),
-    (r"3.5\times 10^4", ["35000", r"3.5\cdot10^4"], ["3500", r"3.5\times 10^5"]),
-    (r"(-\infty,-2)\cup(1,\infty)", [r"(1,+\infty) \cup (-\infty,-2)", "(-\u221e, -2) \u222a (1, \u221e)", r"x \in (-\infty,-2)\cup(1,\infty)"], [r"(-\infty,-2]\cup(1,\infty)", r"(1,\infty)", r"(-2,-\infty)\cup(1,\infty)"]),
-    (r"\begin{pmatrix} 1/2 & 2 \\ 3 & 4 \end{pmatrix}", [r"\begin{bmatrix} \frac12 & 2 \\[4pt] 3 & 4 \end{bmatrix}", r"\left[\begin{array}{cc} 0.5 & 2 \\ 3 & 4 \end{array}\right]", r"A = \begin{pmatrix} 1/2 & 2 \\ 3 & 4 \\ \end{pmatrix}"], [r"\begin{pmatrix} 1/2 & 3 \\ 2 & 4 \end{pmatrix}", r"\begin{vmatrix} 1/2 & 2 \\ 3 & 4 \end{vmatrix}", r"\begin{pmatrix} 1/2 & 2 & 3 & 4 \end{pmatrix}"]),
-    ("1,2,3", ["1, 2, and 3", r"1, 2, \text{ and } 3", "x = 1, x = 2 or x = 3", "x_1=1, x_2=2, x_3=3"], ["1 and 2", "(1,2,3)", "1, 2 or 4"]),
-    ("(6,31,-1)", ["x=6, y=31, z=-1"], ["x=31, y=6, z=-1", "6,31,-1", "x=6, x=31, x=-1"]),
-    ("100,200", ["100, 200", "200, 100", "100 and 200"], ["100", "1,200", "100, 200, 300"]),
-    ("34", ["34"], ["3 4", r"3\ 4"]),
-    (r"\sin x", [r"\sin(x)", r"\sin{x}"], [r"\sin y", r"\cos x"]),
-    (r"12\pi\text{ cm}^2", [r"12\pi", "12\u03c0 cm\u00b2", r"12\pi \text{ square cm}"], [r"12", r"12\pi^2"]),
-    (r"2\sqrt{13}", ["2\u221a13", "2sqrt(13)", r"2 \times \sqrt{13}"], ["2\u221a1 3", r"\sqrt{2}13", "2\u221a12"]),
-    (r"\text{(C)}", [r"\textbf{(C) }42", "(C) 42.", "C. 42", r"\text{Option C}"], ["(C) or (D)", "(B) 42", "C. 42 D. 43", "(C), (D)", "Carl"]),
-    ("2516_8", ["2516_{(8)}", "(2516)_8"], ["2516_7", "2516_{(7)}"]),
-    (r"\text{no solution}", ["no solutions", r"\emptyset"], ["0", "one solution"]),
-    (r"\mathbb{R}", [r"(-\infty,\infty)", r"\text{all real numbers}"], [r"(0,\infty)"]),
-]  # fmt: skip
-COMPARED = [
-    (gold, text, right) for gold, *lists in EXPRESSIONS for right, texts in zip((1, 0), lists) for text in texts
-]
-# (gold, completion, whether it is right): where an answer to a MATH problem stands
-ANNOUNCED = [
-    ("[0,1]", "Final Answer: The final answer is $[0,1]$. I hope it is correct.", 1),
-    ("[0,1]", "The answer is the interval $[0,1]$.", 1),
-    ("(3,4)", "<answer>The point is $(3,4)$</answer>", 1),
-    ("(3,4)", "<answer>The points are $(3,4)$ and $(4,3)$</answer>", 0),
-    ("5", "<answer>$5$ or 6</answer>", 0),
-    ("5", "#### Solving for x\n6\n\\boxed{5}", 1),
-    ("5", "#### 1. **Simplify** the left side\n\\boxed{5}", 1),
-    ("5", "#### 6\n\\boxed{5}", 0),
-    ("5", "#### x = 6\n\\boxed{5}", 0),
-    ("C", "The answer is B. The answer is C.", 0),
-    ("6", "Answer: 5, the answer is 6", 0),
-    ("\\text{Evelyn}", "**Answer:**\nEvelyn", 1),
-    ("\\frac{1}{2}", "The answer is\n\\[\n\\frac{1}{2}\n\\]", 1),
-    ("5", "**Answer:**\n\\[\nx = 5\n\\]", 1),
-    ("5", "The final answer is:\n\n$$\nx = 5\n$$", 1),
-    ("5", "### Final Answer\n\n**x = 5**", 1),
-    ("5", "### Final Answer:\n\nThe value of \\( x \\) is \\( 5 \\).", 1),
-    ("5", "### Final Answer:\n\nThe value of \\( 6 \\) and \\( 5 \\).", 0),
-    ("5", "### Final Answer:\n\nWe have 5 cases.\n\nThe first one is easy.", 0),
-    ("5", "**Answer:**\nStep 5", 0),
-    ("5", "The answer is $5$ (since $x>0$).", 1),
-    ("5", "<answer>3. 5</answer>", 0),
-    ("x^2+1", "**Final Answer**\n\nx^2 + 1", 1),
-    ("p-q", "### Final Answer:\n\\[\np - q\n\\]", 1),
-    ("(3,1)", "### Final Answer:\nThe coordinates of \\((0, 3)\\) are:\n\\[\n(3, 1)\n\\]", 1),
-    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "The answer is:\n\\[\n\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}\n\\]", 1),
-    ("5", "\\boxed{5}.\n\n#### Verification\n2 + 3 = 5", 1),
-    ("5", "\\boxed{5}\n\n#### Summary: we found x", 1),
-    ("5", "\\boxed{5}\n\n#### x = 6", 0),
-    ("5", "#### Prime Factorization\n5\n#### Conclusion\nThe answer is 5.", 1),
-    ("\\text{Ann}", "The answer is Tom.\n#### Ann", 1),
-    ("5", '{"reasoning": "...", "answer": "5"}', 1),
-    ("5", '{"reasoning": "5", "answer": "6"}', 0),
-]
-SYMBOLIC = [  # what only math-verify finds equal
-    ("x^2+x", "x(x+1)"),
-    (r"2\sqrt{3}", r"\sqrt{12}"),
-    ("x^2+2x+1", "(x+1)^2"),
-    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
-]
-
-
-def test_there_are_enough_spellings():
-    assert len(set(SPELLED)) + len(set(COMPARED)) >= 150
-
-
-@pytest.mark.parametrize("gold,completion,right", SPELLED)
-def test_spellings_of_numbers(gold, completion, right):
-    problem = {"question": "How many?", "answer": f"#### {gold}"}
-    assert rewards.gsm8k_correct(completion, problem) == right
-
-
-@pytest.fixture(params=["math-verify", "plain"])
-def comparison(request, monkeypatch):
-    """With math-verify, and as if it were not installed."""
-    if request.param == "math-verify":
-        pytest.importorskip("math_verify")
-    else:
-        monkeypatch.setattr(rewards, "math_verify", lambda: None)
-    return request.param
-
-
-@pytest.mark.parametrize("gold,answer,right", COMPARED)
-def test_spellings_of_expressions(gold, answer, right, comparison):
-    problem = {"question": "What is it?", "answer": gold, "solution": f"It is $\\boxed{{{gold}}}$."}
-    assert rewards.math500_correct(f"So it is $\\boxed{{{answer}}}$.", problem) == right
-    assert rewards.math500_correct(problem["solution"], problem) == 1
-
-
-@pytest.mark.parametrize("gold,completion,right", ANNOUNCED)
-def test_where_answers_stand(gold, completion, right, comparison):
-    problem = rewards.check_math500({"problem": "What is it?", "answer": gold}, "here")
-    assert rewards.math500_correct(completion, problem) == right
-
-
-def test_golds_that_are_announced_otherwise():
-    for answer in ("9 * 2 = 18\nA: 18", "It is \\boxed{18}.", "#### 18"):
-        problem = rewards.check_gsm8k({"question": "?", "answer": answer}, "here")
-        assert rewards.gsm8k_correct("9 * 2\nA: 18", problem) == 1 and rewards.gsm8k_correct("A: 9", problem) == 0
-
-
-@pytest.mark.parametrize("gold,answer", SYMBOLIC)
-def test_math_verify_finds_what_the_plain_comparison_does_not(gold, answer, comparison):
-    assert rewards.same_answer(answer, gold, "What is it?") == (comparison == "math-verify")
-
-
-def test_boxes_without_braces(comparison):
-    for bare, answer in ((r"\boxed2", "2"), (r"\boxed 2.", "2"), (r"\boxed\frac12", "1/2"), (r"\boxed\frac{1}{2}", "1/2"), (r"\boxed\sqrt2", r"\sqrt{2}")):
-        problem = rewards.check_math500({"problem": "?", "solution": f"So it is ${bare}$"}, "here")
-        assert rewards.math500_correct(f"\\boxed{{{answer}}}", problem) == 1, bare
-        assert rewards.math500_correct(f"${bare}$ or $\\boxed{{7}}$", problem) == 0
-    with pytest.raises(DataError):
-        rewards.check_math500({"problem": "?", "solution": r"\boxed\left( \boxedx"}, "here")
-
-
-def test_a_part_of_the_question_is_no_answer(comparison):
-    problem = {"question": "Factor $x^2 - 1$.", "answer": "(x-1)(x+1)", "solution": ""}
-    assert rewards.math500_correct("\\boxed{x^2-1}", problem) == 0
-    assert rewards.math500_correct("\\boxed{(x-1)(x+1)}", problem) == 1
-    assert rewards.math500_correct("\\boxed{(x+1)(x-1)}", problem) == (comparison == "math-verify")
-    cases = [("A rope of 1.5 m is cut.", r"\frac{3}{2}", "1.5", 1), (r"A chance of $\frac{1}{4}$?", "0.25", r"\frac14", 1), ("In 10.5 days?", r"\frac12", "0.5", 1)]
-    cases += [("Is $(-2,1)$ on it?", "1,-2", "-2,1", 1), ("Express 1.5 as a fraction.", r"\frac{3}{2}", "1.5", 0), (r"Find $\frac{6}{2}$.", "3", r"\frac{6}{2}", 0)]
-    for question, gold, answer, right in [*cases, ("Find $2^6$.", "64", "2^6", 0), ("Evaluate $2+4$.", "6", "2+4", 0)]:
-        problem = {"question": question, "answer": gold, "solution": ""}
-        assert rewards.math500_correct(f"\\boxed{{{answer}}}", problem) == right, question
-
-
-def test_several_answers_are_right_only_where_the_solution_gives_them():
-    two = {"question": "?", "answer": "4", "solution": "It is \\boxed{3} or \\boxed{4}."}
-    one = {"question": "?", "answer": "4", "solution": "It is \\boxed{4}."}
-    right = {two["solution"]: (1, 0), "\\boxed{4}, \\boxed{3}": (1, 0), "\\boxed{4}": (1, 1), "\\boxed{3}": (0, 0)}
-    right |= {"\\boxed{3,4}": (1, 0), "\\boxed{3} \\boxed{4} \\boxed{5}": (0, 0), "\\boxed{4}\\boxed{4.0}": (1, 1)}
-    right |= {" ".join(f"\\boxed{{{n}}}" for n in range(100)): (0, 0)}
-    for completion, verdicts in right.items():
-        assert (rewards.math500_correct(completion, two), rewards.math500_correct(completion, one)) == verdicts, (
-            completion
-        )
-
-
-def test_math500_terms_by_hand():
-    p = {"question": "?", "answer": "\\frac{1}{2}", "solution": "\\boxed{\\frac{1}{2}}"}
-    cases = {
-        "2 x = 1\n\\boxed{0.5}": (2.0, 1.0),
-        "\\boxed{0.5}": (2.0, 0.5),
-        "2 x = 1\n\\boxed{2}": (0.0, 1.0),
-        "#### 1/2": (2.0, 0.5),
-        "\\boxed{1} \\boxed{2}": (0.0, 0.0),
-        "1/2": (0.0, 0.0),
-    }
-    for completion, (correctness, form) in cases.items():
-        assert rewards.math500_reward(completion, p) == {"correctness": correctness, "format": form}, completion
-
-
-def test_what_could_hang_sympy_is_not_handed_to_it():
-    for wild in ("9^{9^{9^9}}", "((10^{99})^{99})^{99}^9", "1000!", "9" * 40 + "+1", "2^{99999999}", "x" * 400, "(x+y+z)^{99}", "\\sqrt{" * 30 + "2" + "}" * 30):
-        assert not rewards.same_by_math_verify(wild, wild + "+0")
-
-
-# ---------------------------------------------------------------------------------------------
-# Rewards are total, and linear in the length of the text
-# ---------------------------------------------------------------------------------------------
-
-NO_CODE = [name for name, task in rewards.TASKS.items() if not task.runs_code]
-HOSTILE = [
-    "#### ",
-    "#### 1\n",
-    "9",
-    "\\boxed{",
-    "\\boxed{1}",
-    "\\boxed ",
-    "<answer>",
-    "<answer>1</answer>",
-    "{",
-    "}",
-    "(",
-    "-",
-]
-HOSTILE += [
-    "</think>",
-    "<think>",
-    "```",
-    "```python\n",
-    "\x00\n",
-    "\n",
-    " ",
-    "answer is ",
-    "answer: 1. ",
-    "1: red, Tom\n",
-    "| 1 | ",
-]
-HOSTILE += ["answer to ", "**Answer:**\n", "A: 5\n", "House 1:\n- Name: Tom\n", "\\pm ", "1234 ", "~~~\n", "\\boxed\\frac{"]
-HOSTILE += [
-    "\\frac{1}{",
-    "\\text{",
-    "$",
-    "^",
-    "\\\\",
-    "1,",
-    "1/",
-    "=",
-    "####\n",
-    "\u2028",
-    "<|",
-    "<|eot_id|>",
-    '{"House 1": ',
-]
-
-
-def noise(rng, n):
-    return "".join(
-        chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)])) for _ in range(n)
-    )
-
-
-@pytest.mark.parametrize("name", rewards.TASKS)
-def test_rewards_are_total(name, monkeypatch):
-    """Finite terms, a score between 0 and 1 and no exception: on noise, surrogates included, and on repeated pieces."""
-    monkeypatch.setattr(rewards, "run_program", lambda *job: [None] * len(job[3]))
-    task, rng = rewards.TASKS[name], random.Random(0)
-    problem = task.generate("test", 1, 0)[0]
-    pieces = [*HOSTILE, task.target(problem), problem["question"]]
-    texts = [noise(rng, 300) for _ in range(50)] + ["".join(rng.choices(pieces, k=40)) for _ in range(200)]
-    for text in texts + [piece * 500 for piece in pieces]:
-        assert all(math.isfinite(value) for value in task.reward(text, problem).values())
-        assert 0 <= task.score(text, problem) <= 1
-        task.answer(text, problem)
-
-
-def lines_run(call) -> int:
-    """How many lines of Python a call runs: its time, but the same on every machine."""
-    count = 0
-
-    def trace(frame, event, arg):
-        nonlocal count
-        count += event == "line"
-        return trace
-
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(None)
-    return count
-
-
-@pytest.mark.parametrize("name", NO_CODE)
-def test_work_grows_linearly(name):
-    """Twice the text runs at most 2.2 times the lines of Python; what these lines call is one pass of `re` each."""
-    task = rewards.TASKS[name]
-    problem = task.generate("test", 1, 0)[0]
-    for piece in [*HOSTILE, task.target(problem), problem["question"]]:
-        once, twice = (lines_run(lambda n=n: task.reward(piece * n, problem)) for n in (300, 600))
-        assert twice <= 2.2 * once + 100, (piece, once, twice)
-
-
-@pytest.mark.parametrize("name", NO_CODE)
-def test_a_megabyte_of_text(name):
-    """In bounded time: a generous bound, where quadratic work would take hours."""
-    problem, mixed = rewards.TASKS[name].generate("test", 1, 0)[0], "".join(HOSTILE)
-    for piece in (mixed, "\\boxed{", "#### 1 ", " "):
-        began = time.process_time()
-        rewards.TASKS[name].reward(piece * (1_000_000 // len(piece)), problem)
-        assert time.process_time() - began < 60, piece
-
-
-def test_on_what_hypothesis_finds(monkeypatch):
-    hypothesis = pytest.importorskip("hypothesis")
-    monkeypatch.setattr(rewards, "run_program", lambda *job: [None] * len(job[3]))
-    problems = {name: task.generate("test", 1, 0)[0] for name, task in rewards.TASKS.items()}
-    text = hypothesis.strategies.lists(
-        hypothesis.strategies.sampled_from(HOSTILE) | hypothesis.strategies.text(max_size=20), max_size=20
-    ).map("".join)
-
-    @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
-    @hypothesis.given(text)
-    def total(completion):
-        for name, problem in problems.items():
-            assert math.isfinite(sum(rewards.TASKS[name].reward(completion, problem).values()))
-
-    total()
-
-
-# ---------------------------------------------------------------------------------------------
-# Generated problems, against solvers that know nothing of the generators
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["math500", "mbpp", "countdown", "zebra"])
-def test_generated_splits_are_disjoint_and_their_targets_right(name, monkeypatch):
-    task = rewards.TASKS[name]
-    splits = {s: task.generate(s, 1500 if s == "train" else 300, 0) for s in rewards.SPLITS}
-    asked = {s: {p["question"] for p in problems} for s, problems in splits.items()}
-    assert all(len(asked[s]) == len(splits[s]) for s in splits)
-    assert all(asked[a].isdisjoint(asked[b]) for a in asked for b in asked if a != b)
-    assert asked["test"].isdisjoint(p["question"] for p in task.generate("train", 1500, 1))
-    for problem in [p for problems in splits.values() for p in problems[:100]]:
-        if not task.runs_code:
-            assert task.score(task.target(problem), problem) == 1
-            assert task.score(problem["question"], problem) == task.score("", problem) == 0
-
-
-def test_equations_are_solved_by_their_answers():
-    spelled = set()
-    for p in rewards.TASKS["math500"].generate("train", 400, 5):
-        left, right = re.sub(r"Solve |Find . if |\.$", "", p["question"]).split(" = ")
-        if right.count(" "):
-            left, right = right, left
-        numbers = list(map(int, re.findall(r"\d+", left)))
-        a, b = numbers if re.match(r"\d+ [a-z]", left) else numbers[::-1]
-        value = re.findall(r"\d+", p["answer"])
-        x = Fraction(int(value[0]), int(value[1]) if len(value) > 1 else 1)
-        assert a * x + b == int(right), p
-        spelled.add(re.sub(r"\d+", "N", p["answer"]))
-    assert spelled == {"N", "\\frac{N}{N}", "\\dfrac{N}{N}", "\\tfrac{N}{N}", "N/N"}
-
-
-def test_generated_programs_pass_their_tests_in_plain_python():
-    for p in rewards.TASKS["mbpp"].generate("train", 300, 5):
-        scope = {}
-        exec(p["answer"], scope)  # our own generator's code
-        for test in p["tests"]:
-            exec(test, scope)
-
-
-def zebra_solutions(question: str) -> list[dict[str, int]]:
+def zebra(question: str) -> list[str]:
     """All arrangements that a question allows, by exhaustive search over its words."""
-    entries = [group.split(", ") for group in re.findall(r"(?:Color|Name): ([^.]*)\.", question)]
-    clues = [c.split() for c in re.findall(r"[^.]+", question.partition("Name:")[2].partition(".")[2]) if c.strip()]
-    found = []
-    for ways in itertools.product(*(itertools.permutations(group) for group in entries)):
-        at = {entry: house for way in ways for house, entry in enumerate(way, 1)}
-
-        def holds(clue, at=at):
-            a, words, b = at[clue[0]], " ".join(clue[1:-1]), clue[-1]
-            b = at.get(b) or int(b)
-            return {"is in house": a == b, "is directly left of": a + 1 == b, "lives with": a == b}[words]
-
-        if all(map(holds, clues)):
-            found.append(at)
+    *listed, clues = re.fullmatch(r".*?Color: (.*?)\. Name: (.*?)\. (.*)\.", question).groups()
+    clues = [re.fullmatch(r"(\w+) (.*) (\w+)", clue).groups() for clue in clues.split(". ")]
+    found, apart = [], {"is in house": 0, "lives with": 0, "is directly left of": 1}
+    for colours, names in itertools.product(*(itertools.permutations(entries.split(", ")) for entries in listed)):
+        at = {entry: house for row in (colours, names, "123") for house, entry in enumerate(row)}
+        if all(at[b] - at[a] == apart[words] for a, words, b in clues):
+            found.append("\n".join(f"{i}: {colour}, {name}" for i, colour, name in zip("123", colours, names)))
     return found
 
 
-@pytest.mark.parametrize("split", rewards.SPLITS)
-def test_zebras_have_one_solution(split):
-    for p in rewards.TASKS["zebra"].generate(split, 60, 3):
-        solutions = zebra_solutions(p["question"])
-        assert len(solutions) == 1
-        spare = re.findall(r"(?<=\. )[^.:]+\.", p["question"])
-        assert spare and all(len(zebra_solutions(p["question"].replace(f" {clue}", ""))) > 1 for clue in spare)
-        rows = {row.split(": ")[0]: row.split(": ")[1].split(", ") for row in p["answer"].splitlines()}
-        assert all(solutions[0][entry] == int(house) for house, entries in rows.items() for entry in entries)
-    trained = {p["answer"] for p in rewards.TASKS["zebra"].generate("train", 500, 0)}
-    assert split != "unseen" or trained.isdisjoint(p["answer"] for p in rewards.TASKS["zebra"].generate(split, 60, 3))
+@pytest.mark.parametrize("solve", [gsm8k, math500, sudoku, zebra])
+def test_generated_problems_have_one_solution(solve):
+    name = solve.__name__
+    for p in [p for split in rewards.SPLITS for p in TASKS[name].generate(split, 150, 3)]:
+        (solution,) = solve(p["question"])
+        assert TASKS[name].score(solution, p) == 1 and (solution == p["answer"] or name == "math500")
+        if name == "zebra":  # no clue is to spare
+            clues = [clue.rstrip(".") for clue in p["question"].split(". ")[3:]]
+            assert all(len(solve(p["question"].replace(f" {clue}.", ""))) > 1 for clue in clues)
 
 
-def test_zebra_tables_by_hand():
-    p = rewards.zebra_problem("Who?", ["House", "Color", "Name"], [["1", "red", "Tom"], ["2", "blue", "Ann"]])
-    table = {"header": ["House", "Name", "Color"], "rows": [["1", "Tom", "red"], ["2", "Ann", "blue"]]}
-    houses = {"House 1": {"Color": "Red", "Name": "tom"}, "House 2": {"Color": "blue", "Name": "Ann"}}
-    cases = {
-        "1: red, Tom\n2: blue, Ann": 1,
-        "So:\n\nHouse 1: red, Tom\nHouse 2: blue, Ann.\n": 1,
-        "| House | Color | Name |\n|---|---|---|\n| 1 | Red | Tom |\n| 2 | blue | Ann |": 1,
-        "1: Color: red, Name: Tom\n2: Color: blue, Name: Ann": 1,
-        json.dumps(table): 1,
-        json.dumps(houses): 1,
-        json.dumps({"reasoning": "...", "solution": houses}): 1,
-        f"I think\n```json\n{json.dumps(houses, indent=1)}\n```": 1,
-        "<reasoning>1: blue, Ann</reasoning><answer>1: red, Tom\n2: blue, Ann</answer>": 1,
-        "House 1:\n- Name: Tom\n- Color: red\n\nHouse 2:\n- Name: Ann\n- Color: blue": 1,
-        "### House 1\n- **Color:** red\n- **Name:** Tom\n### House 2\n- **Color:** blue\n- **Name:** Ann": 1,
-        "| House | Name | Color |\n|---|---|---|\n| 1 | Tom | red |\n| 2 | Ann | blue |": 1,
-        "House 1: Name: Tom, Color: red\nHouse 2: Name: Ann, Color: blue": 1,
-        json.dumps({"answer": {"houses": houses}}).replace("{", "{\n", 1): 1,
-        json.dumps({"reasoning": "a?", "solution": houses}).replace("a?", "a\nb \\'c\\'"): 1,
-        json.dumps(houses, indent=1).replace('"Ann"', '"Ann", // so'): 1,
-        str(houses): 1,
-        json.dumps({"solution": houses})[:-1]: 1,
-        json.dumps(houses) + " I hope {this} helps.": 1,
-        json.dumps({"header": ["House", " na_me", "COLOR"], "rows": [["House 1", "Tom", "red"], ["House 2", "Ann", "blue"]]}): 1,
-        "| 1 | red | ? |\n| 2 | ? | ? |\nFinal:\n| 1 | red | Tom |\n| 2 | blue | Ann |": 1,
-        "| 1 | red | ? |\n| 2 | ? | Ann |": 0.5,
-        "| 1 | red | ? |\n| 1 | red | Ann |\n| 1 | red | Tom |": 0,
-        json.dumps(houses)[:20]: 0,
-        "House 1:\n- Name: Tom\n- Name: Ann\n- Color: red": 0.25,  # two names for one house
-        "House 1: Name: Ann, Name: Tom, Color: red": 0.25,
-        "House 1:\n- Name: Tom\nHouse 1:\n- Name: Ann": 0,
-        "- Name: Tom\n- Color: red": 0,
-        "1\n- Name: Tom": 0,
-        "| House | Name | Color |\n| 1 | red | Tom |\n| 2 | blue | Ann |": 0,
-        "1: red, Ann\n2: blue, Tom": 0.5,
-        "1: red, Tom": 0.5,
-        json.dumps({"House 1": {"Color": "red"}}): 0.25,
-        "1: red, Tom\n1: blue, Tom\n2: blue, Ann": 0,  # two rows for one house
-        "1: Tom, red\n2: Ann, blue": 0,
-        "red Tom blue Ann": 0,
-        "1: red, Tom, blue, Ann": 0,
-        "": 0,
-    }
-    for completion, score in cases.items():
-        assert rewards.zebra_score(completion, p) == score, completion
+def test_the_ceiling_of_a_sudoku_is_the_best_guess_at_each_cell():
+    assert sorted(rewards.solved_grids()) == sorted(sudoku("0" * 16)) and len(rewards.solved_grids()) == 288
+    for question, blank in (("1234341221430000", range(12, 16)), ("1234341200000000", range(8, 16))):
+        cells = list(zip(*sudoku(question)))
+        best = sum(max(map(cells[c].count, "1234")) for c in blank) / len(blank) / len(cells[0])
+        assert TASKS["sudoku"].ceiling({"question": question}) == pytest.approx(best)
 
 
-def every_value(numbers):
-    """All values of expressions that use all numbers, by splitting them in two in every way: an independent search."""
-    if len(numbers) == 1:
-        return {Fraction(numbers[0])}
-    values = set()
-    for mask in range(1, 2 ** len(numbers) - 1):
-        left = every_value([n for i, n in enumerate(numbers) if mask >> i & 1])
-        right = every_value([n for i, n in enumerate(numbers) if not mask >> i & 1])
-        values |= {x + y for x in left for y in right} | {x - y for x in left for y in right}
-        values |= {x * y for x in left for y in right} | {x / y for x in left for y in right if y}
-    return values
-
-
-def test_the_search_for_countdown_solutions_misses_none():
-    rng = random.Random(0)
-    for _ in range(12):
-        numbers = [rng.randint(1, 12) for _ in range(rng.choice((2, 3, 4)))]
-        found = {value for value, _ in rewards.ways_to_make(tuple((Fraction(n), str(n)) for n in numbers))}
-        assert found == every_value(numbers)
-    with pytest.raises(DataError, match="No expression"):
-        rewards.countdown_target(rewards.countdown_problem([1, 1], 7))
-
-
-def test_expressions_against_python():
-    """Random expressions, where Python's own evaluation of Fractions is the second evaluator."""
-    rng = random.Random(1)
+def test_countdown_against_python():
+    """Random expressions that Python evaluates, too; what they make of their numbers, the search finds as well."""
+    rng, task = random.Random(1), TASKS["countdown"]
 
     def write(depth):
         if depth == 0 or rng.random() < 0.2:
             return str(rng.randint(0, 9))
-        text = f"{write(depth - 1)}{rng.choice(['+', '-', '*', '/'])}{write(depth - 1)}"
+        text = f"{write(depth - 1)}{rng.choice('+-*/')}{write(depth - 1)}"
         return rng.choice([text, f"({text})", f"-({text})"])
 
-    for _ in range(2000):
-        text = write(rng.randint(0, 4))
+    for text in (write(rng.randint(0, 4)) for _ in range(1000)):
+        p = rewards.countdown_problem(list(map(int, re.findall(r"\d+", text))), 0)
         try:
-            value = eval(re.sub(r"(\d+)", r"Fraction(\1)", text))  # our own generator's text
+            p["target"] = eval(re.sub(r"(\d+)", r"Fraction(\1)", text))  # our own generator's text
         except ZeroDivisionError:
-            value = None
-        found = rewards.evaluate(text)
-        assert (found and found[0]) == value or (found is None and value is None), text
-        assert found is None or found[1] == list(map(int, re.findall(r"\d+", text)))
+            assert task.reward(f"#### {text}", p) == {"correctness": 0, "format": 0}
+            continue
+        for off, terms in ((0, {"correctness": 0.9, "format": 0.1}), (1, {"correctness": 0, "format": 0.1})):
+            assert task.reward(f"#### {text}", p | {"target": p["target"] + off}) == terms, text
+        if len(p["numbers"]) <= 4 and "-(" not in text:  # the search makes no negative of a number
+            assert task.score(task.target(p), p) == 1
+    with pytest.raises(DataError, match="No expression"):
+        task.target(rewards.countdown_problem([1, 1], 7))
 
 
-def test_countdown_by_hand():
-    p = rewards.countdown_problem([3, 8, 5, 2], 32)
-    cases = {
-        "#### (3 + 5) * 8 / 2": 1.0,
-        "<answer>(3+5)*8/2</answer>": 1.0,
-        "\\boxed{(3+5) \\times 8 \\div 2}": 1.0,
-        "\\boxed{\\frac{(3+5)*8}{2}}": 1.0,
-        "#### (3 + 5) \u00d7 8 \u00f7 2 = 32": 1.0,
-        "#### $(3+5)*8/2$.": 1.0,
-        "<answer>[3 + 5] * 8 / 2</answer>": 1.0,
-        "#### (3 + 5) x 8 / 2": 1.0,
-        "#### 32 = (3 + 5) * 8 / 2": 1.0,
-        "#### (3 + 5) * 8 / 2 = 8 * 8 / 2 = 64 / 2 = 32": 1.0,
-        "#### `(3 + 5) * 8 / 2`": 1.0,
-        "\\boxed{\\text{(3 + 5) * 8 / 2}}": 1.0,
-        "#### (3 + 5) * 8 / 2\n\\boxed{(3+5) \\times 8 \\div 2 = 32}": 1.0,
-        "#### (3 + 5) * 8 / 2</s>": 1.0,
-        "<answer>The equation is (3 + 5) * 8 / 2 = 32</answer>": 1.0,
-        "<answer>Equation: (3 + 5) * 8 / 2 == 32 \u2713</answer>": 1.0,
-        '<answer>\n```python\n"(3 + 5) * 8 / 2"\n```\n</answer>': 1.0,
-        "<answer>(3 + 5) \u2022 \\dfrac82 \u2192 32</answer>": 1.0,
-        "<answer>The equation is (3 + 5) * 8 / 2 == 33</answer>": 0.0,
-        "<answer>Either (3 + 5) * 8 / 2 or 3 + 5 + 8 + 2</answer>": 0.0,
-        "<answer>(3 + 5) * 8 / 2 is the equation</answer>": 0.0,
-        "#### (3 + 5) * 8 / 2 = 8 * 8 / 3 = 32": 0.0,
-        "#### 33 = (3 + 5) * 8 / 2": 0.0,
-        "#### 32 = 32": 0.0,
-        "#### (3 + 5) * 8 / 2 = x": 0.0,
-        "#### (3 + 5) * 8 / 2\n#### (5 + 3) * 2 * 2 = 32": 0.0,
-        "#### x8 * 3": 0.0,
-        "#### 3 + 5 * 8 / 2": 0.1,
-        "#### (3 + 5) * 8 / 2 = 33": 0.0,
-        "#### 32": 0.0,
-        "#### 8 * 2 * 2": 0.0,
-        "#### 8 * 5 - 8": 0.0,
-        "#### (3 + 5) * 8 / 2 * 1": 0.0,
-        "#### 3 5 8 2": 0.0,
-        "#### 2 ** 5 + 3 - 8": 0.0,
-        "#### 2^5 + 8 - 3": 0.0,
-        "#### 35 - 8 / 2 + 1": 0.0,
-        "#### (3+5)*8//2": 0.0,
-        "#### 3/(5-5)+8+2": 0.0,
-        "#### ((3+5)*8/2": 0.0,
-        "#### __import__('os').system('true')": 0.0,
-        "(3 + 5) * 8 / 2": 0.0,
-        "#### (3 + 5) * 8 / 2\n#### 8 * 5 - 3 - 2": 0.0,
-        "#### 3.5 + 8 + 2": 0.0,
-        "#### " + "(" * 300 + "3" + ")" * 300: 0.0,
-        "#### 9" + "*9" * 10_000: 0.0,
-    }
-    for completion, reward in cases.items():
-        assert sum(rewards.countdown_reward(completion, p).values()) == pytest.approx(reward), completion
+@pytest.mark.parametrize("name", ["gsm8k", "math500", "mbpp", "countdown", "sudoku", "zebra"])
+def test_splits_are_disjoint_and_repeat_from_their_seed(name):
+    task, state = TASKS[name], random.getstate()
+    problems = {s: task.generate(s, 1000 if s == "train" else 200, 0) for s in rewards.SPLITS}
+    again = task.generate("train", 1000, 1)
+    assert (
+        task.generate("test", 200, 0) == problems["test"] and again != problems["train"] and random.getstate() == state
+    )
+    asked = {s: {p["question"] for p in problems[s]} for s in problems}
+    asked["train"] |= {p["question"] for p in again}
+    assert all(asked[a].isdisjoint(asked[b]) for a, b in itertools.combinations(asked, 2))
+    assert all(len(asked[s]) == 200 for s in rewards.SPLITS[1:]) and len(asked["train"]) > 1000
+    if part := {"gsm8k": r"\d+ . \d+", "sudoku": r"\d{16}", "zebra": r"[^\0]*"}.get(name):  # that training never shows
+        parts = lambda of: {re.match(part, p["answer"])[0] for p in of}
+        shown = parts(problems["train"] + again)
+        assert shown.isdisjoint(parts(problems["unseen"])) and not shown.isdisjoint(parts(problems["test"]))
+    for p in [p for split in problems.values() for p in split[:100]]:
+        if task.runs_code:
+            exec("\n".join([p["answer"], *p["tests"]]), {})  # our own generator's code
+        else:
+            assert task.score(task.target(p), p) == 1 and task.score(p["question"], p) == task.score("", p) == 0
+    with pytest.raises(DataError, match="fewer than"):
+        task.generate("none", 1, 0)
 
 
-# ---------------------------------------------------------------------------------------------
-# The sandbox. Every program here wants something that it must not get.
-# ---------------------------------------------------------------------------------------------
+def test_what_a_run_holds_out(data_file, tmp_path):
+    """It never trains: generated, by no run's seed; published, not even where --data and --eval_data share it."""
+    none = {"data": None, "eval_data": None, "eval_n": 0, "eval_only": False, "seed": 0}
+    splits_of = lambda name, generated=False, **cfg: rewards.splits(
+        TASKS[name], SimpleNamespace(**none | cfg), generated
+    )
+    runs = [splits_of("gsm8k", generated=True, eval_n=300, seed=seed) for seed in (1, 2)]
+    trained = {p["question"] for run in runs for p in run["train"]}
+    assert runs[0]["train"] != runs[1]["train"] and [len(run["train"]) for run in runs] == [20_000, 20_000]
+    for split, count in (("validation", 256), ("test", 300), ("unseen", 300)):
+        assert runs[0][split] == runs[1][split] and len(runs[0][split]) == count
+        assert trained.isdisjoint(p["question"] for p in runs[0][split])
+    splits = splits_of("gsm8k", data=str(data_file), eval_n=3)
+    assert [len(splits[s]) for s in rewards.SPLITS] == [49, 5, 3, 0]
+    assert len({p["question"] for s in splits for p in splits[s]}) == 57
+    held = str(write(tmp_path / "held.jsonl", load("gsm8k", data_file)[:20]))
+    splits = splits_of("gsm8k", data=str(data_file), eval_data=held)
+    assert splits["test"] == load("gsm8k", held) and len(splits["train"] + splits["validation"]) == 40
+    with pytest.raises(DataError, match="too few"):
+        splits_of("gsm8k", data=held, eval_data=held)
+    with pytest.raises(DataError, match="--data FILE, a CSV file with the header"):
+        splits_of("sudoku")
+
+
+# --- Verdicts: spellings of answers, right and wrong, each kind once --------------------------------------------------
+
+NUMBERS = {  # published number -> (what is right, what is wrong or no answer)
+    "42": (
+        ["####42", "#### \n42", "#### 42.0", "#### **42**", "#### 42%", "#### 42 months", "#### 42<|eot_id|>7",
+         "#### 42 apples\n\\boxed{42}", "\\boxed{\\$42}", "\\fbox{42}", "\\boxed{42\\text{ apples}}", "\\boxed{42$.",
+         "\\boxed{42}\\boxed{42.0}", "\\boxed{\\boxed{42}}", "\\boxed{{42}}", "\\boxed{42}<|eot_id|>\\boxed{0}",
+         "<ANSWER>\n$42\n</ANSWER>", "<answer>42", "<answer>\n\\boxed{42}\n</answer>", "<answer>\\boxed{}42</answer>",
+         "<answer>\\boxed{42></answer>", "<think>#### 7, no</think>\n#### 42", "**Answer:** 42", "A: The answer is 42.",
+         "The final answer is $42$. I hope it is correct.", "The answer is\n\n$$42$$", '{"why": 6, "answer": 42}',
+         'The answer is:\n```json\n{"answer": "42"}\n```', "#### Step 1: Add 6 and 7\n6 * 7\nThe answer is 42."],
+        ["", "42", "so 42 it is", "### 42", "####", "#### forty", "\\boxed{}", "\\boxed{4}2", "#### 4 2", "#### 42k",
+         "#### 41\n#### 42", "#### 42 or 43", "#### 41, 42", "\\boxed{42} or \\boxed{43}", "\\boxed{41}\n#### 42",
+         "The answer is not 42", "#### -42", "#### minus 42", "#### 42.5", "#### 42,00", "#### \u00b2\u0664",
+         "#### " + "9" * 600 + "\n42", "#### at least 42", "#### 42+", "#### 42\u00b2", "The answer is 42 dozen eggs.",
+         "#### 42 and a half hours", "#### 42 per cent more", "\\boxed{42x}"],
+    ),
+    "3.46": (["We round the answer to the nearest cent: 3.456.\nThe answer is 3.46"], ["#### 3.456"]),
+    "-7": (["#### -7", "#### \u22127", "#### -$7", "#### $-7", "\\boxed{-7.0}"], ["#### 7", "#### --7"]),
+    "1234.5": (["#### $1,234.50"], ["#### 1234.5 thousand"]), "-221_3": ([], ["#### 221_3"]),
+    "385000": (["\\boxed{385\\,000}", "\\boxed{385000"], ["#### 385", "#### 385 000 000"]),
+    "0.5": (["#### .5", "#### 1/2", "\\boxed{\\frac12}", "#### $0.50"], ["#### 5", "#### 1/0", "#### half"]),
+    "12.5": (["#### 12 1/2 hours", "\\boxed{12\\frac{1}{2}}"], ["#### 12 3/2", "#### 12\u00bd", "#### 12 1 2"]),
+    "1000000": (["\\boxed{1{,}000{,}000}", "#### 1,000,000"], ["#### 1 million", "#### 1,000,00", "#### 10^6"]),
+}  # fmt: skip
+EXPRESSIONS = {  # without math-verify, too
+    r"\frac{1}{2}": ([r"\frac12", r"\tfrac{1}{2}", "1/2", "0.5", r"x = \frac{1}{2}", r"$\frac{2}{4}$"], ["2", "12"]),
+    r"\text{(C)}": (["C", "(C)", r"\textbf{(C)}"], ["(B)", "C or D"]),
+    r"\text{Evelyn}": (["Evelyn", r"\mathrm{evelyn}"], ["Eve", "not Evelyn"]),
+    "10,000": (["10000", "10{,}000", r"10,\!000", r"\$10,000", r"10,000\text{ dollars}"], ["10", "(10,0)"]),
+    r"90^\circ": (["90", r"90^{\circ}", r"90\text{ degrees}", "90\u00b0"], ["9", r"90\text{ hundred}"]),
+    "(3,4)": ([r"\left(3, 4\right)", "( 3,4 )"], ["(4,3)", "[3,4)", "3,4", "34"]),
+    "4210_5": (["4210_{5}"], ["4210_6", "421"]), "34": (["34."], ["3 4", r"3\ 4", r"\frac34"]),
+}  # fmt: skip
+SYMBOLIC = {  # what only math-verify finds equal, and what it must not
+    "x^2+x": (["x(x+1)", "x + x^2"], ["x^2", "x^2+x=0", "x^2 + y"]), "y=2x+1": (["2x+1"], ["y > 2x+1", "y=2x"]),
+    r"2\sqrt{3}": ([r"\sqrt{12}", r"2\sqrt3"], ["3.4641016151", r"2\sqrt{3}, 2\sqrt{3}", r"2\sqrt{3}\text{ hundred}"]),
+    "1,-2": (["-2, 1", r"-2\text{ and }1"], ["1", "1,-2,3", "1,2", "(1,-2)"]),
+    r"(-\infty,2)\cup(3,\infty)": ([r"(3,\infty)\cup(-\infty,2)"], [r"(-\infty,2]\cup(3,\infty)", r"(3,\infty)"]),
+    "5": (["x=5"], ["x could be 3; x could be 5", "5 is wrong", r"7\text{ million}", r"5+\text{i}", r"5\ldots",
+                    r"\log 5", "5!", "5'", "5:1", r"5\overline{5}", "at least 5", r"5\text{ p.m.}"]),
+    r"1-\frac{1}{\mathrm{e}}": ([r"1-\frac{1}{e}"], [r"1+\frac{1}{\mathrm{e}}"]),
+    r"1 \pm \sqrt{19}": ([], [r"1+\sqrt{19}", r"\pm\sqrt{19}"]), r"0.\overline{6}": ([], [r"0.\overline{3}", "0.6"]),
+    "0.1234568": (["0.12345680"], ["0.1234567"]), r"8\text{ p.m.}": ([], [r"8\text{ a.m.}"]),
+    r"x \leq 5": ([r"5 \geq x", "x \u2264 5"], [r"x \geq 5", "x < 5", "5"]),
+    "3": ([r"\sqrt{9}"], [r"3\mathbf{i}+4\mathbf{j}", r"3_5", "3 million", "3, 3"]),
+}  # fmt: skip
+WILD = "9^{9^{9^9}} ((10^{99})^{99})^{99}^9 1000! 99999999999999999+1 2^{99999999} (x+y+z)^{99}".split()  # never tried
+SYMBOLIC |= {wild: ([], [f"{wild}+0"]) for wild in WILD}
+
+
+def verdict(name, completion, answer, question="Find the value."):
+    return TASKS[name].score(completion, {"question": question, "answer": answer})
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_verdicts(library, monkeypatch):
+    """The same with math-verify and without it, but for what only that finds equal."""
+    tables = [("gsm8k", "{}", NUMBERS), ("math500", "So $\\boxed{{{}}}$.", EXPRESSIONS)]
+    if library:
+        pytest.importorskip("math_verify")
+        tables.append(("math500", "\\boxed{{{}}}", SYMBOLIC))
+        assert verdict("math500", "\\boxed{x^2-1}", "(x-1)(x+1)", "Factor $x^2 - 1$.") == 0  # the question is no answer
+    else:
+        monkeypatch.setattr(rewards, "math_verify", lambda needed=False: None)
+    for task, form, table in tables:
+        for gold, texts in table.items():
+            for text, right in [(text, 1) for text in texts[0]] + [(text, 0) for text in texts[1]]:
+                assert verdict(task, form.format(text), gold) == right, (gold, text)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data here")
+def test_published_verdicts(sandbox):
+    """The shared table, and what is published as right."""
+    rows = [json.loads(line) for line in (SHARED / "verdicts.jsonl").read_text().splitlines()]
+    assert [row for row in rows if verdict(row["task"], row["completion"], row["answer"]) != row["right"]] == []
+    for name, file, n in (("gsm8k", "train_500", 500), ("countdown", "40", 40), ("mbpp", "first_60", 60)):
+        problems = load(name, SHARED / f"{name}_{file}.jsonl")
+        targets = [TASKS[name].target(problem) for problem in problems]
+        assert not any("<<" in target for target in targets if name == "gsm8k")  # calculator marks
+        assert [score for _, score in rewards.judge_all(TASKS[name], targets, problems)] == [1] * n
+
+
+BOARD = "1 2 3 4\n3 4 1 2\n2 1 4 3\n"  # a sudoku's first twelve cells
+HOUSES = {"House 1": {"Color": "Red", "Name": "tom"}, "House 2": {"Color": "blue", "Name": "Ann"}}
+EARNED = {  # task -> (a problem, the terms of its reward -> completions that earn them)
+    "gsm8k": ({"question": "?", "answer": "#### 15"}, {
+        (2.0, 1.0): ["12 + 3 = 15\n#### 15", "12 + 3 = 15\n#### 15<|eot_id|>"],
+        # nothing worked out; the answer is not the last line; an empty reasoning
+        (2.0, 0.5): ["#### 15", "12 + 3\n#### 15\nand more", "<reasoning>\n</reasoning>\n#### 15"],
+        (0.0, 1.0): ["12 + 3 = 15\n#### 14"], (0.0, 0.5): ["12 + 3\n#### 15.5"], (0.0, 0.0): ["15", "#### 14\n#### 15"],
+    }),
+    "math500": ({"question": "?", "answer": "15"}, {
+        (2.0, 1.0): ["2 x = 30\n\\boxed{15.0}"], (2.0, 0.5): ["\\boxed{15}", "#### 15"],
+        (0.0, 1.0): ["2 x = 30\n\\boxed{2}"], (0.0, 0.0): ["\\boxed{15} \\boxed{2}", "15"],
+    }),
+    "countdown": (rewards.countdown_problem([3, 8, 5, 2], 32), {
+        (0.9, 0.1): ["#### (3 + 5) * 8 / 2", "<answer>(3+5)*8/2</answer>", "\\boxed{(3+5) \\times 8 \\div 2}",
+                     "#### 32 = (3 + 5) * 8 / 2", "#### (3 + 5) \u00d7 8 \u00f7 2 = 32", "#### `(3 + 5) * 8 / 2`</s>",
+                     "#### (3 + 5) * 8 / 2 = 8 * 8 / 2 = 64 / 2 = 32"],
+        (0.0, 0.1): ["#### 3 + 5 * 8 / 2"],
+        (0.0, 0.0): ["(3 + 5) * 8 / 2", "#### (3 + 5) * 8 / 2 = 33", "#### 32 = 32", "#### (3 + 5) * 8 / 2 = x",
+                     "#### 8 * 2 * 2", "#### (3 + 5) * 8 / 2 * 1", "#### 3 5 8 2", "#### 2 ** 5 + 3 - 8",
+                     "#### ((3+5)*8/2", "#### 3/(5-5)+8+2", "#### 3.0 + 8 + 2 + 5", f"#### {'(' * 300}3{')' * 300}",
+                     "#### __import__('os').system('true')", "#### (3 + 5) * 8 / 2\n#### 8 * 5 - 3 - 2"],
+    }),
+    "sudoku": ({"question": "1234341221430000", "answer": "1234341221434321"}, {
+        (1,): [BOARD + "4 3 2 1", "1234341221434321", f"The solution is:\n```\n{BOARD}4 3 2 1\n```",
+               "<answer>**1234341221434321**</answer>", "1234341221434321<|eot_id|>7",
+               "Puzzle: 1234341221430000\nSolution: 1234341221434321"],
+        # a wrong digit, none, or a changed clue costs a cell
+        (0.75,): [BOARD + "4 3 2 2", BOARD + "4 3 2 x", BOARD + "4  2 1", f"2{BOARD[1:]}4 3 2 1"],
+        (0.5,): [BOARD + "4 3 1 2"], (0,): ["", BOARD + "1 2 3 4", BOARD + "4 3 2", BOARD + "4 3 2 1 1",
+                                            "1234341221430000", "1234341221434321 or 1234341221431234"],
+    }),
+    "zebra": (rewards.zebra_problem("?", ["House", "Color", "Name"], [["1", "red", "Tom"], ["2", "blue", "Ann"]]), {
+        (1,): ["1: red, Tom\n2: blue, Ann", "So:\n\nHouse 1: red, Tom\nHouse 2: blue, Ann.\n",
+               f"I think\n```json\n{json.dumps({'solution': HOUSES}, indent=1)}\n```",
+               "<reasoning>1: blue, Ann</reasoning><answer>1: red, Tom\n2: blue, Ann</answer>"],
+        (0.5,): ["1: red, Ann\n2: blue, Tom", "1: red, Tom"], (0,): ["1: red, Tom\n1: blue, Tom", "red Tom blue Ann"],
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EARNED)
+def test_terms_by_hand(name):
+    problem, table = EARNED[name]
+    for terms, completions in table.items():
+        for completion in completions:
+            assert tuple(TASKS[name].reward(completion, problem).values()) == pytest.approx(terms), completion
+            assert TASKS[name].score(completion, problem) == terms[0] / max(terms[0] for terms in table), completion
+
+
+# --- Rewards are total, and linear in the length of the text ----------------------------------------------------------
+
+HOSTILE = [
+    "#### ", "#### 1\n", "*9", "1,", "1/", "=", "^", "{", "}", "(", "-", "\\\\", "<|", "\n", " ", "\x00\n", "\u2028",
+    "$", "\\boxed{", "\\boxed{1}", "\\frac{1}{", "\\text{", "<answer>", "<answer>1</answer>", "</think>", "<|eot_id|>",
+    "```", "```python\n", "~~~\n", ">>> 1\n", "answer: 1. ", "A: 5\n", "1: red, Tom\n", '{"House 1": ', '"answer": "',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rewards_are_total_and_linear(name, monkeypatch):
+    """No exception, finite terms and scores, on noise and on pieces: 5,000 take milliseconds, not quadratic time."""
+    monkeypatch.setattr(rewards, "run_program", lambda *job: [None] * len(job[3]))
+    task, rng = TASKS[name], random.Random(0)
+    problem = task.generate("test", 1, 0)[0]
+    pieces = [*HOSTILE, task.target(problem), problem["question"]]
+    noise = ["".join(chr(rng.randrange(rng.choice([128, 0x3000, 0x110000]))) for _ in range(300)) for _ in range(50)]
+    mixed = ["".join(rng.choices(pieces, k=40)) for _ in range(200)]
+    for text in noise + mixed + [piece * 5000 for piece in pieces]:
+        began = time.process_time()
+        assert all(math.isfinite(value) for value in task.reward(text, problem).values())
+        assert time.process_time() - began < 1, text[:40]
+        assert 0 <= task.score(text, problem) <= 1
+        task.answer(text, problem)
+
+
+# --- Programs: where they stand, what the sandbox leaves them, what does not pass -------------------------------------
 
 SECRET = 987_654_321  # what the tests expect of f(2): a program that returns it has seen what it must not see
-HANG = 1.5  # seconds that a hanging program is given
+P = {"question": "?", "answer": "", "imports": "", "setup": "", "tests": ["assert f(1) == 2", "assert f(2) == 3"]}
+DEF = "def f(x):\n    return x + 1"
+RIGHT = [
+    f"```python\n{DEF}\n```", f"Here it is:\n```py\n{DEF}\n```\nIt works.", f"~~~\n{DEF}\n~~~",
+    f"```Python\n{DEF}", "```python def f(x): return x + 1```", "```python\n>>> def f(x):\n...     return x + 1\n```",
+    "```python\nimport math\n```\nand\n```python\ndef f(x): return int(math.floor(x + 1.5))\n```",
+    '```python\ndef f(x):\n    """Adds.\n\n    ```\n    f(1)\n    ```\n    """\n    return x + 1\n```',
+    f"```bash\npip install numpy\n```\n```python\n{DEF}\n```\nUse it:\n```python\nprint(undefined)\n```<|eot_id|>",
+    "1. The program:\n   ```python\n   def f(x):\n       return x + 1\n   ```\n2. Done",
+]  # fmt: skip
+CHEATS = [
+    "import os\ndef f(x): os._exit(0)",
+    "class A:\n __eq__ = lambda self, other: True\n __hash__ = lambda self: 0\ndef f(x): return A()",
+    "import builtins, json\nbuiltins.bool = builtins.eval = json.dumps = lambda *a: '[true]'\ndef f(x): return 3",
+    "import os\nfor fd in range(20):\n try: os.write(fd, b'[true]\\n[\"True\"]\\n')\n except OSError: pass\nf = abs",
+    "import gc\ndef f(x):\n n = int(''.join(['98765432', '1']))\n return n if str(n) in str(gc.get_objects()) else 3",
+    "def f(x):\n a = []\n for _ in range(100_000): a = [a]\n return a",
+    "class E(BaseException):\n def __str__(self): raise self\ndef f(x): raise E",
+]
+CODE = """\
+import math
+class Pair: a = 3
+def f(x): return [x, x]
+def sum(a, b): return a * b
+def doubled(x): return map(lambda a: 2 * a, x)
+"""
+HOLD = [
+    "f(2) == [2, 2]", "(f(2)) == ([2, 2]), 'a message'", "set(f(2)) == set([2])", "f(f(1)) == [[1, 1], [1, 1]]",
+    "len(f(2)) == 2 and f(1)[0] == 1", "math.isclose(f(2)[0], 2.0000001, rel_tol=0.001)", "sum(2, 3) == 6",
+    "Pair().a == 3", "f(root) == [7, 7]", "sorted(f(2), key=lambda x: -x) == [2, 2]", "tuple(doubled([1])) == (2,)",
+]  # fmt: skip
+ENDLESS = {  # what the wall-clock limit ends
+    "a sleep": "time.sleep(1000)",
+    "signals ignored": "[signal.signal(s, signal.SIG_IGN) for s in range(1, 32) if s not in (9, 19)]; time.sleep(1000)",
+    "output": "while True: os.writev(3, [b'[1]\\n' * 10_000])",
+}
+LIMITED = {  # what they hold back: each returns whether it could
+    "fork": "os.fork(); return True",
+    "a thread": "threading.Thread(target=print).start(); return True",
+    "memory": "return len('a' * 3_000_000_000) > 0",
+    "a big file": "open('big', 'wb').write(b'a' * 50_000_000); return True",
+    "the environment": "return any('SECRET' in name for name in os.environ)",
+    "the limits raised": "resource.setrlimit(resource.RLIMIT_NPROC, (100, 100)); return True",
+}
+SEPARATED = {  # what bubblewrap separates
+    "a connection": "import socket; socket.create_connection(('127.0.0.1', PORT), timeout=1); return True",
+    "the caller's file": "return open(CALLER).read() == 'secret'",
+    "a file beside it": "open(CALLER + '.new', 'w').write('a'); return True",
+    "the disk": "for i in range(1000): open(f'f{i}', 'wb').write(b'a' * 1_000_000)\n  return True",
+    "the interpreter's library": "open(os.__file__, 'a').write('#'); return True",
+    "a signal to the caller": "os.kill(CALLER_PID, 0); return True",
+    "other processes": "return len([p for p in os.listdir('/proc') if p.isdigit()]) > 3",
+}
 
 
 @pytest.fixture
 def sandbox(monkeypatch):
     monkeypatch.setattr(rewards, "code_execution_allowed", True)
-    active, _ = rewards.run_sandbox({"imports": "", "program": "", "setup": "", "tests": [], "seconds": 5}, 5)
-    if active is None:
-        rewards.protections()  # says why, as an error
-    return active
+    rewards.run_program.cache_clear()
 
 
-def run(program, *calls, seconds=5.0):
-    """What the calls come to beside a program, each a test of its own; None where one fails."""
-    results = rewards.run_program("", program, "", tuple((("eval", call),) for call in calls or ["f(2)"]), seconds)
-    return [rewards.unpack(json.loads(result)[0]) if result else None for result in results]
+@pytest.fixture(params=["bubblewrap", "limits only"])
+def either(request, monkeypatch, sandbox):
+    """Both ways to run programs; skipped where this system has not the one."""
+    if request.param == "limits only":
+        monkeypatch.setattr(rewards, "separation", tuple)
+    if run("def f(x): return 3") != [3] or ("bubblewrap: " in rewards.protections()) != (request.param == "bubblewrap"):
+        pytest.skip("this system does not run programs in this way")
+    return request.param
 
 
-def ours() -> set[int]:
-    """The processes of this machine whose parent is this process, or that a sandbox started."""
-    found = set()
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"def sandboxed()" in (directory / "cmdline").read_bytes():
-                found.add(int(directory.name))
-        except OSError:
-            pass
-    return found
+def run(program, *calls):
+    """What the calls come to beside a program, each a test of its own; None: it failed."""
+    tests = tuple((call,) for call in calls or ["f(2)"])
+    return [values and ast.literal_eval(values[0]) for values in rewards.run_program("", program, "", tests)]
 
 
-FOREVER = "while True: time.sleep(1)"
-# programs that are ended by their limits; nothing may be left of them
-ENDLESS = {
-    "a loop": "def f(x):\n while True: pass",
-    "a sleep": "import time\ndef f(x): time.sleep(1000)",
-    "a loop at import": "while True: pass\ndef f(x): return 4",
-    "infinite output": "def f(x):\n while True: print('a' * 100_000, flush=True)",
-    "infinite results": "import os\nwhile True:\n for fd in range(3, 20):\n  try: os.write(fd, b'0 [1]\\n' * 10_000)\n  except OSError: pass",
-    "signals ignored": f"import signal, time\nfor s in range(1, 65):\n try: signal.signal(s, signal.SIG_IGN)\n except (OSError, ValueError): pass\ndef f(x):\n {FOREVER}",
-    "a session of its own": f"import os, time, ctypes\ntry: os.setsid()\nexcept OSError: pass\nctypes.CDLL(None).prctl(1, 0)\ndef f(x):\n {FOREVER}",
-    "its timer stopped": f"import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0)\nsignal.alarm(0)\ndef f(x):\n {FOREVER}",
-    "a regex without end": "import re\ndef f(x): return re.match('(a+)+$', 'a' * 60 + 'b')",
-    "a power without end": "def f(x): return 9 ** 9 ** 9",
-    "stopping itself": f"import os, signal, time\ndef f(x):\n os.kill(os.getpid(), signal.SIGSTOP)\n {FOREVER}",
-}  # fmt: skip
-# programs that try something, and say in f(2) whether they could
-TRIES = {
-    "fork": "os.fork(); return True",
-    "a fork bomb": "[os.fork() for _ in range(1000)]; return True",
-    "a grandchild that sleeps": "if os.fork() == 0:\n   os.setsid()\n   if os.fork() == 0: time.sleep(1000)\n   os._exit(0)\n  return True",
-    "a thread": "threading.Thread(target=time.sleep, args=(1000,), daemon=True).start(); return True",
-    "a command": "subprocess.run(['/bin/sh', '-c', 'true']); return True",
-    "os.system": "return os.system('true') == 0",
-    "memory": "return len('a' * 3_000_000_000) > 0",
-    "memory by lists": "a = [0]\n  while len(a) < 2 ** 40: a += a\n  return True",
-    "a big file": "open('big', 'wb').write(b'a' * 50_000_000); return os.path.getsize('big') > 10_000_000",
-    "many open files": "a = [open(f'f{i}', 'w') for i in range(1000)]; return True",
-    "a connection": "s = socket.create_connection(('127.0.0.1', PORT), timeout=1); return True",
-    "a datagram": "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.sendto(b'a', ('127.0.0.1', PORT)); return True",
-    "the caller's file": "return open(CALLER).read() == 'secret'",
-    "the caller's file by a link": "os.symlink(CALLER, 'link'); return open('link').read() == 'secret'",
-    "the caller's file by a hard link": "os.link(CALLER, 'link'); return open('link').read() == 'secret'",
-    "a file beside the caller's": "open(CALLER + '.new', 'w').write('a'); return True",
-    "a way up": "os.chdir('../' * 20); return os.path.exists(CALLER)",
-    "the caller's folder": "return len(os.listdir(os.path.dirname(CALLER))) > 0",
-    "the home folder": "return os.path.exists(os.path.expanduser('~/.') + 'ssh') or os.path.exists(HOME + '/.cache')",
-    "the interpreter's library": "open(os.__file__, 'a').write('#'); return True",
-    "a signal to the caller": "os.kill(CALLER_PID, 0); return True",
-    "a kill of the caller": "os.kill(CALLER_PID, 9); return True",
-    "the environment": "return any('SECRET' in name for name in os.environ)",
-    "a mount": "import ctypes; return ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0",
-    "root again": "os.setuid(0); return True",
-    "a new root": "os.mkdir('a'); os.chroot('a'); return True",
-    "the limits raised": "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (100, 100)); return True",
-}
-# programs that want to pass a test without solving it: f(2) is expected to be SECRET
-CHEATS = {
-    "leaving before the tests": "import os\nos._exit(0)",
-    "leaving politely": "import sys\nsys.exit(0)",
-    "leaving in the test": "import os\ndef f(x): os._exit(0)",
-    "an object that equals all": "class A:\n def __eq__(self, other): return True\n def __hash__(self): return 0\n def __bool__(self): return True\ndef f(x): return A()",
-    "an int that equals all": "class A(int):\n def __eq__(self, other): return True\n __hash__ = int.__hash__\ndef f(x): return A(3)",
-    "builtins patched": "import builtins\nbuiltins.bool = lambda *a: True\nbuiltins.int = lambda *a: True\nbuiltins.eval = lambda *a: True\ndef f(x): return 3",
-    "json patched": "import json\njson.dumps = lambda *a, **k: '[true]'\ndef f(x): return 3",
-    "the harness patched": "import sys\nfor m in list(sys.modules.values()):\n for n in ('pack', 'unpack', 'run_steps', 'holds', 'pass_rate'):\n  if hasattr(m, n): setattr(m, n, lambda *a: True)\ndef f(x): return 3",
-    "modules replaced": "import sys\nsys.modules['ast'] = sys.modules['json'] = sys.modules['builtins'] = sys\ndef f(x): return 3",
-    "a verdict written": "import os\nfor fd in range(20):\n try: os.write(fd, b'0 [true]\\n0 true\\n0 passed\\n1 [true]\\n')\n except OSError: pass\ndef f(x): return 3",
-    "the frames of the caller": "import sys\ndef f(x):\n seen, todo, frame = set(), [], sys._getframe()\n while frame:\n  todo += [*frame.f_locals.values(), *frame.f_globals.values()]\n  frame = frame.f_back\n while todo and len(seen) < 100_000:\n  v = todo.pop()\n  if id(v) in seen: continue\n  seen.add(id(v))\n  if str(987654322 - 1) in str(v)[:10_000]: return 987654322 - 1\n  if isinstance(v, dict): todo += list(v.values())\n  elif isinstance(v, (list, tuple)): todo += list(v)\n return 3",
-    "all that is in memory": "import gc\ndef f(x):\n return next((o for o in gc.get_objects() if isinstance(o, int) and o == 987654322 - 1), 3)",
-    "its input": "import os, sys\ndef f(x):\n text = sys.stdin.read() + repr(sys.argv) + repr(os.environ)\n return 987654322 - 1 if str(987654322 - 1) in text else 3",
-    "deep recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x): return f(x + 1)",
-    "a deep value": "def f(x):\n a = []\n for _ in range(100_000): a = [a]\n return a",
-    "a value in itself": "def f(x):\n a = []\n a.append(a)\n return a",
-    "a huge value": "def f(x): return list(range(10_000_000))",
-    "a huge number": "def f(x): return 1 << 10_000_000",
-    "an exception without end": "class E(BaseException):\n def __str__(self): raise self\ndef f(x): raise E",
-}  # fmt: skip
+def judged(completion, **changed):
+    return rewards.judge_all(TASKS["mbpp"], [completion], [P | changed])[0]
 
 
-@pytest.mark.parametrize("name", ENDLESS)
-def test_endless_programs_end(sandbox, name):
-    before = ours()
-    began = time.monotonic()
-    assert run(ENDLESS[name], seconds=HANG) == [None] or name == "infinite results"
-    assert time.monotonic() - began < HANG + 60  # far less, but for a busy machine
-    assert ours() <= before
+def test_terms_of_programs(sandbox, monkeypatch):
+    half, none = "```\ndef f(x): return 2\n```", "```\ng = 2\n```"
+    nothing = ["", "```python\ndef f(x) return 2\n```", "I cannot", "1 + 1", "```\n```", "x = (" * 40_000]
+    table = {(2, 1): RIGHT, (2, 0.5): [DEF], (1, 1): [half], (0, 1): [none], (0, 0): nothing}
+    for (tests, form), completions in table.items():
+        for text in completions:
+            assert judged(text) == ({"tests": tests, "format": form}, tests == 2), text[:80]
+    monkeypatch.setattr(rewards, "code_execution_allowed", False)
+    with pytest.raises(DataError, match="--allow_code_execution"):
+        judged("def f(x): return 'not run before'")
 
 
-@pytest.fixture
-def caller(tmp_path, monkeypatch):
-    """What belongs to the caller: a listening port, a file, a process id, the environment."""
-    file = tmp_path / "file"
+def test_what_programs_can_do(either, tmp_path, monkeypatch):
+    """From inside, and as the caller's socket sees it."""
+    assert ("NOT separated: network, files, processes" in rewards.protections()) == (either == "limits only")
+    can, file = LIMITED | (SEPARATED if either == "bubblewrap" else {}), tmp_path / "file"
     file.write_text("secret")
     monkeypatch.setenv("SECRET_TOKEN", "secret")
-    with socket.socket() as listening, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        datagrams.bind(listening.getsockname())
-        for one in (listening, datagrams):
-            one.settimeout(0.05)
-        names = f"CALLER, CALLER_PID, PORT, HOME = {str(file)!r}, {os.getpid()}, {listening.getsockname()[1]}, {str(Path.home())!r}"
-        yield file, names, listening, datagrams
-
-
-NEEDS = {"files": ("file", "folder", "way up"), "network": ("connection", "datagram"), "processes": ("signal", "kill")}
-
-
-@pytest.mark.parametrize("name", TRIES)
-def test_nothing_is_to_be_had(sandbox, caller, name):
-    if missing := [space for space, words in NEEDS.items() if any(w in name for w in words) and space not in sandbox]:
-        pytest.skip(f"this system separates no {missing}")
-    file, names, listening, datagrams = caller
-    modules = "import os, socket, subprocess, sys, threading, time"
-    before = ours()
-    program = f"{modules}\n{names}\ndef g(x):\n  {TRIES[name]}\ndef f(x):\n try: return g(x)\n except BaseException: return False"
-    assert run(program) in ([False], [None])
-    assert run("def f(x): return x * 21") == [42]  # the caller is well
-    assert ours() <= before and [p.name for p in file.parent.iterdir()] == ["file"] and file.read_text() == "secret"
-    for one, wait in ((listening, listening.accept), (datagrams, lambda: datagrams.recv(1))):
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(8) as pool:
+        listening.settimeout(0.05)
+        names = f"CALLER, CALLER_PID, PORT = {str(file)!r}, {os.getpid()}, {listening.getsockname()[1]}"
+        head = f"import os, resource, signal, threading, time\n{names}\ndef g(x):\n  "
+        tail = "\ndef f(x):\n try: return g(x)\n except Exception: return False"
+        try_all = lambda bodies: list(pool.map(lambda body: run(head + body + tail), bodies.values()))
+        assert dict(zip(can, try_all(can))) == dict.fromkeys(can, [False])
+        monkeypatch.setattr(rewards, "SECONDS", 1)
+        began = time.monotonic()
+        assert run(f"{head}while True: pass{tail}") == [None] and time.monotonic() - began < rewards.WALL
+        monkeypatch.setattr(rewards, "WALL", 3)
+        assert dict(zip(ENDLESS, try_all(ENDLESS))) == dict.fromkeys(ENDLESS, [None])
         with pytest.raises(TimeoutError):
-            wait()
+            listening.accept()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and file.read_text() == "secret"
 
 
-@pytest.mark.parametrize("name", CHEATS)
-def test_cheats_do_not_pass(sandbox, name, monkeypatch):
-    monkeypatch.setattr(rewards, "SECONDS", 2)
-    problem = {"question": "?", "answer": "def f(x): ...", "imports": "", "setup": ""}
-    problem["tests"] = [f"assert f(2) == {SECRET}", f"assert sorted([f(2), 0]) == [0, {SECRET}]"]
-    terms = rewards.mbpp_reward(f"```python\n{CHEATS[name]}\n```", problem)
-    assert terms["tests"] == 0
-
-
-def test_honest_programs_pass(sandbox):
-    values = [
-        None,
-        True,
-        -3,
-        2.5,
-        10**50,
-        "a\nb\u2028\ud800",
-        b"\xff",
-        1j,
-        [1, [2]],
-        (1,),
-        {1, 2},
-        frozenset("a"),
-        {"a": {1: (2,)}},
-    ]
-    for value in values:
-        assert rewards.unpack(json.loads(json.dumps(rewards.pack(value)))) == value
-        assert type(rewards.unpack(rewards.pack(value))) is type(value)
-    assert run("def f(x):\n open('a', 'w').write('hi')\n return open('a').read()") == ["hi"]
-    assert run("import os\ndef f(x): return os.listdir('.')") == [[]]
-    assert run("import collections\ndef f(x): return collections.Counter('aab')") == [{"a": 2, "b": 1}]
+def test_honest_programs(either):
+    values = [None, True, -3, 2.5, 10**50, "a\nb\u2028", b"\xff", 1j, [1, [2]], (1,), (), set(), {1}, {"a": {1: (2,)}}]
+    found = run(f"values = {values!r}", *(f"values[{i}]" for i in range(len(values))))
+    assert found == values and list(map(type, found)) == list(map(type, values))
+    assert either == "limits only" or run("import os\ndef f(x): return os.listdir('.')") == [[]]
+    modules = "import collections, math, re, heapq, datetime, csv, decimal"
+    assert run(f"{modules}\ndef f(x): return collections.Counter('aab')") == [{"a": 2, "b": 1}]
     assert run("def f(x): return x", "f(1)", "f()", "f(3)") == [1, None, 3]
-    assert run("import math, re, heapq, datetime, itertools, functools, string, decimal\ndef f(x): return x") == [2]
-    assert math.isnan(run("def f(x): return float('nan')")[0])
+
+
+def test_cheats_do_not_pass_and_what_is_expected_stays_outside(sandbox, monkeypatch):
+    """Each program runs once for all its tests; a second process without it decides what is no plain equality."""
+    jobs, run_sandbox = [], rewards.run_sandbox
+    monkeypatch.setattr(rewards, "SECONDS", 2)
+    monkeypatch.setattr(rewards, "run_sandbox", lambda *job: jobs.append(job[0]) or run_sandbox(*job))
+    tests = [f"assert f(5) == {SECRET}", f"assert math.isclose(f(6), {SECRET})", f"assert {{f(7)}} == {{{SECRET}}}"]
+    problem, texts = P | {"tests": tests, "imports": "import math"}, [f"def f(x): return {SECRET - 1} + 1", *CHEATS]
+    rows = rewards.judge_all(TASKS["mbpp"], texts, [problem] * len(texts))
+    assert [(terms["tests"], score) for terms, score in rows] == [(2, 1)] + [(0, 0)] * len(CHEATS)
+    programs = [job for job in jobs if job["program"]]
+    assert len(programs) == len(texts) and str(SECRET) not in json.dumps(programs)
 
 
 def test_how_tests_are_split(sandbox):
     """Each kind of assertion, with a program that satisfies it and one that does not."""
-    code = "import math\nclass Pair:\n def __init__(self, a): self.a = a\ndef f(x): return [x, x]\ndef sum(a, b): return a * b"
-    code += "\ndef numbers(n): return range(n)\ndef doubled(x): return map(lambda a: 2 * a, x)\ndef keys(x): return {x: 1}.keys()"
-    code += "\ndef largest(x):\n import numpy\n return numpy.max(x)"
-    cases = {
-        "assert f(2) == [2, 2]": 1,
-        "assert (f(2)) == ([2, 2]), 'a message'": 1,
-        "assert f(2) != [2, 2]": 0,
-        "assert set(f(2)) == set([2])": 1,
-        "assert not f(2)": 0,
-        "assert f(2)": 1,
-        "assert len(f(2)) == 2 and f(1)[0] == 1": 1,
-        "assert math.isclose(f(2)[0], 2.0000001, rel_tol=0.001)": 1,
-        "assert sum(2, 3) == 6": 1,  # the program's, not the built-in one
-        "assert f(f(1)) == [[1, 1], [1, 1]]": 1,
-        "assert Pair(3).a == 3": 1,
-        "assert f(root) == [7, 7]": 1,
-        "x = f(3)\nassert x == [3, 3]\nassert x[1] is not None": 1,
-        "assert f(1) != f(2)": 1,
-        "assert [f(x) for x in (1, 2)] == [[x] * 2 for x in (1, 2)]": 1,
-        "assert all(f(x)[0] == x for x in [1, 2])": 1,
-        "assert sorted(f(2), key=lambda x: -x) == [2, 2]": 1,
-        "assert f(1) < [1, 2]": 1,
-        "assert list(numbers(2)) == [0, 1]": 1,
-        "assert tuple(doubled([1, 2])) == (2, 4)": 1,
-        "assert set(keys(2)) == {2}": 1,
-        "assert doubled([1]) == [2]": 0,
-        "assert largest([1, 2]) == 2": 1,
-        "assert largest([1, 2]) == 3": 0,
-        "assert str(f(1)) == '[1, 1]'": 1,
-    }
-    for test, passes in cases.items():
-        problem = rewards.check_mbpp(
-            {"text": "?", "code": code, "test_list": [test], "test_setup_code": "root = 7"}, "here"
-        )
-        assert rewards.pass_rate(code, problem) == passes, test
-        assert (
-            rewards.pass_rate("def f(x): return 0\ndef sum(a, b): return 0\nclass Pair: a = 0", problem) == 0
-            or not passes
-        )
-    for test in ("assert 1 == 1", "f(2)", "for x in [1]:\n assert f(x)", "assert f(", ""):
-        with pytest.raises(DataError, match="here: (a test is not|field)"):
-            rewards.check_mbpp({"text": "?", "code": code, "test_list": [test]}, "here")
+    row, other = {"text": "?", "code": CODE, "test_setup_code": "root = 7"}, "def f(x): return 0\nsum, Pair = max, abs"
+    for test in [*HOLD, "f(2) != [2, 2]", "not f(2)", "doubled([1]) == [2]"]:
+        problem = TASKS["mbpp"].check(row | {"test_list": [f"assert {test}"]}, "here")
+        assert judged(CODE, **problem)[1] == (test in HOLD), test
+        assert test not in HOLD or judged(other, **problem)[1] == 0
+    for test in ("assert 1 == 1", "f(2)", "assert f("):
+        with pytest.raises(DataError, match="here: a test is not"):
+            TASKS["mbpp"].check(row | {"test_list": [test]}, "here")
 
 
-def test_what_is_expected_never_enters_the_sandbox(sandbox, monkeypatch):
-    jobs, run_sandbox = [], rewards.run_sandbox
-    monkeypatch.setattr(rewards, "run_sandbox", lambda job, seconds: jobs.append(job) or run_sandbox(job, seconds))
-    problem = {"question": "?", "answer": "def f(x): ...", "imports": "", "setup": "", "tests": []}
-    problem["tests"] = [
-        f"assert f(5) == {SECRET}",
-        f"assert math.isclose(f(6), {SECRET})",
-        f"assert {{f(7)}} == {{{SECRET}}}",
-    ]
-    problem["imports"] = "import math"
-    assert rewards.pass_rate(f"def f(x): return {SECRET - 1} + 1  # {len(jobs)}", problem) == 1
-    programs = [job for job in jobs if job["program"]]
-    assert len(programs) == 1 and str(SECRET) not in json.dumps(programs) and len(jobs) == 3
+# --- Figures, files, and the command line -----------------------------------------------------------------------------
+
+ROWS = {  # task -> its published spellings
+    "gsm8k": [{"question": "q", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}, {"prompt": "q", "answer": 42}],
+    "math500": [{"problem": "q", "solution": "So $\\boxed{\\frac{1}{2}}$."}],
+    "mbpp": [{"text": "q", "code": "import math\r\ndef f(x):\r\n return math.pi", "test_imports": ["import math"],
+              "test_list": ["assert math.isclose(f(1), 3.14159, rel_tol=1e-3)"], "test_setup_code": ""}],
+    "countdown": [{"nums": [3, 8, 5], "target": 6}, {"input": "3,8,5", "output": "6"},
+                  {"question": "Numbers: [3, 8, 5], target: 6"}, {"question": "q", "ground_truth": [[3, 8, 5], 6]}],
+    "sudoku": [{"Puzzle": "1234341221430000", "Solution": "1234341221434321"},
+               {"question": "Solve 1234341221430000 now", "ground_truth": "1234341221434321"}],
+    "zebra": [{"puzzle": "q", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ["2", "Arnold"]]}}],
+}  # fmt: skip
+GOOD = '{"completion": "a", "answer": "#### 1"}\n'
+BAD = [
+    ("--task chess --score FILE", "", "argument --task: invalid choice: 'chess'"),
+    ("--score FILE", "", "--score needs --task"),
+    ("--task mbpp --score FILE", "", "--task mbpp runs programs that a model wrote: add --allow_code_execution"),
+    ("--task gsm8k --score none.jsonl", "", "none.jsonl: cannot be read"),
+    ("--task gsm8k --score FILE", "\udcff", "file.jsonl: cannot be read"),
+    ("--task gsm8k --score FILE", "", "file.jsonl: no completions; expected lines"),
+    ("--task gsm8k --score FILE", GOOD + '{"completion": "a"', "file.jsonl, line 2: not JSON"),
+    ("--task gsm8k --score FILE", GOOD + "\n[1]", "file.jsonl, line 3: expected a JSON object"),
+    ("--task gsm8k --score FILE", GOOD + '{"completion": "\\ud800"}', "file.jsonl, line 2: holds half a character"),
+    ("--task gsm8k --score FILE", '{"completion": 3, "answer": 1}', "file.jsonl, line 1: no completion"),
+    ("--task gsm8k --score FILE", '{"completion": "a"}', 'file.jsonl, line 1: field "ground_truth"'),
+]
 
 
-def test_code_is_found_in_completions():
-    code = "def f(x):\n    return x"
-    found = [
-        f"```python\n{code}\n```",
-        f"Here it is:\n```python\n{code}\n```\nIt works.",
-        f"```\n{code}\n```",
-        f"```py\n{code}\n```",
-        f"```Python\n{code}",
-        code,
-        code.replace("\n", "\r\n"),
-        f"[BEGIN]\n{code}\n[DONE]\nmore",
-        f"[BEGIN]\n '{code}' \n[DONE]\nmore",
-        f"```python\n{code}\n[DONE]\n\nYou are an expert",
-        f"```python\n{code}\n\nThis function returns x.",
-        f"<answer>\n{code}\n</answer>",
-        f"{code}\n```\n",
-        f"```python\n{code}\n```\nFor example:\n```python\nprint(f(2))\n```",
-        f"```python\ndef f(x):\n    return 0\n```\nBetter:\n```python\n{code}\n```<|eot_id|>",
-    ]
-    for completion in found:
-        assert rewards.extract_code(completion) == code, completion
-    for completion in (
-        "",
-        "```python\n```",
-        "def f(x:",
-        "I cannot",
-        "```python\nreturn 3\n```",
-        "x",
-        "1 + 1",
-        code + "\0",
-    ):
-        assert rewards.extract_code(completion) is None, completion
-    other = "x = f(1, 2)\nprint(x)"
-    found = [
-        f"```python\n{code}\n```\nUse it:\n```python\n{other}\n```",
-        f"```python\n{code}\n```\nA test:\n```python\ndef test():\n    assert f(1) == 1\n```",
-        f"```bash\nx=1\npip install numpy\n```\n```python\n{code}\n```",
-        f"```bash\npip install numpy\n```\n```python\n{code}\n```",
-        f"```PYTHON\n{code}\n```",
-        f"~~~python\n{code}\n~~~",
-        f"~~~\n{code}\n~~~\nSo it is.",
-        "1. The program:\n   ```python\n" + "".join(f"   {line}\n" for line in code.split("\n")) + "   ```\n2. Done",
-        f"Here is the code:\n\n{code}\n\nThis works because x is returned.",
-        f"Sure!\n{code}\nIt returns x.</s>",
-        f"<s>{code}</s>",
-    ]
-    for completion in found:
-        assert rewards.extract_code(completion, ["assert f(1) == 1"]) == code, completion
-    both = "```python\ndef f(x):\n    return 0\n```\n```python\ndef g(x):\n    return 1\n```"
-    assert [rewards.extract_code(both, [f"assert {name}(1)"])[4] for name in "fgh"] == ["f", "g", "g"]
-    assert rewards.extract_code("The answer is\nx is 5\nnothing") is None
-    spaces = 'def f(x):\n    return """a\n   \nb"""'
-    assert rewards.extract_code(f"```python\n{spaces}\n```") == spaces
-    assert rewards.extract_code("x = 1\n" * 50_000) is None and rewards.extract_code("x = " + "(" * 50_000) is None
+def test_figures():
+    stderr = round(math.sqrt(0.75 * 0.25 / 4), 6)
+    assert rewards.accuracy([True, True, True, False]) == {"accuracy": 0.75, "stderr": stderr, "n": 4}
+    before, after = [1] + [0] * 5 + [1], [0] + [1] * 5 + [1]
+    # 1 lost, 5 won: 2 (C(6,0) + C(6,1)) / 2^6
+    assert rewards.paired_p(before, after) == 14 / 64 and rewards.paired_p(before, before) == 1
+    rows = np.random.default_rng(0).choice([0, 0.25, 0.5, 1], (5, 6)).tolist()
+    for k in range(1, 7):  # pass@k against all subsets
+        best = [max(subset) for row in rows for subset in itertools.combinations(row, k)]
+        assert rewards.pass_at(rows, k) == pytest.approx(sum(best) / len(best))
 
 
-def test_mbpp_terms_by_hand(sandbox):
-    p = {"question": "?", "answer": "", "imports": "", "setup": "", "tests": ["assert f(1) == 2", "assert f(2) == 3"]}
-    cases = {
-        "```python\ndef f(x): return x + 1\n```": (2.0, 1.0, 1),
-        "def f(x): return x + 1": (2.0, 0.5, 1),
-        "```python\ndef f(x): return 2\n```": (1.0, 1.0, 0),
-        "```python\ndef g(x): return 2\n```": (0.0, 1.0, 0),
-        "```python\ndef f(x) return 2\n```": (0.0, 0.0, 0),
-        "": (0.0, 0.0, 0),
-    }
-    for completion, (tests, form, score) in cases.items():
-        assert rewards.mbpp_reward(completion, p) == {"tests": tests, "format": form}, completion
-        assert rewards.mbpp_score(completion, p) == score
+def load(name, path):
+    return TASKS[name].load(str(path), "train")
 
 
-def test_code_runs_only_with_permission(monkeypatch):
-    monkeypatch.setattr(rewards, "code_execution_allowed", False)
-    rewards.run_program.cache_clear()
-    with pytest.raises(DataError, match="--allow_code_execution"):
-        run("def f(x): return 4")
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
-def test_without_namespaces_the_limits_remain(sandbox, monkeypatch):
-    """What a container that forbids namespaces leaves: no further process, no time, no memory, no big file."""
-    monkeypatch.setattr(rewards, "CLONE_NEWNS", -1)
-    rewards.run_program.cache_clear()
-    monkeypatch.setattr(rewards, "GRACE", 1)
-    assert "NOT its own here: files, network, processes" in rewards.protections()
-    before = ours()
-    for name in ("a session of its own", "signals ignored", "a loop"):
-        assert run(ENDLESS[name], seconds=HANG) == [None]
-    for name in ("fork", "a thread", "memory", "a big file", "the environment"):
-        body = f"import os, threading, time\ndef g(x):\n  {TRIES[name]}\ndef f(x):\n try: return g(x)\n except BaseException: return False"
-        assert run(body) in ([False], [None]), name
-    late = "def f(x):\n import collections, csv, decimal, email.message, encodings.cp437, statistics\n return x * 21"
-    assert run(late) == [42] and ours() <= before  # modules are found even where this user may not look
-    rewards.run_program.cache_clear()
-
-
-# ---------------------------------------------------------------------------------------------
-# Files of completions
-# ---------------------------------------------------------------------------------------------
-
-
-def scored(tmp_path, capsys, name, rows, *flags, suffix="jsonl"):
-    """The JSON line that scoring a file prints."""
-    file = tmp_path / f"file.{suffix}"
-    file.write_text(json.dumps(rows) if suffix == "json" else "".join(json.dumps(row) + "\n" for row in rows))
-    assert rewards.main(["--task", name, "--score", str(file), "--json", *flags]) == 0
-    return json.loads(capsys.readouterr().out)
+@pytest.mark.parametrize("name", ROWS)
+def test_published_rows(name, tmp_path, capsys, sandbox):
+    """Each published spelling loads; its own solution scores as right, and nonsense does not."""
+    if name == "math500":
+        pytest.importorskip("math_verify")
+    problems = load(name, write(tmp_path / "a.jsonl", ROWS[name]))
+    rows = [row | {"completion": TASKS[name].target(p)} for row, p in zip(ROWS[name], problems, strict=True)]
+    rows += [row | {"completion": "I do not know."} for row in ROWS[name]]
+    assert rewards.main(["--task", name, "--score", str(write(tmp_path / "b.jsonl", rows)), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["n"], figures["skipped"], figures["accuracy"], figures["no_answer"]) == (len(rows), 0, 0.5, 0.5)
 
 
 def test_scoring_by_hand(tmp_path, capsys):
-    rows = [
-        {"prompt": "q", "completion": "5 + 1 = 6\n#### 6", "answer": "#### 6"},
-        {"question": "q", "response": "\\boxed{6}", "ground_truth": 6},
-        {"question": "q", "generations": ["#### 7", "nothing"], "answer": "6.0"},
-    ]
-    figures = {"task": "gsm8k", "n": 4, "accuracy": 0.5, "mean_reward": (3 + 2.5 + 0.5) / 4, "no_answer": 0.25}
-    assert scored(tmp_path, capsys, "gsm8k", rows) == figures
-    assert scored(tmp_path, capsys, "gsm8k", rows, suffix="json") == figures
-    assert scored(tmp_path, capsys, "gsm8k", {"metrics": {"a": 1}, "generations": rows}, suffix="json") == figures
-
-
-P = {
-    "gsm8k": [{"question": "q", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}],
-    "math500": [{"problem": "q", "solution": "So $\\boxed{\\frac{1}{2}}$."}, {"problem": "q", "answer": "3", "solution": "\\boxed{3}"}],
-    "mbpp": [{"text": "q", "code": "def f(x):\r\n  return x", "test_list": ["assert f(1) == 1"], "test_setup_code": "", "challenge_test_list": []},
-             {"prompt": "q", "code": "import math\ndef f(x):\n return math.pi", "test_list": ["assert math.isclose(f(1), 3.14159, rel_tol=1e-3)"], "test_imports": ["import math"]}],
-    "countdown": [{"nums": [3, 8, 5], "target": 6}, {"input": "3,8,5", "output": "6"}, {"question": "Numbers: [3, 8, 5], target: 6"},
-                  {"prompt": "Use each of [3, 8, 5] once, so that it evaluates to exactly 6.", "output": None}, {"prompt": "q", "ground_truth": {"numbers": [3, 8, 5], "target": 6}}],
-    "sudoku": [{"Puzzle": "1234341221430000", "Solution": "1234341221434321"}],
-    "zebra": [{"puzzle": "q", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ["2", "Arnold"]]}},
-              {"puzzle": "q", "solution": json.dumps({"House 1": {"Name": "Eric"}, "House 2": {"Name": "Arnold"}})}],
-}  # fmt: skip
-OTHER_NAMES = ("completion", "generations", "response", "model_answer", "samples")
-
-
-@pytest.mark.parametrize("name", P)
-def test_published_rows_and_their_solutions(name, tmp_path, capsys, sandbox):
-    """Each published spelling of a problem loads; its own solution scores as right, and nonsense does not."""
-    for field, row in itertools.product(OTHER_NAMES, P[name]):
-        problem = rewards.TASKS[name].check(row, "here")
-        solution = problem["answer"] or rewards.TASKS[name].target(problem)
-        solution = row.get("solution", solution) if name == "math500" else solution
-        figures = scored(tmp_path, capsys, name, [row | {field: solution}, row | {field: "I do not know."}])
-        assert (figures["n"], figures["accuracy"], figures["no_answer"]) == (2, 0.5, 0.5)
-    file = tmp_path / "data.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in P[name]))
-    assert len(rewards.TASKS[name].load(str(file), "train")) == len(P[name])
-    with pytest.raises(DataError, match="file.jsonl, line 1: "):
-        rewards.score_file(name, str(bad_file(tmp_path)))
-
-
-def bad_file(tmp_path):
-    file = tmp_path / "file.jsonl"
-    file.write_text(json.dumps({"completion": "a"}) + "\n")
-    return file
-
-
-def test_verdicts_of_the_file_are_compared(tmp_path, capsys):
-    file = tmp_path / "file.jsonl"
-    rows = [{"completion": "#### 6", "answer": 6, "correct": c} for c in (True, False, 1, 0)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """prompt, completion, answer; d1's file; several completions of one; and rows that cannot be judged."""
+    good = {"prompt": "q", "completion": "5 + 1 = 6\n#### 6", "answer": "#### 6"}
+    d1 = {"question": "q", "ground_truth": 6.0}
+    rows = [good, d1 | {"generations": "\\boxed{6}"}, d1 | {"generations": ["#### 7", "nothing"]}]
+    figures = {"task": "gsm8k", "n": 4, "accuracy": 0.5, "mean_reward": 6 / 4, "no_answer": 0.25}
+    file, refused = tmp_path / "file.json", [good | {"answer": None}, good | {"answer": "#### 3 dozen"}]
+    for content, skipped in ((rows, 0), ({"metrics": {"a": 1}, "generations": rows}, 0), (refused + rows, 2)):
+        file.write_text(json.dumps(content))
+        assert rewards.main(["--task", "gsm8k", "--score", str(file), "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out) == figures | {"skipped": skipped}
+    assert "2 rows skipped" in err and "file.json, item 1" in err and err.count("\n") == 1
     assert rewards.main(["--task", "gsm8k", "--score", str(file)]) == 0
-    out = capsys.readouterr().out
-    assert "accuracy     1.0000" in out and "verdicts: 4, of which 2 differ" in out
-    own = [r.verdict for r in rewards.score_file("gsm8k", str(file))]
-    assert own == [True, False, True, False]
-    row = {"completions": ["#### 6", "#### 7"], "answer": 6}
-    said = {"correct": [True, False], "is_correct": ["true", "Incorrect"], "correctness": ["correct", "wrong"]}
-    said |= {"acc": [1.0, 0.0], "score": [True], "verdict": "maybe", "passed": "yes"}
-    verdicts = {"score": [None, None], "verdict": [None, None], "passed": [True, True]}
-    for field, value in said.items():
-        file.write_text(json.dumps(row | {field: value}))
-        own = [r.verdict for r in rewards.score_file("gsm8k", str(file))]
-        assert own == verdicts.get(field, [True, False]), field
-    assert "line 2: the file says wrong, here right; answer '6'" in out and "line 4: the file" in out
+    shown = capsys.readouterr().out
+    assert "accuracy     0.5" in shown and "skipped      2" in shown and "2.6 points more on MATH" in shown
 
 
-def test_an_echo_of_the_prompt_is_no_answer(tmp_path, capsys):
-    prompt = "Question: How many? End with #### and the number, such as #### 6."
-    rows = [
-        {"prompt": prompt, "completion": text, "answer": 6}
-        for text in (prompt, prompt + "\n#### 6", prompt + "\n#### 7")
-    ]
-    assert scored(tmp_path, capsys, "gsm8k", rows)["accuracy"] == pytest.approx(1 / 3, abs=1e-6)
+def test_other_files(tmp_path):
+    """CSV keeps line breaks in cells, of a spreadsheet without the zeros in front; lists of prompts; GenEval's."""
+    file = tmp_path / "a.csv"
+    file.write_bytes('\ufeffQuestion,Answer\r\n"a\nb, ""c""",#### 1\r\n\r\nd,#### 2\r\n'.encode())
+    assert [p["question"] for p in load("gsm8k", file)] == ['a\nb, "c"', "d"]
+    file.write_text("Puzzle,Solution\n234341221434321,1234341221434321\n")
+    assert load("sudoku", file)[0]["question"] == "0234341221434321"
+    file.write_text("Puzzle,Solution\n1,2,3\n")
+    with pytest.raises(DataError, match="a.csv, line 2: expected .*as many fields as the header"):
+        load("sudoku", file)
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffa red cube\r\n\n  two dogs  \na\u2028b\n", encoding="utf-8")
+    assert [p["question"] for p in load("t2i", file)] == ["a red cube", "two dogs", "a\u2028b"]
+    file.write_text('["a red cube",\n "two dogs"]')
+    assert load("t2i", file) == [{"question": of, "answer": "", "tag": ""} for of in ("a red cube", "two dogs")]
+    (row,) = load("t2i", write(file, [{"tag": "counting", "include": [{"class": "oven", "count": 3}], "prompt": "p"}]))
+    assert json.loads(row["answer"]) == {"include": [{"class": "oven", "count": 3}]} and row["tag"] == "counting"
 
 
-def test_an_echo_in_other_spaces_or_of_the_end_is_no_answer(tmp_path, capsys, comparison):
-    prompt = "Solve 2 x = 84.  Write the answer\nin a box, such as \\boxed{42}."
-    echoes = {prompt: 0, prompt.replace(" ", "\n"): 0, prompt[-40:]: 0, prompt[-40:] + " So \\boxed{41}": 0, "Yes. " + prompt: 0}
-    assert scored(tmp_path, capsys, "gsm8k", [{"prompt": "#### 42?", "completion": "#### 42?", "answer": 42}])["accuracy"] == 0
-    own = {"\\boxed{42}": 1, prompt + "\nSo \\boxed{42}": 1, prompt[-40:] + "\n\\boxed{42}": 1, "\\boxed{42}.": 1}
-    for text, right in (echoes | own).items():
-        row = {"prompt": prompt, "completion": text, "answer": "42"}
-        figures = scored(tmp_path, capsys, "math500", [row])
-        assert figures["accuracy"] == right and (right or "41" in text or figures["mean_reward"] == 0), text
-    assert rewards.without_echo("a b", "") == "a b" and rewards.without_echo("ab " * 50, "a  b" * 50) == ""
-
-
-def test_the_gold_is_not_the_models_own_answer(tmp_path, capsys):
-    for name, field in itertools.product(("gsm8k", "math500"), ("ground_truth", "target", "expected_answer", "gold_answer")):
-        rows = [{"problem": "q", "completion": f"so \\boxed{{{n}}}", "answer": "41", field: "42"} for n in (41, 42)]
-        assert scored(tmp_path, capsys, name, rows[:1])["accuracy"] == 0
-        assert scored(tmp_path, capsys, name, rows[1:])["accuracy"] == 1
-        for field in ("label", "reference_answer", "final_answer", "correct_answer"):
-            assert scored(tmp_path, capsys, name, [{"problem": "q", "completion": "\\boxed{42}", field: "42"}])["accuracy"] == 1
-
-
-def test_chats_and_single_objects(tmp_path, capsys):
-    said = [{"role": "assistant", "content": "so \\boxed{\\frac{1}{2}}"}]
-    asked = [{"role": "user", "content": "as in \\boxed{7}?"}, *said]
-    for completion, n in ((said, 1), (asked, 1), (said[0], 1), ([said, asked], 2), ([said], 1)):
-        row = {"problem": "q", "completion": completion, "answer": "1/2", "steps": [{"a": 1}]}
-        figures = scored(tmp_path, capsys, "math500", [row])
-        assert (figures["n"], figures["accuracy"]) == (n, 1)
-        (tmp_path / "one.json").write_text(json.dumps(row, indent=1))
-        assert [row.score for row in rewards.score_file("math500", str(tmp_path / "one.json"))] == [1] * n
-
-
-def test_files_of_other_projects(tmp_path, capsys, sandbox):
-    """Rows as evaluation tools write them: the text beside what was parsed of it, golds in lists, chats."""
-    text, row = "9 * 2 = 18\n#### 18", {"question": "q", "answer": "18"}
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
-    rows = [
-        {"question": "q", "gt": "18", "code": [text], "pred": ["17"]},
-        *(row | {"prediction": "17", field: text} for field in ("output", "generated_text", "model_response", "model_answer", "raw_output")),
-        row | {"prediction": "18"}, row | {"pred": ["18"]}, row | {"filtered_resps": ["18"]}, row | {"prediction": text},
-        {"input_question": "q", "input_correct_responses": ["18"], "output_prediction_text": [text], "is_correct": True},
-        {"question": "q", "gold": ["18"], "generated_solution": text}, {"input": "q", "output": text, "gts": "18", "score": 1.0},
-        {"instruction": "q", "input": "", "output": text, "answer": "18"}, {"Question": "q", "Answer": "18", "Response": text},
-        {"prompt": chat[:1], "reward_model": {"ground_truth": "18"}, "responses": [text]}, {"messages": chat, "answer": "18"},
-        {"conversations": [{"from": "human", "value": "#### 17"}, {"from": "gpt", "value": text}], "answer": "18"},
-    ]  # fmt: skip
-    for right in rows:
-        wrong = json.loads(json.dumps(right).replace("18", "19").replace('"19"', '"18"')) if text in str(right.values()) else None
-        assert scored(tmp_path, capsys, "gsm8k", [right])["accuracy"] == 1, right
-        assert wrong is None or scored(tmp_path, capsys, "gsm8k", [wrong])["accuracy"] == 0, wrong
-    by_number = {"0": {"origin_prompt": "q", "prediction": text, "gold": "#### 18"}, "1": {"prediction": text, "gold": "17"}}
-    assert scored(tmp_path, capsys, "gsm8k", by_number, suffix="json")["accuracy"] == 0.5
-    figures = scored(tmp_path, capsys, "gsm8k", [row | {"completions": [text, None]}])
-    assert (figures["n"], figures["accuracy"], figures["no_answer"]) == (2, 0.5, 0.5)
-    rollout = {"input": "q", "output": "<answer>3+8-5</answer>", "gts": {"numbers": [3, 8, 5], "target": 6}}
-    assert scored(tmp_path, capsys, "countdown", [rollout])["accuracy"] == 1
-    tests = ({"test_list": '["assert f(1) == 1", "assert f(2) == 2"]'}, {"test": "assert f(1) == 1\nassert f(2) == 2"})
-    for field in tests:
-        rows = [{"prompt": "q", "completion": code, **field} for code in ("def f(x): return x", "def f(x): return 1")]
-        assert scored(tmp_path, capsys, "mbpp", rows)["accuracy"] == 0.5
-
-
-@pytest.mark.parametrize(
-    "argv,text,message",
-    [
-        ("--task chess --score FILE", "", "argument --task: invalid choice: 'chess'"),
-        ("--score FILE", "", "--score needs --task"),
-        ("--task gsm8k --json", "", "--json needs --score"),
-        ("--task gsm8k --score none.jsonl", "", "none.jsonl: cannot be read"),
-        ("--task gsm8k --score FILE", "", "file.jsonl: no completions; expected lines"),
-        ("--task gsm8k --score FILE", "{", "file.jsonl, line 1: not JSON"),
-        (
-            "--task gsm8k --score FILE",
-            '{"completion": "a", "answer": 1}\n{"answer": 1}',
-            "file.jsonl, line 2: no completion",
-        ),
-        ("--task gsm8k --score FILE", '{"completion": 3, "answer": 1}', "file.jsonl, line 1: no completion"),
-        ("--task gsm8k --score FILE", '{"completion": "a"}', 'file.jsonl, line 1: field "answer"'),
-        (
-            "--task gsm8k --score FILE",
-            '[{"completion": "a", "answer": 1}, 2]',
-            "file.jsonl, item 2: expected a JSON object",
-        ),
-        (
-            "--task zebra --score FILE",
-            '{"completion": "a", "solution": {"header": ["House", "A"], "rows": [["1", "___"]]}}',
-            "is blank",
-        ),
-        ("--task mbpp --score FILE", "", "--task mbpp runs programs that a model wrote: add --allow_code_execution"),
-    ],
-)
+@pytest.mark.parametrize("argv,text,message", BAD)
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, argv, text, message):
     monkeypatch.setattr(rewards, "code_execution_allowed", False)
-    file = tmp_path / "file.jsonl"
-    file.write_text(text)
-    assert rewards.main(argv.replace("FILE", str(file)).split()) == 2
+    (tmp_path / "file.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    assert rewards.main(argv.replace("FILE", str(tmp_path / "file.jsonl")).split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("rewards.py: error: ") and err.count("\n") == 1 and message in err
 
 
-def test_the_table_of_tasks_is_shown(capsys, monkeypatch):
-    monkeypatch.setattr(rewards, "code_execution_allowed", False)
-    assert rewards.main([]) == 0
-    out = capsys.readouterr().out
-    assert (
-        all(f"{name}\n---" in out for name in rewards.TASKS) and "What completions earn where the zebra problem" in out
-    )
+def test_the_tasks_are_shown_also_to_head(capsys):
+    assert rewards.main([]) == 0 and re.findall(r"^(\w+)\n---", capsys.readouterr().out, re.MULTILINE) == list(TASKS)
+    cut = subprocess.run(f"{sys.executable} {rewards.__file__} | head -n 1", shell=True, capture_output=True, text=True)
+    assert cut.stdout == "gsm8k\n" and cut.stderr == ""
+
+
+# --- Pixels: CLIP against a second library, scorers on the loopback address -------------------------------------------
+
+
+IMAGES = torch.randint(0, 256, (9, 20, 24, 3), generator=torch.Generator().manual_seed(5))
+IMAGES = (IMAGES * torch.linspace(0, 1, 9)[:, None, None, None]).to(torch.uint8)  # from dark to light
+
+
+def random_clip(path):
+    """A CLIP in the official format: images of 8 x 8 in patches of 4, 16 text positions, letters as tokens."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokens = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
+    vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    sizes = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": 54, "max_position_embeddings": 16, "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 0}
+    vision = sizes | {"image_size": 8, "patch_size": 4}
+    model = CLIPModel(CLIPConfig(text_config=sizes | text, vision_config=vision, projection_dim=24))
+    for p in (p for p in model.parameters() if p.dim() > 1):
+        torch.nn.init.normal_(p, std=0.5)  # the default initialisation gives every image nearly the same features
+    model.save_pretrained(path)
+    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], unk_token="<|endoftext|>", model_max_length=16)
+    CLIPProcessor(images, tokenizer).save_pretrained(path)
+
+
+@pytest.fixture
+def server():
+    """A scorer on the loopback address: prompt's length + image's mean; how it behaves is the URL's last part."""
+    Image = pytest.importorskip("PIL.Image")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body, kind = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.path.rpartition("/")[2]
+            files = [Image.open(io.BytesIO(base64.b64decode(data)), formats=["PNG"]) for data in body["images"]]
+            http.seen.append(body | {"images": [*map(np.asarray, files)]})
+            scores = [float(np.asarray(file).mean()) + len(prompt) for file, prompt in zip(files, body["prompts"])]
+            time.sleep(kind == "slow")
+            self.send_response(503 if kind == "broken" or (kind == "flaky" and len(http.seen) < 3) else 200)
+            self.end_headers()
+            self.wfile.write(http.answers.get(kind, json.dumps({"scores": scores})).encode())
+
+        log_message = lambda self, *args: None
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.handle_error = lambda *args: None  # a client that hangs up is what some tests are about
+    http.seen, http.answers, http.url = [], {}, f"http://127.0.0.1:{http.server_port}/"
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    yield http
+    http.shutdown()
+    http.server_close()
+
+
+def test_pixel_reward(server, tmp_path):
+    """CLIP's term is the cosine of transformers' own features; a scorer's comes in batches and past a failure."""
+    random_clip(tmp_path / "clip")
+    prompts = ["a cat", "two dogs on a mat in the sun with a hat", "z", "", "red", "\u00e9\u2028", "bb", "q r s", "x y"]
+    calls, (model, processor) = [], rewards.load_clip(str(tmp_path / "clip"))
+    decode, scorers = lambda codes: calls.append(codes) or IMAGES, f"clip:{tmp_path}/clip=0.5,{server.url}flaky=-2"
+    reward = rewards.PixelReward(decode, scorers, pause=0, batch=4)
+    scores = reward(torch.zeros(9, 4, dtype=torch.long), prompts)
+    assert len(calls) == 1 and reward.weights == {"clip": 0.5, "flaky": -2}
+    for image, prompt, by_clip, by_server in zip(IMAGES, prompts, scores["clip"], scores["flaky"], strict=True):
+        inputs = processor(text=prompt, images=image.numpy(), return_tensors="pt", truncation=True, max_length=16)
+        with torch.no_grad():
+            found = model.get_image_features(inputs["pixel_values"]), model.get_text_features(inputs["input_ids"])
+        u, v = (np.asarray(getattr(f, "pooler_output", f)[0], dtype=float) for f in found)
+        assert by_clip == pytest.approx(100 * max(0, u @ v / math.sqrt((u @ u) * (v @ v))), abs=1e-3)
+        assert by_server == pytest.approx(image.double().mean().item() + len(prompt))
+    assert [len(body["images"]) for body in server.seen] == [4, 4, 4, 4, 1] and server.seen[0]["name"] == "flaky"
+    assert (np.concatenate([body["images"] for body in server.seen[2:]]) == IMAGES.numpy()).all()
+    with pytest.raises(DataError, match="CLIP .*none: cannot be loaded"):
+        rewards.load_clip(str(tmp_path / "none"))
+
+
+def test_scorers_that_fail(server):
+    """Down, slow or nonsense, in one line."""
+    server.answers = {"html": "<html>\nbusy", "list": "[1, 2]", "few": '{"scores": [1]}', "nan": '{"scores": [1, NaN]}'}
+    server.answers |= {"bool": '{"scores": [1, true]}', "text": '{"scores": "12"}', "deep": "[" * 200_000}
+    kinds = {server.url + kind: "nonsense" for kind in server.answers}
+    kinds |= {server.url + "slow": "slow", server.url + "broken": "down", "http://127.0.0.1:9/a": "down"}
+    for url, kind in kinds.items():
+        with pytest.raises(DataError, match=f"^{re.escape(url)}: {kind}: [^\n]*2 attempts[^\n]*$"):
+            rewards.remote_score(IMAGES[:2], ["a", "b"], url, timeout=0.3 if kind == "slow" else 10, retries=1, pause=0)
+
+
+def test_parse_scorers():
+    urls = ["http://127.0.0.1:8000/hpsv3", "https://host/a/reward.v2?k=v"]
+    found = rewards.parse_scorers(f"clip=1, {urls[0]}=0.5,{urls[1]}=-2e-1")
+    assert found == [("clip", 1, rewards.CLIP), ("hpsv3", 0.5, urls[0]), ("reward.v2", -0.2, urls[1])]
+    assert rewards.parse_scorers("clip:some/folder=0") == [("clip", 0, "some/folder")]
+    for text in ("", "clip", "clip=1,", "clip=nan", "clip=1,clip:other=2", "clips=1", "http://host=1", "file:///a=1"):
+        with pytest.raises(DataError, match="^reward [^\n]*$"):
+            rewards.parse_scorers(text)
