@@ -1,12 +1,14 @@
 """MaskGRPO: group relative policy optimisation of a masked diffusion language model, in one file.
 
 Paper: "Consolidating Reinforcement Learning for Multimodal Discrete Diffusion Models", ICLR 2026.
-One step: prompts -> G completions each -> rewards -> group advantages -> for j = 1 ... mu: re-mask the
-completions at ratio t_j, predict what was hidden, compare with the old and the reference policy on
-the same masks, update. Without --model a tiny model is trained first, by the masked ELBO, on generated
-problems, and stopped while it is still imperfect; a published checkpoint runs through the same lines.
+The likelihood of a completion is intractable for a masked diffusion model, so GRPO's importance ratio and KL
+are taken from something computable: re-mask the finished completion, predict what was hidden, and compare the
+new, the old and the reference policy on the same masks. Everything of the paper is in the first part of this
+file, and `train_step` is its algorithm box. Without --model a tiny model is trained first on generated problems
+and stopped while it is still imperfect; a published checkpoint runs through the same lines.
 
     symbol        shape            meaning
+    c, o          (L,) long        a prompt, a completion of it; a batch x (B, L) has both
     x0, x_t       (B, L) long      a finished sequence, a partly masked one; x_1 hides the whole completion
     completion    (B, L) bool      the completion's positions, through its first EOS
     t, j, mu      float, int       mask ratio; inner update 1 ... mu; t_j = gamma + (1 - gamma) j / mu
@@ -19,7 +21,7 @@ Departures from the paper
     it is A rho - beta D, and rho A is clipped as in PPO.
  2. `--ratio token`, the default, is what the authors' code computes; `--ratio sequence` is Eq. 9 and
     10 as printed. Where the policies are equal their gradients differ only in the denominator, the number
-    of masked tokens instead of its expectation t |o|. README.md says how they compare.
+    of masked tokens instead of its expectation t |o|. experiments/README.md says how they compare.
  3. Exponentials of log ratios beyond 1 go on as tangents (`tame_exp`), which the sequence form needs.
  4. Tokens behind the first EOS do not count, and stay hidden in x_t, as they were in the rollout.
  5. "Controlled random seeds" is read as: one mask noise for the completions of a group.
@@ -31,7 +33,8 @@ Departures from the authors' code
  9. Log-probabilities are taken at the rollout's temperature. The rollout also *selects* positions by
     confidence, and may be guided (--guidance); as in every method compared here, ell knows neither.
 10. The reward asks for GSM8K's own `#### 42` (rewards.py), the masks' ramp is per row (remask.py).
-11. The tiny images have advantages without std, and no guidance, unless flags say so: README.md says why.
+11. The tiny images have advantages without std, and no guidance, unless flags say so: experiments/README.md
+    says why.
 
     python maskgrpo.py --task gsm8k                        # the tiny default, minutes on a laptop
     accelerate launch maskgrpo.py --task gsm8k             # the same through Accelerate's launcher
@@ -41,12 +44,12 @@ Departures from the authors' code
     python maskgrpo.py --eval_only --model runs/NAME       # accuracy and pass@k of any model or adapter
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -65,8 +68,8 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, gather_object
-from safetensors import SafetensorError
+from accelerate.utils import gather_object
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
@@ -74,653 +77,29 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 import remask
 import rewards
-from emerge_sampler import SCHEDULES, Rollout, emerge, guided, maskgit, semi_autoregressive, through_eos
-from remask import Remask, seeded
-from rewards import TASKS, DataError, Problem, first_line
+from emerge_sampler import SAMPLERS, guided, load_magvit, through_eos
+from remask import Remask, seeded, shuffled
+from rewards import TASKS, DataError, Problem, first_line, judge_all, mean_of
 
-
-class UsageError(ValueError):
-    """Something the caller has to change: one line that says what, where, and what would be right."""
-
-
-# ---------------------------------------------------------------------------------------------
-# Configuration: one field per flag. Two defaults where they follow the model.
-# ---------------------------------------------------------------------------------------------
-
-
-def option(help: str, default=None, *, paper=None, tiny=None, choices=None, within="[0, inf)"):
-    """A field whose default is `default`, or `paper` with --model and `tiny` without; numbers lie `within`."""
-    meta = dict(help=help, paper=paper, tiny=tiny, choices=choices, within=within)
-    return dataclasses.field(default=default, metadata=meta)
-
-
-# A method is a row of choices; a flag given by hand wins over its row.
-METHODS = {
-    # the paper: fading-out masks at high ratios, a group compared on shared noise
-    "maskgrpo": dict(remask="fading_out", gamma=0.6, managed_randomness=True, ratio="token", advantage="std"),
-    # d1: the likelihood at full mask, 15% of the prompt hidden
-    "diffu-grpo": dict(remask="full", gamma=0.0, managed_randomness=False, ratio="token", advantage="mean"),
-    # MMaDA: uniform masks over the whole range
-    "unigrpo": dict(remask="whole_range", gamma=0.0, managed_randomness=False, ratio="token", advantage="std"),
-    # TraceRL: the recorded order of generation, in mu slices
-    "tracerl": dict(remask="trace", gamma=0.0, managed_randomness=False, ratio="token", advantage="std"),
-    # the paper's ablation on images: UniGRPO and truncation, but no emerge sampler
-    "truncation": dict(remask="uniform", gamma=0.6, managed_randomness=True, ratio="token", advantage="std"),
-    # not of a paper: each completion begins with another slice, and every update sees a sample of the whole
-    "rotated-trace": dict(remask="rotated_trace", gamma=0.0, managed_randomness=False, ratio="token", advantage="std"),
-}
-# What these rows have instead where the completion is an image.
-IMAGE_METHODS = {name: dict(sampler="maskgit") for name in METHODS} | {
-    "maskgrpo": dict(remask="uniform", gamma=0.8, sampler="emerge"),
-    "truncation": dict(gamma=0.8, sampler="maskgit"),
-}
-# What a task sets instead of the columns of Config, this one's or upo.py's: (with --model, for the tiny model).
-TASK_SETTINGS = {
-    "gsm8k": dict(topk=(None, 3)),  # its tiny blocks have 4 tokens
-    "math500": dict(topk=(None, 3), base_accuracy=(None, 0.1)),
-    "mbpp": dict(topk=(None, 3), max_steps=(None, 80), pass_k=(None, 0)),  # programs take time to run
-    "countdown": dict(topk=(None, 3), base_accuracy=(None, 0.12)),
-    # "accuracy" is the share of right entries, a third by chance
-    "zebra": dict(
-        topk=(None, 3), base_accuracy=(None, 0.5), sft_lr=(None, 1e-3), max_steps=(None, 100), eval_n=(None, 1000)
-    ),
-    # the grid, five clues at least: most confident cell first, one by one; "accuracy" is the share of right cells
-    "sudoku": dict(gen_length=(64, 20), block_length=(16, 16), tokens_per_step=(1, 1), base_accuracy=(None, 0.73)),
-    # All codes and one end-of-image token; the tiny model's images have 8 x 8 codes. Divided by its std, a group whose
-    # images all miss the prompt pushes as hard, by fidelity alone, as one in which some are right: fewer objects then.
-    "t2i": dict(
-        gen_length=(1025, 65),
-        guidance=(3.5, 0.0),
-        temperature=(1.0, 1.0),
-        base_accuracy=(None, 0.25),
-        advantage=(None, "mean"),
-        batch_size=(None, 64),
-        lr=(None, 1e-4),
-        max_steps=(None, 120),
-        pass_k=(0, 0),
-        rewards=("clip=1", None),
-    ),
-}
-BETAS = (0.9, 0.99)  # AdamW: a shorter memory than 0.999 for the spikes of the 1/t weight
-
-
-SAMPLERS = {"semi_autoregressive": semi_autoregressive, "emerge": emerge, "maskgit": maskgit}
-
-
-@dataclasses.dataclass
-class Config:
-    """Every setting of a run. Published checkpoints default to the paper's values, the tiny model to its own."""
-
-    # what runs
-    task: str = option("task, a row of rewards.TASKS", "gsm8k", choices=tuple(TASKS))
-    method: str = option("a row of METHODS", "maskgrpo", choices=tuple(METHODS))
-    model: str = option("hub id, or path of a model, adapter or run directory; default: a tiny model, trained here")
-    data: str = option('training problems, FILE.jsonl or "generated"; default: published, for tiny generated')
-    eval_data: str = option("held-out problems, FILE.jsonl; default: published, or every tenth of --data")
-    allow_code_execution: bool = option("task mbpp: run the programs that the model writes, in a sandbox", False)
-    seed: int = option("seed of everything random", 0, within="[0, 4294967295]")
-    output_dir: str = option("run directory; default runs/maskgrpo-TASK-METHOD-MODEL-sSEED")
-    max_steps: int = option("RL steps (rollouts); the paper's run has 6000", paper=6000, tiny=250)
-    resume: bool = option("go on from the last checkpoint in --output_dir", False)
-    eval_only: bool = option("evaluate --model and leave", False)
-    log_with: str = option("a tracker of Accelerate's: tensorboard, wandb, ...")
-    save_every: int = option("steps between checkpoints, 0: only when stopped", paper=100, tiny=25)
-    # base model
-    lora: int = option("LoRA rank (alpha = rank / 2), 0: train all weights; the paper has 128", 0)
-    bf16: bool = option("frozen weights and matrix products in bfloat16", paper=torch.cuda.is_available(), tiny=False)
-    gradient_checkpointing: bool = option("recompute activations to save memory", paper=True, tiny=False)
-    base_accuracy: float = option("tiny: training ends at this validation accuracy", 0.4, within="(0, 1]")
-    base_steps: int = option("tiny: training ends after this many steps at the latest", 4000, within="[1, inf)")
-    sft_steps: int = option("steps of supervised ELBO training before RL (SFT + MaskGRPO)", 0)
-    sft_batch_size: int = option("sequences per process and step of ELBO training", paper=8, tiny=64, within="[1, inf)")
-    prompt_dropout: float = option("share of ELBO training without prompt, for guidance; images", 0.1, within="[0, 1)")
-    sft_lr: float = option("AdamW learning rate of ELBO training", paper=1e-5, tiny=3e-3, within="(0, inf)")
-    # images
-    rewards: str = option("reward on pixels: clip=1,http://HOST:PORT/hpsv3=0.5; the tiny model has a verifier instead")
-    decoder: str = option("MAGVIT-v2's weights: a file, a folder or a hub id", "showlab/magvitv2")
-    # rollout (emerge_sampler.py)
-    sampler: str = option("text has the first, images the others", "semi_autoregressive", choices=tuple(SAMPLERS))
-    steps: int = option("steps of an image", 12, within="[1, inf)")
-    schedule: str = option("how fast an image's tokens are revealed", "cosine", choices=tuple(SCHEDULES))
-    gen_length: int = option("completion length, tokens", paper=256, tiny=16, within="[1, inf)")
-    block_length: int = option("tokens per semi-autoregressive block", paper=16, tiny=4, within="[1, inf)")
-    tokens_per_step: int = option(
-        "tokens revealed per step; the paper has 256 tokens in 128 steps", paper=2, tiny=4, within="[1, inf)"
-    )
-    temperature: float = option(
-        "rollout temperature, also of the log-probabilities", paper=0.9, tiny=0.7, within="(0, 10]"
-    )
-    guidance: float = option("classifier-free guidance, 0: none", 0.0)
-    eos_last: bool = option("EOS waits until the rest of its block is filled", False)
-    # GRPO
-    group_size: int = option("G, completions per prompt", paper=6, tiny=8, within="[2, inf)")
-    batch_size: int = option(
-        "completions per process and micro-batch, a multiple of G", paper=6, tiny=128, within="[1, inf)"
-    )
-    accumulation: int = option("micro-batches per update", paper=2, tiny=1, within="[1, inf)")
-    mu: int = option("inner updates per rollout", paper=12, tiny=4, within="[1, inf)")
-    gamma: float = option("truncation: the lowest mask ratio", within="[0, 1)")
-    remask: str = option("re-masking scheme of remask.py", choices=remask.SCHEMES)
-    managed_randomness: bool = option("one mask noise for a whole group instead of one per completion")
-    ratio: str = option("ratio and KL per token, or per sequence on ell (Eq. 9, 10)", choices=("token", "sequence"))
-    advantage: str = option("divide by the group's std (paper) or only subtract its mean (d1)", choices=("std", "mean"))
-    beta: float = option("weight of the KL to the reference", 0.01)
-    clip: float = option("PPO clip of the ratio", 0.2, within="(0, 1)")
-    lr: float = option("AdamW learning rate, constant after warm-up", paper=3e-6, tiny=1.5e-4, within="(0, inf)")
-    warmup: int = option("updates of linear warm-up", paper=100, tiny=20)
-    weight_decay: float = option("AdamW weight decay", 0.0)
-    max_grad_norm: float = option("gradient norm is clipped to this", paper=0.2, tiny=1.0, within="(0, inf)")
-    # evaluation
-    eval_n: int = option("held-out problems before and after, 0: all", paper=0, tiny=1000)
-    eval_every: int = option("steps between looks at 256 validation problems, 0: never", paper=500, tiny=25)
-    eval_batch_size: int = option(
-        "completions per process and batch of evaluation", paper=32, tiny=256, within="[1, inf)"
-    )
-    pass_k: int = option("samples per problem for pass@k at --temperature, 0: greedy only", paper=0, tiny=8)
-
-
-def require(rules: dict[str, object]) -> None:
-    """Raise UsageError with the first message whose rule does not hold."""
-    for message, holds in rules.items():
-        if not holds:
-            raise UsageError(message)
-
-
-def check_ranges(cfg) -> None:
-    """Raise UsageError for a number outside its range, for a tracker that is not installed, and for a task that runs
-    code without --allow_code_execution."""
-    for field in dataclasses.fields(cfg):
-        value, within = getattr(cfg, field.name), field.metadata["within"]
-        if field.type in (int, float) and value is not None and not inside(value, within):
-            raise UsageError(f"--{field.name} {value} is outside {within}")
-    trackers = [str(tracker) for tracker in get_available_trackers()]
-    rules = {
-        f"--log_with {cfg.log_with}: not installed; installed are {trackers}": cfg.log_with in (None, *trackers),
-        rewards.CODE_REFUSED.format(cfg.task): cfg.allow_code_execution or not TASKS[cfg.task].runs_code,
-    }
-    require(rules)
-    if cfg.allow_code_execution:
-        rewards.allow_code_execution()
-
-
-def check(cfg: Config) -> None:
-    """Raise UsageError for a value out of range or a combination that makes no sense, naming its flag."""
-    check_ranges(cfg)
-    if cfg.rewards:
-        rewards.parse_scorers(cfg.rewards)
-    whole_groups = cfg.batch_size % cfg.group_size == 0
-    generated = cfg.data == "generated" or (cfg.data is None and is_tiny(cfg.model))
-    adapter, image = cfg.model is not None and resolve(cfg.model)[1], bool(TASKS[cfg.task].codebook)
-    rules = {
-        f"--lora {cfg.lora}: {adapter} is an adapter already, and trains as it is": not (cfg.lora and adapter),
-        "--eval_data needs published problems; generated ones have their own": not (cfg.eval_data and generated),
-        f"--batch_size {cfg.batch_size} is not a multiple of --group_size {cfg.group_size}": whole_groups,
-        "--eval_only needs --model: a hub id, or a model, adapter or run directory": cfg.model or not cfg.eval_only,
-        "--lora needs --model: the tiny default trains all its weights": cfg.model or not cfg.lora,
-        "--sft_steps needs --model: the tiny default has its own ELBO training": cfg.model or not cfg.sft_steps,
-        f"--sampler {cfg.sampler}: not for {'an image' if image else 'text'}, which --task {cfg.task} asks for": image
-        == (cfg.sampler != "semi_autoregressive"),
-        "--rewards scores images: --task t2i": image or not cfg.rewards,
-    }
-    require(rules)
-
-
-def inside(value: float, interval: str) -> bool:
-    """Whether a number lies in an interval like "[0, 1)"; nan lies in none."""
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    return above and (value <= high if interval[-1] == "]" else value < high)
-
-
-# ---------------------------------------------------------------------------------------------
-# Model: one interface to LLaDA, MMaDA, Dream, AutoModelForMaskedLM checkpoints and the tiny default
-# ---------------------------------------------------------------------------------------------
-
-# Names in a LLaDA or MMaDA checkpoint -> names in transformers' Llama; applied one after the other.
-LLADA_KEYS = {
-    r"^model\.transformer\.wte\.": "model.embed_tokens.",
-    r"^model\.transformer\.ln_f\.": "model.norm.",
-    r"^model\.transformer\.ff_out\.": "lm_head.",
-    r"^model\.transformer\.blocks\.": "model.layers.",
-    r"\.attn_norm\.": ".input_layernorm.",
-    r"\.ff_norm\.": ".post_attention_layernorm.",
-    r"\.q_proj\.": ".self_attn.q_proj.",
-    r"\.k_proj\.": ".self_attn.k_proj.",
-    r"\.v_proj\.": ".self_attn.v_proj.",
-    r"\.attn_out\.": ".self_attn.o_proj.",
-    r"\.ff_proj\.": ".mlp.gate_proj.",
-    r"\.up_proj\.": ".mlp.up_proj.",
-    r"\.ff_out\.": ".mlp.down_proj.",  # a block's; the top-level one is renamed above
-}
-# The tokens around an image. MMaDA's tokenizer does not spell its own: these are the ids it reserves for them.
-IMAGE_MARKS = {"<|t2i|>": 126088, "<|soi|>": 126084, "<|eoi|>": 126085, "<|pad|>": 126093}
-END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # what a chat model ends its turn with, where its vocabulary has it
-BIDIRECTIONAL = dict(is_causal=False, use_cache=False)
-TINY = dict(
-    hidden_size=64,
-    intermediate_size=176,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=128,
-    initializer_range=0.1,  # learns the first words faster than Llama's 0.02
-    bos_token_id=None,
-    pad_token_id=None,
-    embedded_default=True,
-)
-# What a task changes in it: narrow, so that upo.py's rollouts are quick.
-TINY_OF = {"sudoku": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=5)}
-
-
-def llada_config(raw: dict) -> LlamaConfig:
-    """The Llama configuration of a LLaDA or MMaDA config.json. pad_token_id stays None: it would become the
-    embedding's padding_idx, and LLaDA's pad is its EOS, whose embedding has to learn."""
-    return LlamaConfig(
-        vocab_size=raw.get("embedding_size") or raw["vocab_size"],
-        hidden_size=raw["d_model"],
-        intermediate_size=raw["mlp_hidden_size"],
-        num_hidden_layers=raw["n_layers"],
-        num_attention_heads=raw["n_heads"],
-        num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
-        max_position_embeddings=raw["max_sequence_length"],
-        rms_norm_eps=raw["rms_norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]},
-        tie_word_embeddings=raw.get("weight_tying", False),
-        eos_token_id=raw.get("eos_token_id"),
-        bos_token_id=None,
-        pad_token_id=None,
-        mask_token_id=raw.get("mask_token_id"),
-        codebook_size=raw.get("codebook_size"),  # of MMaDA's images
-        **BIDIRECTIONAL,
-    )
-
-
-def dream_config(raw: dict) -> Qwen2Config:
-    """The Qwen2 configuration of a Dream config.json; `shifted_logits`: position i is predicted at i - 1."""
-    kept = {
-        k: v
-        for k, v in raw.items()
-        if k not in ("architectures", "auto_map", "model_type", "pad_token_id", "rope_theta", "rope_scaling")
-    }
-    rope = {"rope_type": "default", "rope_theta": raw.get("rope_theta", 10000.0)}
-    return Qwen2Config(**kept | BIDIRECTIONAL | dict(rope_parameters=rope, pad_token_id=None, shifted_logits=True))
-
-
-class MaskedDiffusionModel(nn.Module):
-    """(x_t, attention, positions) -> logits at those positions, for every kind of base.
-
-    hf: the transformers model (or its PEFT wrapper); mask_id, pad_id, end_id: int; eos_ids: every id that
-    ends a completion. The vocabulary head runs at the positions asked for and nowhere else. Where the completion is
-    an image (codebook > 0) it also runs for the image's codes alone, ids first_id ... first_id + codebook - 1, which
-    follow the tokenizer's own.
-    """
-
-    def __init__(self, hf: nn.Module, tokenizer, image: bool = False):
-        super().__init__()
-        self.hf, self.tokenizer, config = hf, tokenizer, hf.config
-        self.mask_id = getattr(config, "mask_token_id", None)
-        if self.mask_id is None:
-            self.mask_id = tokenizer.mask_token_id
-        if self.mask_id is None:
-            raise UsageError(
-                f"{config.name_or_path}: no mask token; config.json needs mask_token_id, or the tokenizer a mask_token"
-            )
-        vocabulary = tokenizer.get_vocab()
-        ends = [vocabulary[word] for word in END_OF_TURN if word in vocabulary]
-        ends += [tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
-        self.end_id = next((i for i in ends if i is not None), None)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
-        from_config = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        eos_ids = {self.end_id, self.pad_id, tokenizer.eos_token_id, *from_config} - {None, self.mask_id}
-        if not eos_ids:
-            raise UsageError(f"{config.name_or_path}: the tokenizer has no EOS token")
-        self.eos_ids = sorted(eos_ids)
-        self.shifted = getattr(config, "shifted_logits", False)
-        forward = getattr(hf, "get_base_model", lambda: hf)().forward
-        self.takes_positions = "position_ids" in inspect.signature(forward).parameters
-        tables = [t for name, t in hf.named_modules() if name.endswith("position_embeddings")]
-        starts = [t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None]
-        self.first_position = max(starts, default=0)  # RoBERTa counts from its padding_idx + 1
-        for module in hf.modules():  # the old, the new and the reference policy must be the same function
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
-        head = hf.get_output_embeddings()
-        head.register_forward_pre_hook(lambda head, args: (args[0][self.read],))
-        self.first_id, self.codebook = 0, 0
-        if image:
-            self.predict_codes(head)
-
-    def predict_codes(self, head: nn.Module) -> None:
-        """Narrow the vocabulary head to the image's codes; UsageError for a model that draws no images."""
-        config, vocabulary = self.hf.config, self.tokenizer.get_vocab()
-        self.first_id, self.codebook = len(self.tokenizer), getattr(config, "codebook_size", None) or 0
-        self.marks = {word: vocabulary.get(word, i) for word, i in IMAGE_MARKS.items()}
-        last = max(self.first_id + self.codebook - 1, *self.marks.values())
-        if not self.codebook or last >= config.vocab_size:
-            raise UsageError(
-                f"{config.name_or_path or 'the model'}: draws no images: its config.json has codebook_size "
-                f"{self.codebook or 'missing'}, its tokenizer {self.first_id} tokens, its embedding "
-                f"{config.vocab_size}; --task t2i needs MMaDA or the tiny default"
-            )
-        self.pad_id = self.marks["<|pad|>"]
-        codes = slice(self.first_id, self.first_id + self.codebook)
-        head.forward = lambda h: nn.functional.linear(h, head.weight[codes])
-
-    def forward(self, x: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-        """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True.
-        Returns (N, V) float32, row-major, column 0 being token first_id; the mask token's logit is -inf: x0 never
-        holds a mask."""
-        # Dream reads the prediction of position i at i - 1; position 0 is a prompt's, so nothing wraps round
-        self.read = positions.roll(-1, dims=1) if self.shifted else positions
-        places = (
-            {"position_ids": (attention.cumsum(1) - 1).clamp(min=0) + self.first_position}
-            if self.takes_positions
-            else {}
-        )
-        logits = self.hf(input_ids=x, attention_mask=attention.long(), **places).logits.float()
-        if not self.codebook:
-            logits[:, self.mask_id] = -torch.inf  # in place: (N, V) is the largest tensor of a step
-        return logits
-
-
-def native_class(path: str) -> tuple[type, dict]:
-    """(transformers' own class for a checkpoint, keyword arguments of its from_pretrained); no remote code."""
-    raw, _ = PreTrainedConfig.get_config_dict(path)
-    kind = str(raw.get("model_type", "")).lower()
-    if {"d_model", "mlp_hidden_size", "n_layers"} <= raw.keys():  # LLaDA, MMaDA
-        return LlamaForCausalLM, {"config": llada_config(raw), "key_mapping": LLADA_KEYS}
-    if kind == "dream":
-        return Qwen2ForCausalLM, {"config": dream_config(raw)}
-    if kind in ("llama", "qwen2"):  # saved by this project: is_causal=False and Dream's shift are in its config
-        if raw.get("is_causal", True):
-            raise UsageError(f"--model {path}: a causal {kind}; a masked diffusion model's config has is_causal: false")
-        return (LlamaForCausalLM if kind == "llama" else Qwen2ForCausalLM), {}
-    return transformers.AutoModelForMaskedLM, {"trust_remote_code": False}
-
-
-def load_hf(path: str, dtype: torch.dtype) -> nn.Module:
-    """A published or saved checkpoint, bidirectional; UsageError where weights are missing or do not fit."""
-    try:
-        family, options = native_class(path)
-        model, info = family.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
-    except UsageError:
-        raise
-    except Exception as error:  # what a broken checkpoint raises has no common class
-        reason = f"config.json lacks {error}" if isinstance(error, KeyError) else first_line(error)
-        raise UsageError(f"--model {path}: cannot be loaded: {reason}") from None
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    wrong = [f"{kind.replace('_', ' ')} {sorted(info[kind])[:3]} ..." for kind in kinds if info.get(kind)]
-    if wrong:
-        raise UsageError(f"--model {path}: its weights do not fit its config.json: {'; '.join(wrong)}")
-    return model
-
-
-def load_tokenizer(path: str):
-    """The tokenizer of a checkpoint; Dream's own class is Qwen2's. Raises UsageError."""
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(path)
-        family = transformers.Qwen2Tokenizer if str(raw.get("model_type", "")).lower() == "dream" else AutoTokenizer
-        return family.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        raise UsageError(f"--model {path}: its tokenizer cannot be loaded: {first_line(error)}") from None
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; UsageError where it is none."""
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def resolve(path: str) -> tuple[str, str | None]:
-    """(base model, adapter or None) of a hub id, a model directory, an adapter directory or a run directory."""
-    inner = Path(path) / "model"
-    path = str(inner) if inner.is_dir() else path
-    if not Path(path).is_dir() and (
-        Path(path).exists() or path.startswith(("/", ".", "~", "runs/")) or path.count("/") > 1
-    ):
-        raise UsageError(f"--model {path}: not a directory, and not a hub id either (those read OWNER/NAME)")
-    adapter = Path(path) / "adapter_config.json"
-    if not adapter.is_file():
-        return path, None
-    base = read_json(adapter).get("base_model_name_or_path")
-    if not base:
-        raise UsageError(f"{adapter}: names no base_model_name_or_path")
-    return base, path
-
-
-def is_tiny(path: str | None) -> bool:
-    """Whether a model is the embedded default, or was trained from it: then the tiny column of defaults applies."""
-    if path is None or not Path(path).is_dir():
-        return path is None
-    config = Path(resolve(path)[0]) / "config.json"
-    return config.is_file() and read_json(config).get("embedded_default", False)
-
-
-def require_peft():
-    """The module peft; UsageError with the pip command where it is not installed."""
-    try:
-        import peft
-    except ImportError:
-        raise UsageError("--lora and adapters need PEFT: pip install peft") from None
-    return peft
-
-
-def load_model(path: str, cfg: Config, trainable: bool) -> MaskedDiffusionModel:
-    """A base model ready to run. Trained weights are float32 even with --bf16: a bf16 weight of 0.02 cannot
-    take a step of 3e-6. Frozen ones are bf16 then; the matrix products are bf16 either way (autocast)."""
-    base, adapter = resolve(path)
-    if adapter is None and not Path(base).is_dir():  # a hub id may name an adapter too
-        file = find_adapter_config_file(base)
-        base, adapter = (read_json(Path(file))["base_model_name_or_path"], base) if file else (base, None)
-    frozen = bool(cfg.lora) or adapter is not None or not trainable
-    hf = load_hf(base, torch.bfloat16 if cfg.bf16 and frozen else torch.float32)
-    if adapter is not None:
-        peft = require_peft()
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message=".*missing adapter keys")
-                hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
-        except Exception as error:  # an adapter of the remote-code LLaDA class has other module names
-            raise UsageError(f"--model {adapter}: the adapter does not fit {base}: {first_line(error)[:200]}") from None
-    elif cfg.lora and trainable:
-        peft = require_peft()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(cfg.seed)  # LoRA's initialisation; afterwards all is as before
-            hf = peft.get_peft_model(
-                hf, peft.LoraConfig(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules="all-linear")
-            )
-    if not trainable:
-        hf.requires_grad_(False)
-    if trainable and cfg.gradient_checkpointing:
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
-    return MaskedDiffusionModel(hf, load_tokenizer(adapter or base), bool(TASKS[cfg.task].codebook))
-
-
-def save_model(model: MaskedDiffusionModel, path: Path) -> None:
-    """The model (or its adapter) and tokenizer in transformers' own format, under Llama's or Qwen2's own names."""
-    model.hf.save_pretrained(path, save_original_format=False)
-    model.tokenizer.save_pretrained(path)
-
-
-def tiny_tokenizer(texts: list[str], marks: tuple[str, ...] = ()):
-    """A tokenizer of words and whole numbers that spells `texts` without loss, with LLaDA's special tokens, and with
-    `marks` as further ones."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    split = pre_tokenizers.Split(Regex(r" ?\d+| ?[^\s\d]+ ?|\s"), "isolated")
-    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
-    special = ["<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>", "<|unknown|>", *marks]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<|unknown|>"))
-    raw.pre_tokenizer, raw.decoder = split, decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        eos_token=special[0],
-        pad_token=special[0],
-        mask_token=special[2],
-        unk_token=special[3],
-        additional_special_tokens=[special[1], *marks],
-    )
-    # the question and a line break; instructions are for models that can read them
-    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}\n{% endfor %}"
-    return tokenizer
-
-
-def tiny_model(tokenizer, seed: int, task: str = "gsm8k") -> MaskedDiffusionModel:
-    """The embedded default: the class that LLaDA is loaded into, 150k parameters, random weights from the seed."""
-    names = {"eos_token_id": tokenizer.eos_token_id, "mask_token_id": tokenizer.mask_token_id}
-    codes = TASKS[task].codebook
-    sizes = TINY | TINY_OF.get(task, {}) | dict(vocab_size=len(tokenizer) + codes, codebook_size=codes)
-    config = LlamaConfig(**sizes, **names, **BIDIRECTIONAL)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return MaskedDiffusionModel(LlamaForCausalLM(config), tokenizer, image=bool(codes))
-
-
-# ---------------------------------------------------------------------------------------------
-# Text <-> tensors
-# ---------------------------------------------------------------------------------------------
+# --- The paper, 1: the likelihood of a masked diffusion model (Eq. 2) -------------------------------------------------
 
 
 class Batch(NamedTuple):
-    """x: (B, L) long, prompts padded on the left, then gen_length columns; attention: (B, L) bool, False at
-    padding; completion: (B, L) bool, what the model writes: all of these columns, or the blanks among them."""
+    """B prompts, padded on the left, and gen_length columns behind them. x: (B, L) long; attention: (B, L) bool, False
+    at padding; completion: (B, L) bool, what the model writes: all of the last columns, or the blanks among them."""
 
     x: Tensor
     attention: Tensor
     completion: Tensor
 
 
-def prompt_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """The chat template's tokens up to where the model answers; plain lines for a tokenizer without a template."""
-    if not tokenizer.chat_template:
-        return tokenizer("".join(message["content"] + "\n" for message in messages))["input_ids"]
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    except jinja2.TemplateError:  # some templates have no system role
-        merged = [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
-        return tokenizer.apply_chat_template(merged, add_generation_prompt=True, return_dict=False)
-
-
-def image_prompt(model: MaskedDiffusionModel, text: str) -> list[int]:
-    """MMaDA's prompt of an image: t2i bos text eos, and the token that starts the image."""
-    bos, eos = ([i] if i is not None else [] for i in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id))
-    words = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [model.marks["<|t2i|>"], *bos, *words, *eos, model.marks["<|soi|>"]]
-
-
-def prompt_of(model: MaskedDiffusionModel, task, problem: Problem) -> list[int]:
-    """The ids in front of a problem's completion."""
-    messages = task.messages(problem)
-    return image_prompt(model, messages[-1]["content"]) if task.codebook else prompt_ids(model.tokenizer, messages)
-
-
-def make_batch(model: MaskedDiffusionModel, prompts: list, starts: list, device, targets: list | None = None) -> Batch:
-    """Prompts of any length beside starts of one length, which hold the mask token where the completion is open.
-
-    All are lists of ids. With targets the completion is not open but filled in from them.
-    """
-    width = max(map(len, prompts))
-    rows = [[model.pad_id] * (width - len(p)) + p + s for p, s in zip(prompts, starts, strict=True)]
-    x = torch.tensor(rows, device=device)
-    lengths = torch.tensor([[len(p)] for p in prompts], device=device)
-    place = torch.arange(x.shape[1], device=device)
-    completion = (x == model.mask_id) & (place >= width)
-    if targets is not None:
-        x[:, width:] = torch.tensor(targets, device=device)
-    return Batch(x, place >= width - lengths, completion)
-
-
-def texts_of(model: MaskedDiffusionModel, batch: Batch, completion: Tensor, gen_length: int) -> list[str]:
-    """What stands in the last gen_length columns of batch.x, without special tokens and what lies behind the first
-    EOS; completion (B, L) bool ends there. Where blanks were filled in, the text around them belongs to it. Of an
-    image: its codes, with spaces between."""
-    if model.codebook:
-        return [" ".join(map(str, codes)) for codes in (batch.x[:, -gen_length:-1] - model.first_id).tolist()]
-    kept = ~(batch.completion & ~completion)[:, -gen_length:]
-    rows = [row[keep].tolist() for row, keep in zip(batch.x[:, -gen_length:], kept)]
-    return model.tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-
-def start_of(model: MaskedDiffusionModel, task, problem: Problem, gen_length: int) -> list[int]:
-    """The gen_length ids that a completion starts from: all masks, or the given text with masks in its blanks; an
-    image's masks end with its end-of-image token."""
-    if task.codebook:
-        return [model.mask_id] * (gen_length - 1) + [model.marks["<|eoi|>"]]
-    if task.blanks is None:
-        return [model.mask_id] * gen_length
-    target, blanks = task.target(problem), task.blanks(problem)
-    spelled = model.tokenizer(target, add_special_tokens=False, return_offsets_mapping=True)
-    open_at = [a for a, (b, t) in enumerate(zip(blanks, target, strict=True)) if b != t]  # characters
-    ids = [
-        model.mask_id if any(first <= a < behind for a in open_at) else token
-        for token, (first, behind) in zip(spelled["input_ids"], spelled["offset_mapping"])
-    ] + [model.end_id]
-    if len(ids) > gen_length:
-        raise UsageError(f"--gen_length {gen_length}: this task's completions have {len(ids)} tokens")
-    return ids + [model.pad_id] * (gen_length - len(ids))
-
-
-def ends_of(model: MaskedDiffusionModel, task) -> list[int]:
-    """The ids that end a completion. Where blanks are filled in, or an image's codes, nothing does: all are wanted."""
-    return [] if task.blanks or task.codebook else model.eos_ids
-
-
-class Lesson(NamedTuple):
-    """What ELBO training learns from: ids of prompts, of where completions start, and of the finished ones."""
-
-    prompts: list[list[int]]
-    starts: list[list[int]]
-    targets: list[list[int]]
-
-
-def encode_targets(model: MaskedDiffusionModel, task, problems: list[Problem], gen_length: int) -> Lesson:
-    """The problems whose solutions, ended and padded with EOS as in LLaDA's SFT, fit into gen_length."""
-    lesson = Lesson([], [], [])
-    for problem in problems:
-        if task.codebook:
-            target = [model.first_id + int(code) for code in task.target(problem).split()] + [model.marks["<|eoi|>"]]
-        else:
-            target = model.tokenizer(task.target(problem), add_special_tokens=False)["input_ids"] + [model.end_id]
-        if len(target) == gen_length or (len(target) < gen_length and not task.codebook):
-            lesson.prompts.append(prompt_of(model, task, problem))
-            lesson.starts.append(start_of(model, task, problem, gen_length))
-            lesson.targets.append(target + [model.pad_id] * (gen_length - len(target)))
-    return lesson
-
-
-def shuffled(n: int, count: int, start: int, *key: int) -> list[int]:
-    """Items start ... start + count of an endless series of shuffles of range(n), from a key; needs no state."""
-    epochs = {
-        epoch: torch.randperm(n, generator=seeded(*key, epoch))
-        for epoch in range(start // n, (start + count - 1) // n + 1)
-    }
-    return [int(epochs[c // n][c % n]) for c in range(start, start + count)]
-
-
-# ---------------------------------------------------------------------------------------------
-# Likelihood: Eq. 2, and the terms of Eq. 9 and 10
-# ---------------------------------------------------------------------------------------------
-
-
 def token_log_probs(
-    model: nn.Module,
-    batch: Batch,
-    hidden: Tensor,
-    scored: Tensor,
-    mask_id: int,
-    temperature: float = 1.0,
-    first_id: int = 0,
+    model: nn.Module, batch: Batch, hidden: Tensor, scored: Tensor, mask_id: int, temperature=1.0, first_id=0
 ) -> Tensor:
     """log pi(x0^n | c, x_t) where scored (B, L) bool, else 0; (B, L) float32. x_t hides `hidden` (B, L) bool; first_id
     is the token that column 0 of the logits stands for."""
     x_t = batch.x.masked_fill(hidden, mask_id)
-    logits = model(x_t, batch.attention, scored)  # (N, V)
+    logits = model(x_t, batch.attention, scored)  # (N, V), at the N scored positions and nowhere else
     logits = logits if temperature == 1 else logits / temperature
     chosen = logits.gather(-1, batch.x[scored][:, None] - first_id)[:, 0]
     log_p = chosen - logits.logsumexp(-1)  # (N,), without a second (N, V) tensor
@@ -733,15 +112,14 @@ def sequence_ell(log_p: Tensor, t: Tensor) -> Tensor:
 
 
 def elbo_loss(model: nn.Module, batch: Batch, r: Tensor, u: Tensor, mask_id: int, first_id: int = 0) -> Tensor:
-    """- E ell / |o|, the masked ELBO per token (Eq. 2). r (B,) mask ratios, u (B, L) noise."""
+    """- E ell / |o|, the masked ELBO per token (Eq. 2), by which bases are trained; a scalar. r (B,) mask ratios, u
+    (B, L) uniform noise."""
     masks = remask.uniform(batch.completion, r, u)
     log_p = token_log_probs(model, batch, masks.masked, masks.scored, mask_id, first_id=first_id)
     return -(sequence_ell(log_p, masks.t) / batch.completion.sum(1)).mean()
 
 
-# ---------------------------------------------------------------------------------------------
-# Advantages and the loss: pure functions of tensors
-# ---------------------------------------------------------------------------------------------
+# --- The paper, 2: advantage, importance ratio (Eq. 9) and KL (Eq. 10) ------------------------------------------------
 
 
 def group_advantages(rewards: Tensor, group_size: int, convention: str) -> Tensor:
@@ -779,25 +157,68 @@ def kl_estimate(d: Tensor) -> Tensor:
     return tame_exp(d) - d - 1
 
 
-class Loss(NamedTuple):
-    """Scalars: the loss; the mean of D; the share of ratios outside the clip; the mean of |log rho|."""
+# --- The paper, 3: the masks of update j, o^{t_j} ~ Rev(o, t_j, S_j) with t_j = gamma + (1 - gamma) j / mu ------------
 
-    loss: Tensor
-    kl: Tensor
-    clipped: Tensor
-    log_ratio: Tensor
+# First key of every seeded generator, so that no two uses share their noise.
+DATA, ELBO, ROLLOUT, MASKS, EVALUATION = range(5)
 
 
-def policy_loss(log_p, old, ref, masks: Remask, advantages, lengths, *, ratio: str, clip: float, beta: float) -> Loss:
-    """-(1/G) sum_i (A_i rho_i - beta D_i) / |o_i| of one inner update j, averaged over groups.
+class Rollouts(NamedTuple):
+    """Finished completions o, kept for their mu updates. batch.completion spans all that the model could write,
+    `completion` (B, L) bool ends with the first EOS; unmask_step (B, L) long: the sampler's step that revealed a token;
+    groups (B,) long, of training: each row's group over all processes; forwards: of the rollout; texts: B strings."""
+
+    batch: Batch
+    completion: Tensor
+    unmask_step: Tensor
+    groups: Tensor | None
+    forwards: int
+    texts: list[str]
+
+
+def mask_noise(cfg: "Config", o: Rollouts, step: int, j: int) -> tuple[Tensor, Tensor]:
+    """S_j: uniform noise of inner update j, u (B, L) for positions, u_ratio (B,) for ratios; float32, on the CPU.
+
+    Keyed by (seed, step, j, group): the same for the old, the new and the reference policy, whichever process
+    holds the group and however it is padded. With managed randomness a group's completions share it, so that
+    they are compared on the same hidden positions; else each has its own.
+    """
+    u, u_ratio = torch.zeros(o.batch.x.shape), torch.zeros(len(o.batch.x))
+    width, drawn = u.shape[1] - cfg.gen_length, {}
+    for row, (group, prompt) in enumerate(zip(o.groups.tolist(), o.batch.attention[:, :width].sum(1).tolist())):
+        key = (cfg.seed, MASKS, step, j, group, 0 if cfg.managed_randomness else 1 + row % cfg.group_size)
+        if key not in drawn:
+            noise = seeded(*key)
+            drawn[key] = [torch.rand(n, generator=noise) for n in (cfg.gen_length, 1, prompt)]
+        u[row, width:], u_ratio[row : row + 1], u[row, width - prompt : width] = drawn[key]
+    return u, u_ratio
+
+
+def remasked_log_probs(cfg: "Config", pi: nn.Module, base, o: Rollouts, step: int, j: int) -> tuple[Tensor, Remask]:
+    """(token log-probabilities (B, L) of o under pi on the masks of update j, and these masks). remask.py has t_j and
+    the schemes; the tail behind EOS stays hidden, as in the rollout. base: the bare model, which knows its ids."""
+    noise = mask_noise(cfg, o, step, 0 if cfg.remask in remask.ONE_RATIO else j)
+    u, u_ratio = (v.to(o.completion.device) for v in noise)
+    prompt = o.batch.attention & ~o.batch.completion
+    masks = remask.by_name(cfg.remask, o.completion, prompt, o.unmask_step, u, u_ratio, j, cfg.mu, cfg.gamma)
+    hidden = masks.masked | (o.batch.completion & ~o.completion)
+    return token_log_probs(pi, o.batch, hidden, masks.scored, base.mask_id, cfg.temperature, base.first_id), masks
+
+
+# --- The paper, 4: the objective --------------------------------------------------------------------------------------
+
+
+def policy_loss(log_p, old, ref, masks: Remask, advantages, lengths, *, ratio: str, clip: float, beta: float):
+    """-(1/G) sum_i (A_i rho_i - beta D_i) / |o_i| of one inner update j, averaged over groups: (the loss, a scalar;
+    {"kl": the mean of D, "clipped": the share of ratios outside the clip, "log_ratio": the mean of |log rho|}).
 
     log_p, old, ref (None without KL): (B, L) float32 token log-probabilities, 0 where not scored;
     advantages, lengths: (B,) float32, lengths = |o|. Raises ValueError where shapes disagree.
     """
     ref = log_p.detach() if ref is None else ref
-    shapes = (log_p.shape, old.shape, ref.shape, masks.scored.shape, advantages.shape, lengths.shape)
-    if shapes != (masks.scored.shape,) * 4 + (masks.t.shape,) * 2:
-        raise ValueError(f"shapes disagree: log_p, old, ref, scored, A, |o| are {[tuple(shape) for shape in shapes]}")
+    shapes = [tuple(v.shape) for v in (log_p, old, ref, masks.scored, advantages, lengths)]
+    if shapes != [shapes[3]] * 4 + [shapes[3][:1]] * 2:  # a broadcast would be silent
+        raise ValueError(f"shapes disagree: log_p, old, ref, scored, A, |o| are {shapes}")
     if ratio == "sequence":
         # Eq. 9: log rho = ell_theta - ell_old;  Eq. 10: d = ell_ref - ell_theta; one of each per completion, (B, 1).
         difference = lambda a, b: sequence_ell(a - b, masks.t)[:, None]
@@ -815,53 +236,601 @@ def policy_loss(log_p, old, ref, masks: Remask, advantages, lengths, *, ratio: s
     with torch.no_grad():
         row_mean = lambda v: (v * counted / counted.sum(1, keepdim=True).clamp(min=1)).sum(1).mean()
         outside = ((tame_exp(log_rho) - 1).abs() > clip).float()
-        return Loss(loss, row_mean(kl), row_mean(outside), row_mean(log_rho.abs()))
+        metrics = {"kl": row_mean(kl), "clipped": row_mean(outside), "log_ratio": row_mean(log_rho.abs())}
+    return loss, {"loss": loss.item()} | {name: value.item() for name, value in metrics.items()}
 
 
-# ---------------------------------------------------------------------------------------------
-# The run: what every stage shares
-# ---------------------------------------------------------------------------------------------
+# --- The paper, 5: the algorithm --------------------------------------------------------------------------------------
 
-# First key of every seeded generator, so that no two uses share their noise.
-DATA, ELBO, ROLLOUT, MASKS, EVALUATION = range(5)
+
+def train_step(run: "Run", policy: nn.Module, base, reference: Callable, optimizer, problems: list, step: int) -> dict:
+    """One step of MaskGRPO, the paper's algorithm box; returns its metrics. Raises UsageError if a loss is not finite.
+
+    policy: pi_theta as Accelerate has wrapped it, base: the same without the wrapping; reference() is a context that
+    yields pi_ref; problems: what prompts are taken from. The rest of the file only prepares these.
+    """
+    cfg, experience, rollouts, updates = run.cfg, [], [], []
+    log_probs = lambda pi, o, j: remasked_log_probs(cfg, pi, base, o, step, j)
+    for micro in range(cfg.accumulation):
+        # Sample a group o_1 ... o_G ~ pi_old(. | c) of each prompt c, and reward it: r_i. pi_old is pi_theta as of now.
+        o, r, metrics = sample_groups(run, policy, base, problems, step, micro)
+        # A_i = (r_i - mean r) / std r
+        A = group_advantages(r, cfg.group_size, cfg.advantage).to(run.device)
+        # Log-probabilities under pi_old and pi_ref of what each of the mu masks hides.
+        with torch.no_grad():  # at j = 1 pi_old is pi_theta itself
+            old = {j: log_probs(policy, o, j)[0] for j in range(2, cfg.mu + 1)}
+        ref = dict.fromkeys(range(1, cfg.mu + 1))
+        if cfg.beta:
+            with reference() as pi_ref:
+                ref = {j: log_probs(pi_ref, o, j)[0] for j in ref}
+        experience.append((o, A, old, ref))
+        rollouts.append(metrics)
+    policy.train()
+    for j in range(1, cfg.mu + 1):
+        losses = []
+        for o, A, old, ref in experience:
+            with run.accelerator.accumulate(policy):
+                # Re-mask: o^{t_j} ~ Rev(o, t_j, S_j), and log pi_theta of what is hidden
+                log_p, masks = log_probs(policy, o, j)
+                # Eq. 9 and 10 -> -(1/G) sum_i (A_i rho_i - beta D_i) / |o_i|
+                lengths, pi_old = o.completion.sum(1).float(), old.get(j, log_p.detach())
+                loss, metrics = policy_loss(
+                    log_p, pi_old, ref[j], masks, A, lengths, ratio=cfg.ratio, clip=cfg.clip, beta=cfg.beta
+                )
+                run.accelerator.backward(loss)  # divided by the number of micro-batches there
+            losses.append(metrics)
+        # One step of AdamW per j, on the clipped gradient, after a warm-up
+        norm = run.accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        updates.append(run.average(mean_of(losses) | {"grad_norm": float(norm)}))
+        finite = math.isfinite(updates[-1]["loss"] + updates[-1]["grad_norm"])
+        lower = f"the loss or its gradient is not finite; go on by --resume with a lower --lr ({cfg.lr:g})"
+        require({f"step {step + 1}, update {j}: {lower}": finite})
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, (step * cfg.mu + j) / max(cfg.warmup, 1))
+        optimizer.step()
+        optimizer.zero_grad()
+    return mean_of(rollouts) | mean_of(updates)
+
+
+# --- Settings. A field's default is the paper's value, for published checkpoints; the tables behind them change it. ---
+
+METHODS = {
+    "maskgrpo": dict(remask="fading_out", gamma=0.6, managed_randomness=True, advantage="std"),  # the paper, for text
+    "diffu-grpo": dict(remask="full", gamma=0.0, managed_randomness=False, advantage="mean"),  # d1
+    "unigrpo": dict(remask="whole_range", gamma=0.0, managed_randomness=False, advantage="std"),  # MMaDA
+    "tracerl": dict(remask="trace", gamma=0.0, managed_randomness=False, advantage="std"),
+    "truncation": dict(remask="uniform", gamma=0.6, managed_randomness=True, advantage="std"),  # the paper's ablation
+    "rotated-trace": dict(remask="rotated_trace", gamma=0.0, managed_randomness=False, advantage="std"),  # of no paper
+}
+# What these rows have instead where the completion is an image.
+IMAGE_METHODS = {name: dict(sampler="maskgit") for name in METHODS} | {
+    "maskgrpo": dict(remask="uniform", gamma=0.8, sampler="emerge"),
+    "truncation": dict(gamma=0.8, sampler="maskgit"),
+}
+
+
+def flag(default, help: str, **more):
+    """A field of a configuration, which is a flag of the command line too."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+@dataclasses.dataclass
+class Common:
+    """What maskgrpo.py and upo.py both ask."""
+
+    _argument_group_name = "the run"
+    task: str = flag("gsm8k", "a row of rewards.TASKS", choices=tuple(TASKS))
+    model: str | None = flag(None, "hub id, or path of a model, adapter or run; default: a tiny model, trained here")
+    data: str | None = flag(None, 'training problems, a FILE or "generated"; default: published, for tiny generated')
+    eval_data: str | None = flag(None, "held-out problems, a FILE; default: published, or every tenth of --data")
+    allow_code_execution: bool = flag(False, "task mbpp: run the programs that the model writes, in a sandbox")
+    seed: int = flag(0, "seed of everything random")
+    output_dir: str | None = flag(None, "run directory; default runs/SCRIPT-TASK-METHOD-MODEL-sSEED")
+    max_steps: int = flag(6000, "RL steps: rollouts with mu updates each; the paper's 6000 count updates")
+    save_every: int = flag(10, "steps between checkpoints, 0: only when stopped and at the end")
+    resume: bool = flag(False, "go on from the last checkpoint in --output_dir")
+    eval_only: bool = flag(False, "evaluate and leave")
+    log_with: str | None = flag(None, "a tracker of Accelerate's: tensorboard, wandb, ...")
+    bf16: bool = flag(torch.cuda.is_available(), "frozen weights and matrix products in bfloat16")
+    gen_length: int = flag(256, "completion length, tokens")
+    block_length: int = flag(16, "tokens per semi-autoregressive block")
+    temperature: float = flag(0.9, "of tokens in rollouts; in maskgrpo.py also of their log-probabilities")
+    group_size: int = flag(6, "G, completions per prompt")
+    batch_size: int = flag(6, "completions per process and micro-batch, a multiple of G")
+    mu: int = flag(12, "updates per rollout")
+    advantage: str = flag("std", "divide by the group's std, or only subtract its mean", choices=("std", "mean"))
+    beta: float = flag(0.01, "weight of the KL to the reference")
+    clip: float = flag(0.2, "PPO clip of the ratio")
+    lr: float = flag(3e-6, "AdamW learning rate after warm-up")
+    warmup: int = flag(100, "linear warm-up of the learning rate: updates in maskgrpo.py, steps in upo.py")
+    weight_decay: float = flag(0.0, "AdamW weight decay")
+    max_grad_norm: float = flag(0.2, "gradient norm is clipped to this")
+    eval_n: int = flag(0, "held-out problems, 0: all")
+    eval_every: int = flag(500, "steps between looks at 256 validation problems, 0: never")
+    eval_batch_size: int = flag(32, "completions per process and batch of evaluation")
+
+    def tiny(self) -> bool:
+        """Whether the model is the embedded default, or was trained from it: then the tiny tables apply."""
+        local = self.model is not None and Path(self.model).is_dir()
+        file = Path(resolve(self.model)[0], "config.json") if local else None
+        return self.model is None or bool(file and file.is_file() and read_json(file).get("embedded_default"))
+
+    def generated(self) -> bool:
+        """Whether the problems come from the task's generator."""
+        return self.data == "generated" or (self.data is None and self.tiny())
+
+
+@dataclasses.dataclass
+class MaskGRPO:
+    """What only maskgrpo.py asks."""
+
+    _argument_group_name = "MaskGRPO"
+    method: str = flag("maskgrpo", "a row of METHODS, which the next flags change", choices=tuple(METHODS))
+    remask: str = flag("fading_out", "re-masking scheme of remask.py", choices=remask.SCHEMES)
+    gamma: float = flag(0.6, "truncation: the lowest mask ratio")
+    managed_randomness: bool = flag(True, "one mask noise for a whole group instead of one per completion")
+    ratio: str = flag("token", "ratio and KL per token, or of the sequence (Eq. 9, 10)", choices=("token", "sequence"))
+    accumulation: int = flag(2, "micro-batches per update")
+    sampler: str = flag("semi_autoregressive", "text has this one, images the others", choices=tuple(SAMPLERS))
+    tokens_per_step: int = flag(2, "tokens of a text revealed per step")
+    eos_last: bool = flag(False, "EOS waits until the rest of its block is filled")
+    steps: int = flag(12, "steps of an image")
+    guidance: float = flag(0.0, "classifier-free guidance, 0: none")
+    rewards: str | None = flag(None, "of pixels: clip=1,http://HOST:PORT/hpsv3=0.5; tiny images have a verifier")
+    decoder: str = flag("showlab/magvitv2", "MAGVIT-v2's weights: a file, a folder or a hub id")
+    pass_k: int = flag(0, "samples per problem for pass@k at --temperature, 0: greedy only")
+    lora: int = flag(0, "LoRA rank (alpha = rank / 2), the paper has 128; 0: train all weights")
+    gradient_checkpointing: bool = flag(True, "recompute activations to save memory")
+    sft_steps: int = flag(0, "with --model: steps of supervised ELBO training before RL (SFT + MaskGRPO)")
+    sft_batch_size: int = flag(8, "sequences per process and step of ELBO training")
+    sft_lr: float = flag(1e-5, "AdamW learning rate of ELBO training")
+    base_steps: int = flag(4000, "tiny: its ELBO training ends after this many steps at the latest")
+    base_accuracy: float = flag(0.4, "tiny: or at this validation accuracy")
+
+
+@dataclasses.dataclass
+class Config(Common, MaskGRPO):
+    """Every setting of a run."""
+
+
+# What a task changes for published checkpoints: a sudoku's grid; all codes of an image and one end-of-image token.
+TASK = {
+    "sudoku": dict(gen_length=64, tokens_per_step=1),
+    "t2i": dict(gen_length=1025, guidance=3.5, temperature=1.0, rewards="clip=1"),
+}
+# The tiny model's values, and what a task changes in them.
+TINY = {
+    **dict(max_steps=250, save_every=25, bf16=False, gradient_checkpointing=False, sft_batch_size=64, sft_lr=3e-3),
+    **dict(gen_length=16, block_length=4, tokens_per_step=4, temperature=0.7, group_size=8, batch_size=128, mu=4),
+    **dict(accumulation=1, lr=1.5e-4, warmup=20, max_grad_norm=1.0, eval_n=1000, eval_every=25, eval_batch_size=256),
+    **dict(pass_k=8),
+}
+TINY_TASK = {
+    "math500": dict(base_accuracy=0.1),
+    "mbpp": dict(max_steps=80, pass_k=0),  # programs take time to run
+    "countdown": dict(base_accuracy=0.12),
+    "zebra": dict(base_accuracy=0.5, sft_lr=1e-3, max_steps=100),  # share of right entries; a third by chance
+    "sudoku": dict(gen_length=20, block_length=16, tokens_per_step=1, base_accuracy=0.73),  # share of right cells
+    # 8 x 8 codes. Divided by its std, a group whose images all miss the prompt pushes as hard, by fidelity alone, as
+    # one in which some are right: fewer objects then.
+    "t2i": dict(gen_length=65, temperature=1.0, base_accuracy=0.25, batch_size=64, lr=1e-4, max_steps=120, pass_k=0)
+    | dict(advantage="mean"),
+}
+BETAS = (0.9, 0.99)  # AdamW: a shorter memory than 0.999 for the spikes of the 1/t weight
+
+
+def tables(cfg: Config) -> list[dict]:
+    """Where a run's defaults come from: its model, its method, its task; the last one wins."""
+    of_model, of_task = (TINY, TINY_TASK) if cfg.tiny() else ({}, TASK)
+    image = IMAGE_METHODS[cfg.method] if TASKS[cfg.task].codebook else {}
+    return [of_model, METHODS[cfg.method], image, of_task.get(cfg.task, {})]
+
+
+class UsageError(ValueError):
+    """Something the caller has to change: one line that says what, where, and what would be right."""
+
+
+def require(rules: dict[str, object]) -> None:
+    """Raise UsageError with the first message whose rule does not hold."""
+    for message, holds in rules.items():
+        if not holds:
+            raise UsageError(message)
+
+
+@contextlib.contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block, in somebody else's code, is a UsageError that begins with `what`."""
+    try:
+        yield
+    except Exception as error:  # what broken files raise has no common class
+        lacks = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)[:300]
+        raise error if isinstance(error, UsageError) else UsageError(f"{what}: {lacks}") from None
+
+
+class Parser(transformers.HfArgumentParser):
+    def error(self, message: str):
+        raise UsageError(message + " (see --help)")  # one line, not a page of usage
+
+
+# What may change when a run goes on; anything else would make it another run.
+FREE_ON_RESUME = set("resume output_dir max_steps save_every log_with eval_batch_size lr max_grad_norm".split())
+
+
+def parse(argv: list[str] | None = None, kind: type = Config, about: str = __doc__, tables: Callable = tables):
+    """The configuration, a `kind`: field < tables < flag. With --resume: the saved run's, which flags may repeat but
+    not contradict. Raises UsageError."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser, script = Parser(kind.__bases__, description=about.splitlines()[0], allow_abbrev=False), kind.__bases__[1]
+    first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    defaults = {k: v for table in tables(kind(**vars(first))) for k, v in table.items() if hasattr(first, k)}
+    of = lambda name: getattr(first, name) or defaults.get(name)
+    row, model = of(dataclasses.fields(script)[0].name), Path(first.model or "tiny").name  # the method or the reference
+    name = f"{script.__name__.lower()}-{of('task')}-{row}-{model}-s{first.seed}{'-eval' * first.eval_only}"
+    defaults["output_dir"] = first.output_dir or f"runs/{name}"
+    if first.resume:
+        what = f"--resume: {defaults['output_dir']} holds no run"
+        saved = defaults = read_json(Path(defaults["output_dir"], "config.json"), what) | {"resume": True}
+    parser.set_defaults(**defaults)  # so that --help shows those of this model, method and task
+    with in_one_line(f"--resume: {defaults['output_dir']} holds a run of another script or version"):
+        cfg = kind(**vars(parser.parse_args(argv)))
+    changed = {name for name in saved if getattr(cfg, name) != saved[name]} - FREE_ON_RESUME if first.resume else set()
+    of_run = f"contradicts {cfg.output_dir}, which has"
+    require({f"--resume: --{name} {getattr(cfg, name)} {of_run} {saved[name]}": False for name in sorted(changed)})
+    return cfg
+
+
+def check(cfg, positive: str, rules: dict[str, object]) -> None:
+    """Raise UsageError for what either script would compute something wrong from without a word, and for a script's own
+    `rules`, message -> whether it holds; positive: names of its fields that must be above 0."""
+    names = f"gen_length block_length batch_size mu eval_batch_size lr max_grad_norm clip {positive}".split()
+    whole_groups, code = cfg.group_size > 1 and cfg.batch_size % cfg.group_size == 0, TASKS[cfg.task].runs_code
+    rules = rules | {f"--{name} {getattr(cfg, name)}: must be above 0": getattr(cfg, name) > 0 for name in names}
+    rules[f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}, 2 or more"] = whole_groups
+    rules |= {f"--{k} {v}: must be at least 0": v >= 0 for k, v in vars(cfg).items() if type(v) in (int, float)}
+    rules[f"--seed {cfg.seed}: must be below 2**63"] = cfg.seed < 2**63
+    trackers = [*map(str, get_available_trackers())]
+    rules[f"--log_with {cfg.log_with}: not installed; installed: {trackers}"] = cfg.log_with in (None, *trackers)
+    read = [Path(path).resolve() for path in (cfg.model, getattr(cfg, "policy", None)) if path]
+    own = f"--output_dir {cfg.output_dir} is the run that is read, or none; name another"
+    read = [path.parent if path.name == "model" else path for path in read]
+    rules[own] = Path(cfg.output_dir).name and Path(cfg.output_dir).resolve() not in read
+    rules[rewards.CODE_REFUSED.format(cfg.task)] = cfg.allow_code_execution or not code
+    rules["--eval_data needs published problems"] = cfg.eval_only or not (cfg.eval_data and cfg.generated())
+    require(rules)
+    if cfg.allow_code_execution:
+        rewards.allow_code_execution()
+    if cfg.model:
+        resolve(cfg.model)  # a mistyped path, before anything is made or downloaded
+
+
+# --- The base model: LLaDA, MMaDA, Dream, AutoModelForMaskedLM checkpoints and the tiny default; text <-> tensors -----
+
+# Names in a LLaDA or MMaDA checkpoint -> names in transformers' Llama; applied one after the other.
+LLADA_KEYS = {
+    r"^model\.transformer\.wte\.": "model.embed_tokens.",
+    r"^model\.transformer\.ln_f\.": "model.norm.",
+    r"^model\.transformer\.ff_out\.": "lm_head.",
+    r"^model\.transformer\.blocks\.": "model.layers.",
+    r"\.attn_norm\.": ".input_layernorm.",
+    r"\.ff_norm\.": ".post_attention_layernorm.",
+    r"\.([qkv]_proj)\.": r".self_attn.\1.",
+    r"\.attn_out\.": ".self_attn.o_proj.",
+    r"\.ff_proj\.": ".mlp.gate_proj.",
+    r"\.up_proj\.": ".mlp.up_proj.",
+    r"\.ff_out\.": ".mlp.down_proj.",  # a block's; the top-level one is renamed above
+}
+# What bidirectional models have in common. A pad_token_id would become the embedding's padding_idx, and LLaDA's pad is
+# its EOS, whose embedding has to learn.
+BIDIRECTIONAL = dict(is_causal=False, use_cache=False, pad_token_id=None, bos_token_id=None)
+# The embedded default: initializer_range 0.1 learns the first words faster than Llama's 0.02.
+TINY_SIZES = dict(
+    **dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.1),
+    **dict(max_position_embeddings=128, bos_token_id=None, pad_token_id=None, embedded_default=True),
+)
+TINY_SIZES_OF = {"sudoku": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=5)}  # quick upo.py rollouts
+# The tokens around an image. MMaDA's tokenizer does not spell its own: these are the ids it reserves for them.
+IMAGE_MARKS = {"<|t2i|>": 126088, "<|soi|>": 126084, "<|eoi|>": 126085, "<|pad|>": 126093}
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # what a chat model ends its turn with, where its vocabulary has it
+
+
+def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
+    """(a published or saved model in transformers' own class, bidirectional; its tokenizer); no remote code. UsageError
+    where weights are missing or misfit, of which the library only warns."""
+    raw, _ = PreTrainedConfig.get_config_dict(path)
+    kind, rope = str(raw.get("model_type")).lower(), dict(rope_type="default", rope_theta=raw.get("rope_theta", 1e4))
+    family, options, words = transformers.AutoModelForMaskedLM, {"trust_remote_code": False}, AutoTokenizer
+    if "d_model" in raw:  # LLaDA, MMaDA
+        sizes = dict(vocab_size=raw.get("embedding_size") or raw["vocab_size"], hidden_size=raw["d_model"])
+        sizes |= dict(intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"])
+        sizes |= dict(num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"])
+        sizes |= dict(max_position_embeddings=raw["max_sequence_length"], rms_norm_eps=raw["rms_norm_eps"])
+        sizes |= dict(tie_word_embeddings=raw.get("weight_tying", False))
+        ids = {name: raw.get(name) for name in ("eos_token_id", "mask_token_id", "codebook_size")}
+        config = LlamaConfig(**sizes, **ids, **BIDIRECTIONAL, rope_parameters=rope)
+        family, options = LlamaForCausalLM, {"config": config, "key_mapping": LLADA_KEYS}
+    elif kind == "dream":  # position i is predicted at i - 1
+        dropped = ("architectures", "auto_map", "model_type", "rope_theta", "rope_scaling", *BIDIRECTIONAL)
+        kept = {name: value for name, value in raw.items() if name not in dropped}
+        config = Qwen2Config(**kept, **BIDIRECTIONAL, rope_parameters=rope, shifted_logits=True)
+        family, options, words = Qwen2ForCausalLM, {"config": config}, transformers.Qwen2Tokenizer
+    elif kind in ("llama", "qwen2"):  # saved by this project: is_causal=False and Dream's shift are in its config
+        wanted = f"--model {path}: a causal {kind}; a masked diffusion model's config has is_causal: false"
+        require({wanted: not raw.get("is_causal", True)})
+        family, options = LlamaForCausalLM if kind == "llama" else Qwen2ForCausalLM, {}
+    hf, info = family.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = [f"{kind.replace('_', ' ')} {sorted(info[kind])[:3]} ..." for kind in kinds if info.get(kind)]
+    require({f"--model {path}: its weights do not fit its config.json: {'; '.join(wrong)}": not wrong})
+    return hf, words.from_pretrained(path, trust_remote_code=False)
+
+
+def read_json(path: Path, missing: str = "") -> dict:
+    """A JSON object from a file; UsageError where it is none, with `missing` where there is no file."""
+    with in_one_line(missing or f"{path}: not a JSON object"):
+        return {**json.loads(path.read_text())}
+
+
+def resolve(path: str) -> tuple[str, str | None]:
+    """(base model, adapter or None) of a hub id, a model directory, an adapter directory or a run directory."""
+    path = str(inner) if (inner := Path(path) / "model").is_dir() else path
+    local = Path(path).exists() or path.startswith(("/", ".", "~", "runs/")) or path.count("/") > 1
+    nowhere = f"--model {path}: not a directory, and not a hub id either (those read OWNER/NAME)"
+    require({nowhere: Path(path).is_dir() or not local})
+    adapter = Path(path) / "adapter_config.json"
+    file = adapter if adapter.is_file() else None if local else find_adapter_config_file(path)
+    with in_one_line(f"--model {path}: adapter_config.json"):
+        return (read_json(Path(file))["base_model_name_or_path"], path) if file else (path, None)
+
+
+def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel":
+    """A base model ready to run, with its adapter, or with a fresh one of rank --lora. Trained weights are float32 even
+    with --bf16: a bf16 weight of 0.02 cannot take a step of 3e-6. Frozen ones are bf16 then; the matrix products are
+    bf16 either way (autocast). Raises UsageError."""
+    base, adapter = resolve(path)
+    frozen = bool(cfg.lora or adapter) or not trainable
+    if adapter or (cfg.lora and trainable):
+        with in_one_line("--lora and adapters need PEFT: pip install peft"):
+            import peft
+    with in_one_line(f"--model {base}: cannot be loaded"):
+        hf, tokenizer = load_published(base, torch.bfloat16 if cfg.bf16 and frozen else torch.float32)
+    if adapter or (cfg.lora and trainable):
+        with in_one_line(f"--model {adapter}: the adapter does not fit {base}"), warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            if adapter:
+                hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
+            else:
+                settings = dict(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules="all-linear")
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(cfg.seed)  # its initialisation; afterwards all is as before
+                    hf = peft.get_peft_model(hf, peft.LoraConfig(**settings))
+    if not trainable:
+        hf.requires_grad_(False)
+    elif cfg.gradient_checkpointing:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    return MaskedDiffusionModel(hf, tokenizer, bool(TASKS[cfg.task].codebook))
+
+
+def tiny_model(texts: list[str], seed: int, task: str = "gsm8k") -> "MaskedDiffusionModel":
+    """The embedded default, untrained: the class that LLaDA is loaded into, 150k parameters of the seed. Its tokenizer
+    spells `texts` by words and whole numbers, without loss, and has LLaDA's special tokens and the marks of images."""
+    codes = TASKS[task].codebook
+    marks = tuple(IMAGE_MARKS) if codes else ()
+    split = pre_tokenizers.Split(Regex(r" ?\d+| ?[^\s\d]+ ?|\s"), "isolated")
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    special = ["<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>", "<|unknown|>", *marks]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token=special[3]))
+    raw.pre_tokenizer, raw.decoder = split, decoders.Fuse()
+    names = dict(eos_token=special[0], pad_token=special[0], mask_token=special[2], unk_token=special[3])
+    names |= dict(additional_special_tokens=[special[1], *marks])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **names)
+    # the question and a line break; instructions are for models that can read them
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}\n{% endfor %}"
+    sizes = TINY_SIZES | TINY_SIZES_OF.get(task, {}) | dict(vocab_size=len(tokenizer) + codes, codebook_size=codes)
+    sizes |= dict(eos_token_id=tokenizer.eos_token_id, mask_token_id=tokenizer.mask_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return MaskedDiffusionModel(LlamaForCausalLM(LlamaConfig(**sizes | BIDIRECTIONAL)), tokenizer, codes > 0)
+
+
+class MaskedDiffusionModel(nn.Module):
+    """(x_t, attention, positions) -> logits at those positions, for every kind of base; and its text <-> tensors.
+
+    hf: the transformers model (or its PEFT wrapper); mask_id, pad_id, end_id: int; eos_ids: every id that
+    ends a completion. The vocabulary head runs at the positions asked for and nowhere else. Where the completion is
+    an image (codebook > 0) it also runs for the image's codes alone, ids first_id ... first_id + codebook - 1, which
+    follow the tokenizer's own.
+    """
+
+    def __init__(self, hf: nn.Module, tokenizer, image: bool = False):
+        super().__init__()
+        self.hf, self.tokenizer, self.name, config = hf, tokenizer, hf.config.name_or_path or "the model", hf.config
+        known, first = tokenizer.get_vocab(), lambda *ids: next((i for i in ids if i is not None), None)
+        self.mask_id = first(getattr(config, "mask_token_id", None), tokenizer.mask_token_id)
+        ends = [*map(known.get, END_OF_TURN), tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
+        self.end_id = first(*ends)
+        self.pad_id = first(tokenizer.pad_token_id, self.end_id)
+        of_config = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self.eos_ids = sorted({self.end_id, self.pad_id, tokenizer.eos_token_id, *of_config} - {None, self.mask_id})
+        missing = f"{self.name}: no mask token; config.json needs mask_token_id, or the tokenizer a mask_token"
+        require({missing: self.mask_id is not None, f"{self.name}: no EOS token": self.eos_ids})
+        self.shifted = getattr(config, "shifted_logits", False)
+        forward = getattr(hf, "get_base_model", lambda: hf)().forward
+        self.takes_positions = "position_ids" in inspect.signature(forward).parameters
+        tables = [t for name, t in hf.named_modules() if name.endswith("position_embeddings")]
+        starts = [t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None]
+        self.first_position = max(starts, default=0)  # RoBERTa counts from its padding_idx + 1
+        for module in hf.modules():  # the old, the new and the reference policy must be the same function
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
+        head = hf.get_output_embeddings()
+        head.register_forward_pre_hook(lambda head, args: (args[0][self.read],))
+        self.first_id, self.codebook = 0, 0
+        if image:
+            self.first_id, self.codebook = len(tokenizer), getattr(config, "codebook_size", None) or 0
+            self.marks = {word: known.get(word, i) for word, i in IMAGE_MARKS.items()}
+            self.pad_id, behind = self.marks["<|pad|>"], self.first_id + self.codebook
+            none = f"{self.name} draws no images: its config.json has codebook_size {self.codebook or 'missing'}; its "
+            none += f"codes would end at {behind}, its embedding at {config.vocab_size}. --task t2i needs MMaDA"
+            require({none: self.codebook and max(behind - 1, *self.marks.values()) < config.vocab_size})
+            head.forward = lambda h: nn.functional.linear(h, head.weight[self.first_id : behind])
+
+    def forward(self, x: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+        """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True.
+        Returns (N, V) float32, row-major, column 0 being token first_id; the mask token's logit is -inf: x0 never
+        holds a mask."""
+        # Dream reads the prediction of position i at i - 1; position 0 is a prompt's, so nothing wraps round
+        self.read = positions.roll(-1, dims=1) if self.shifted else positions
+        place = (attention.cumsum(1) - 1).clamp(min=0) + self.first_position
+        places = {"position_ids": place} if self.takes_positions else {}
+        logits = self.hf(input_ids=x, attention_mask=attention.long(), **places).logits.float()
+        if not self.codebook:
+            logits[:, self.mask_id] = -torch.inf  # in place: (N, V) is the largest tensor of a step
+        return logits
+
+    def prompt_ids(self, task, problem: Problem) -> list[int]:
+        """The ids in front of a problem's completion: the chat template's, up to where the model answers; plain lines
+        for a tokenizer without one; MMaDA's frame for an image. Raises UsageError if the template loses a message."""
+        messages = task.messages(problem)
+        if task.codebook:
+            return self.image_prompt(messages[-1]["content"])
+        if not self.tokenizer.chat_template:
+            return self.tokenizer("".join(message["content"] + "\n" for message in messages))["input_ids"]
+        if getattr(self.hf.config, "embedded_default", False):
+            messages = messages[-1:]  # it cannot read instructions
+        merged = [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
+        for wording in (messages, merged):  # a template without a system role fails, or drops it
+            with contextlib.suppress(jinja2.TemplateError):
+                text = self.tokenizer.apply_chat_template(wording, add_generation_prompt=True, tokenize=False)
+                if all(message["content"].strip() in text for message in messages):
+                    return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        raise UsageError(f"{self.name}: its chat template loses a part of the prompt")
+
+    def image_prompt(self, text: str) -> list[int]:
+        """MMaDA's prompt of an image: t2i bos text eos, and the token that starts the image."""
+        bos, eos = ([i] if i is not None else [] for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id))
+        words = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [self.marks["<|t2i|>"], *bos, *words, *eos, self.marks["<|soi|>"]]
+
+    def start_ids(self, task, problem: Problem, gen_length: int) -> list[int]:
+        """The gen_length ids that a completion starts from: all masks, or the given text with masks in its blanks; an
+        image's masks end with its end-of-image token."""
+        if task.codebook:
+            return [self.mask_id] * (gen_length - 1) + [self.marks["<|eoi|>"]]
+        if task.blanks is None:
+            return [self.mask_id] * gen_length
+        target, blanks = task.target(problem), task.blanks(problem)
+        spelled = self.tokenizer(target, add_special_tokens=False, return_offsets_mapping=True)
+        is_open = lambda first, behind: blanks[first:behind] != target[first:behind]  # a part of the token is blank
+        spans = zip(spelled["input_ids"], spelled["offset_mapping"])
+        ids = [self.mask_id if is_open(*span) else token for token, span in spans] + [self.end_id]
+        short = f"--gen_length {gen_length}: this task's completions have {len(ids)} tokens"
+        require({short: len(ids) <= gen_length})
+        return ids + [self.pad_id] * (gen_length - len(ids))
+
+    def target_ids(self, task, problem: Problem) -> list[int]:
+        """A problem's solution and what ends it, as the model would have to write it."""
+        target = task.target(problem)
+        if task.codebook:
+            return [self.first_id + int(code) for code in target.split()] + [self.marks["<|eoi|>"]]
+        return self.tokenizer(target, add_special_tokens=False)["input_ids"] + [self.end_id]
+
+    def batch(self, prompts, starts, device, targets=None) -> Batch:
+        """Prompts of any length beside starts of one length, which hold the mask token where the completion is open;
+        all are lists of ids. With targets the completion is not open but filled in from them."""
+        width = max(map(len, prompts))
+        rows = [[self.pad_id] * (width - len(p)) + p + s for p, s in zip(prompts, starts, strict=True)]
+        x, lengths = torch.tensor(rows, device=device), torch.tensor([[len(p)] for p in prompts], device=device)
+        place = torch.arange(x.shape[1], device=device)
+        completion = (x == self.mask_id) & (place >= width)
+        if targets is not None:
+            x[:, width:] = torch.tensor(targets, device=device)
+        return Batch(x, place >= width - lengths, completion)
+
+    def open_batch(self, task, problems: list[Problem], gen_length: int, device) -> Batch:
+        """Prompts and open completions of the problems."""
+        prompts = [self.prompt_ids(task, p) for p in problems]
+        return self.batch(prompts, [self.start_ids(task, p, gen_length) for p in problems], device)
+
+    def texts(self, batch: Batch, completion: Tensor, gen_length: int) -> list[str]:
+        """What stands in the last gen_length columns of batch.x, without special tokens and what lies behind the first
+        EOS; completion (B, L) bool ends there. Where blanks were filled in, the text around them belongs to it. Of an
+        image: its codes, with spaces between."""
+        if self.codebook:
+            return [" ".join(map(str, codes)) for codes in (batch.x[:, -gen_length:-1] - self.first_id).tolist()]
+        kept = ~(batch.completion & ~completion)[:, -gen_length:]
+        rows = [row[keep].tolist() for row, keep in zip(batch.x[:, -gen_length:], kept)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def ends_of(self, task) -> list[int]:
+        """The ids that end a completion; none where blanks or an image's codes are filled in: all are wanted."""
+        return [] if task.blanks or task.codebook else self.eos_ids
+
+    def unprompted(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, attention) for guidance: with its prompt masked, or, of an image, with the prompt of no text at all."""
+        if not self.codebook:
+            return x.masked_fill(batch.attention & ~batch.completion, self.mask_id), batch.attention
+        width, empty = int(batch.completion.long().argmax(1)[0]), self.image_prompt("")  # of prompt and padding
+        x, attention = x.clone(), batch.attention.clone()
+        x[:, :width] = torch.tensor([self.pad_id] * (width - len(empty)) + empty, device=x.device)
+        attention[:, :width] = torch.arange(width, device=x.device) >= width - len(empty)
+        return x, attention
+
+    def save(self, path: Path) -> None:
+        """The model (or its adapter) and tokenizer in transformers' own format, under Llama's or Qwen2's own names."""
+        self.hf.save_pretrained(path, save_original_format=False)
+        self.tokenizer.save_pretrained(path)
+
+    def check_solution(self, task, problems: list[Problem]) -> None:
+        """Raise UsageError if a solution, as this model would have to write it, earns less than its text: a WordPiece
+        tokenizer writes `#### 5` as `# # # # 5`, and such a base could never earn anything."""
+        problem = next((p for p in problems[:100] if not task.codebook and task.score(task.target(p), p) == 1), None)
+        if problem is not None:
+            target = task.target(problem)
+            text = self.tokenizer.decode(self.target_ids(task, problem)[:-1], skip_special_tokens=True)
+            fails = f"{self.name}: its tokenizer turns {target!r} into {text!r}, which does not earn the full reward"
+            require({fails: task.reward(text, problem) == task.reward(target, problem)})
+
+
+# --- The run: what every stage shares, its first lines, its directory and its checkpoints -----------------------------
 
 
 class Run:
-    """One process's share of a run: configuration, Accelerate, task, directory and clocks."""
+    """One process's share of a run: configuration, problems, Accelerate, directory and clocks."""
 
-    def __init__(self, cfg: Config, accelerator: Accelerator):
-        self.cfg, self.accelerator, self.path = cfg, accelerator, Path(cfg.output_dir)
-        self.task, self.device = TASKS[cfg.task], accelerator.device
-        self.main, self.rank = accelerator.is_main_process, accelerator.process_index
-        self.world = accelerator.num_processes
-        self.seconds = dict.fromkeys(("base", "rollout", "update", "eval", "total"), 0.0)
-        self.lap = time.perf_counter()
-        self.signal = 0  # the SIGINT or SIGTERM that this process has received
-        self.save: Callable[[], None] = lambda: None  # what has to be saved if the run is stopped now
+    def __init__(self, cfg, accelerator: Accelerator):
+        self.cfg, self.accelerator, self.path, self.task = cfg, accelerator, Path(cfg.output_dir), TASKS[cfg.task]
+        self.device, self.world, self.rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+        self.main, self.say = accelerator.is_main_process, functools.partial(accelerator.print, flush=True)
+        self.pixels: rewards.PixelReward | None = None  # the reward of --rewards
+        self.seconds, self.began = dict.fromkeys(("base", "rollout", "update", "eval"), 0.0), time.perf_counter()
 
-    def say(self, text: str) -> None:
-        """A line from the main process, above any progress bar."""
-        if self.main:
-            tqdm.write(text)
-            sys.stdout.flush()
+    def steps(self, done: int, last: int, label: str) -> Iterator[int]:
+        """The steps of a training loop, under a bar with the time to completion where someone is looking (a terminal).
+        Within it the first Ctrl-C or SIGTERM waits for `end_step`; a second one, and one elsewhere, ends the run."""
 
-    def bar(self, total: int, label: str, **options) -> tqdm:
-        """A progress bar with the time to completion, where someone is looking (a terminal)."""
-        return tqdm(total=total, desc=label, disable=None if self.main else True, dynamic_ncols=True, **options)
+        def on_signal(number: int, frame) -> None:
+            signal.signal(number, signal.SIG_DFL)
+            self.accelerator.set_trigger()
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield from tqdm(range(done, last), label, disable=None if self.main else True, dynamic_ncols=True)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Add the block's wall-clock seconds to `seconds[name]`."""
-        start = time.perf_counter()
+        """Add the block's wall-clock seconds to `seconds[name]`, but for those of the clocks within it."""
+        began, inside = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[name] += time.perf_counter() - start
+        self.seconds[name] += time.perf_counter() - began - (sum(self.seconds.values()) - inside)
 
-    def stopwatch(self) -> dict[str, float]:
+    def total(self) -> dict[str, float]:
         """All seconds so far, those before a resume included."""
-        now = time.perf_counter()
-        self.seconds["total"] += now - self.lap
-        self.lap = now
-        return dict(self.seconds)
+        return self.seconds | {"total": time.perf_counter() - self.began}
 
     def average(self, values: dict[str, float]) -> dict[str, float]:
         """Each value's mean over all processes, which all have to ask."""
@@ -870,102 +839,103 @@ class Run:
         stacked = torch.tensor(list(values.values()), device=self.device)
         return dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist()))
 
-    @functools.cached_property
-    def pixels(self) -> Callable[[Tensor], Tensor]:
-        """Codes (B, L) long -> pixels (B, H, W, 3) uint8: the tiny model's own pictures, or MAGVIT-v2's decoder."""
-        if is_tiny(self.cfg.model):
-            return lambda codes: torch.stack([torch.from_numpy(self.task.render(row)) for row in codes.tolist()])
-        return rewards.load_magvit(self.cfg.decoder, self.device).pixels
-
-    @functools.cached_property
-    def pixel_reward(self) -> rewards.PixelReward:
-        """The reward of --rewards."""
-        return rewards.PixelReward(self.pixels, self.cfg.rewards, self.device)
-
     def everyone(self, flag: bool) -> bool:
         """Whether the flag holds on all processes, which all have to ask."""
         return self.average({"flag": float(flag)})["flag"] == 1.0
 
-    def on_signal(self, received: int, frame) -> None:
-        """Note the signal; a second one ends the process at once."""
-        self.signal = received
-        signal.signal(received, signal.SIG_DFL)
+    def write(self, name: str, text: str) -> None:
+        """A whole file of the run's directory, or the old one, whatever happens in between."""
+        if self.main:
+            part = self.path / f"{name}.part"
+            part.write_text(text)
+            os.replace(part, self.path / name)
 
-    def leave_if_stopped(self) -> None:
-        """Where a process has received SIGINT or SIGTERM: save, and exit all with the shell's code for a signal."""
-        if not self.everyone(self.signal == 0):
-            self.save()
-            received = signal.Signals(self.signal or signal.SIGTERM)
-            self.say(f"stopped by {received.name}; to go on: --resume --output_dir {self.path}")
+    def log(self, line: dict) -> None:
+        """A line of metrics.jsonl, whose numbers go to --log_with's tracker too."""
+        if self.main:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.accelerator.log({k: v for k, v in line.items() if not isinstance(v, str)}, step=line["step"])
+
+    def end_step(self, step: int, due: bool, root: Path | None = None) -> None:
+        """Save a checkpoint where one is due; where a process was asked to stop, save one and leave."""
+        stop = self.accelerator.check_trigger()
+        if due or stop:
+            self.save_checkpoint(step, (root or self.path) / "checkpoint")
+        if stop:
+            self.say(f"stopped after step {step}; to go on: --resume --output_dir {self.path}")
             self.finish()
-            sys.exit(128 + received)
+            sys.exit(128 + signal.SIGTERM)
 
     def finish(self) -> None:
-        """End trackers and process group, together: a process that leaves early can hang the others."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        """End trackers and process group together: a process that leaves early can hang the others."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
+    def save_checkpoint(self, step: int, root: Path) -> None:
+        """All of the state after `step` steps: the weights that train and the optimiser (Accelerate), and the clocks.
+        Masks, noise and data order are functions of (seed, step, j, row): there is no other. Written beside, then
+        renamed, and only then the one before goes: a process killed anywhere in here leaves one that loads."""
+        part, whole = root / "part", root / f"{step:06d}"
+        with in_one_line(f"cannot write {part}; the checkpoint before is intact"):
+            self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            about = {"step": step, "processes": self.world, "seconds": self.total()}
+            (part / "progress.json").write_text(json.dumps(about))
+            part.rename(whole)
+            for old in set(root.iterdir()) - {whole}:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
 
-def write_atomically(path: Path, text: str) -> None:
-    """The whole file or the old one, whatever happens in between."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    def load_checkpoint(self, root: Path | None = None) -> int:
+        """Steps done, after restoring weights, optimiser and clocks from the last checkpoint; 0 without one. What
+        metrics.jsonl holds behind it is cut off, and will be made again."""
+        kept, log = sorted(((root or self.path) / "checkpoint").glob("[0-9]*")), self.path / "metrics.jsonl"
+        about = read_json(kept[-1] / "progress.json") if kept else {"step": 0}
+        if kept:
+            with in_one_line(f"--resume: {kept[-1]}"):
+                another = f"--resume: {kept[-1]} was written by {about['processes']} processes, here are {self.world}"
+                require({another: about["processes"] == self.world})
+                self.accelerator.load_state(str(kept[-1]), strict=False)
+                self.began -= about["seconds"].pop("total")
+                self.seconds = about["seconds"]
+            self.say(f"resumed   after {about['step']} steps")
+        if root is None and self.main and log.is_file():
+            self.write(log.name, "".join(log.read_text().splitlines(True)[: about["step"]]))
+        return about["step"]
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: all of the state, replaced atomically
-# ---------------------------------------------------------------------------------------------
-
-
-def newest_slot(root: Path) -> Path | None:
-    """The complete checkpoint of two slots, checkpoint/a and checkpoint/b; None before the first."""
-    pointer = root / "checkpoint" / "newest"
-    return pointer.with_name(pointer.read_text()) if pointer.is_file() else None
-
-
-def save_checkpoint(run: Run, root: Path, progress: dict, held: dict | None = None) -> None:
-    """Weights that train and optimiser (Accelerate), `progress` (JSON), and this process's `held` tensors.
-
-    Written into the free slot; then `newest` names it, and only then the other goes. A process killed
-    anywhere in here leaves a checkpoint that loads. Masks, noise and data order need no state: they are
-    functions of (seed, step, j, row).
-    """
-    old = newest_slot(root)
-    slot = root / "checkpoint" / ("b" if old is not None and old.name == "a" else "a")
-    run.accelerator.wait_for_everyone()  # all have read `newest`
+def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
+    """(the run, its problems by split): Accelerate, data, the run directory, signals and the first lines. An earlier
+    run in the directory is moved aside, never overwritten. Raises UsageError and DataError."""
+    data = rewards.splits(TASKS[cfg.task], cfg, cfg.generated())
+    with in_one_line("accelerate"):
+        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]  # rotary tables, equal anyway
+        settings = dict(log_with=cfg.log_with, project_dir=cfg.output_dir, kwargs_handlers=handlers)
+        accelerator = Accelerator(mixed_precision="bf16" if cfg.bf16 else "no", **settings)
+    kind = accelerator.distributed_type.value
+    require({f"accelerate: {kind} is not supported; use MULTI_GPU (DDP)": kind in ("NO", "MULTI_CPU", "MULTI_GPU")})
+    run = Run(cfg, accelerator)
     if run.main:
-        shutil.rmtree(slot, ignore_errors=True)
-        slot.mkdir(parents=True)
-    run.accelerator.wait_for_everyone()
-    try:
-        run.accelerator.save_state(str(slot))
-        torch.save(held or {}, slot / f"held{run.rank}.pt")
-    except (RuntimeError, SafetensorError) as error:  # what the two writers raise on a full disk
-        raise OSError(f"{slot}: {str(error).splitlines()[0]}") from None
-    run.accelerator.wait_for_everyone()
-    if run.main:
-        state = {"processes": run.world, "seconds": run.stopwatch()}
-        write_atomically(slot / "progress.json", json.dumps(progress | state))
-        write_atomically(root / "checkpoint" / "newest", slot.name)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-    run.accelerator.wait_for_everyone()
-
-
-def load_checkpoint(run: Run, root: Path) -> tuple[dict, dict] | None:
-    """(progress, held) after restoring weights, optimiser and clocks; None where there is no checkpoint."""
-    slot = newest_slot(root)
-    if slot is None:
-        return None
-    progress = read_json(slot / "progress.json")
-    if progress["processes"] != run.world:
-        raise UsageError(f"--resume: {slot} was written by {progress['processes']} processes, this run has {run.world}")
-    run.accelerator.load_state(str(slot), strict=False)
-    run.seconds = progress.pop("seconds")
-    return progress, torch.load(slot / f"held{run.rank}.pt", map_location="cpu")
+        if not cfg.resume and (run.path / "config.json").exists():
+            aside = (run.path.with_name(f"{run.path.name}.old{n}") for n in itertools.count(1))
+            run.path.rename(next(path for path in aside if not path.exists()))
+        run.path.mkdir(parents=True, exist_ok=True)
+    run.write("config.json", json.dumps(vars(cfg), indent=1))
+    accelerator.wait_for_everyone()
+    accelerator.register_save_state_pre_hook(keep_trainable_only)
+    accelerator.init_trackers(title.lower(), config={k: str(v) for k, v in vars(cfg).items()})
+    sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
+    run.say(f"{title:<9} {cfg.model or 'the tiny default, trained here first'} -> {run.path}")
+    run.say(f"data      {cfg.data or ('generated' if cfg.generated() else 'published')}: {sizes}")
+    processes = f"{run.world} process{'es' * (run.world > 1)}, {torch.get_num_threads()} threads"
+    run.say(f"device    {run.device}, {processes}")
+    if run.task.runs_code:
+        run.say(f"sandbox   {rewards.protections()}")
+    values = " ".join(f"{name}={value}" for name, value in vars(cfg).items())
+    run.say(textwrap.fill(f"settings  {values}", 100, subsequent_indent=" " * 10, break_long_words=False))
+    return run, data
 
 
 def keep_trainable_only(models: list, weights: list, output_dir: str) -> None:
@@ -975,206 +945,102 @@ def keep_trainable_only(models: list, weights: list, output_dir: str) -> None:
         weights[i] = {name: value for name, value in weights[i].items() if name in trained}
 
 
-# ---------------------------------------------------------------------------------------------
-# Rollouts and evaluation
-# ---------------------------------------------------------------------------------------------
-
-
-def open_batch(run: Run, base: MaskedDiffusionModel, problems: list[Problem]) -> Batch:
-    """Prompts and open completions of the problems, on the run's device."""
-    prompts = [prompt_of(base, run.task, p) for p in problems]
-    return make_batch(base, prompts, [start_of(base, run.task, p, run.cfg.gen_length) for p in problems], run.device)
-
-
-def unprompted(base: MaskedDiffusionModel, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x, attention) for guidance: with its prompt masked, or, of an image, with the prompt of no text at all."""
-    if not base.codebook:
-        return x.masked_fill(batch.attention & ~batch.completion, base.mask_id), batch.attention
-    width = int(batch.completion.long().argmax(1)[0])  # of prompt and padding
-    empty = image_prompt(base, "")
-    padding = width - len(empty)
-    x, attention = x.clone(), batch.attention.clone()
-    x[:, :width] = torch.tensor([base.pad_id] * padding + empty, device=x.device)
-    attention[:, :width] = torch.arange(width, device=x.device) >= padding
-    return x, attention
+# --- Rollouts and evaluation ------------------------------------------------------------------------------------------
 
 
 def roll_out(
-    run: Run, model: nn.Module, base: MaskedDiffusionModel, problems, keys, temperature: float, tick=lambda: None,
-    sampler: str | None = None,
-):  # fmt: skip
-    """One completion per problem: (Batch with the finished x, unmask_step (B, L) long, forwards).
-
-    keys: B keys of the rows' noise; tick is called once per forward; sampler: cfg's, unless another is named. `model`
-    is the wrapped model: every process makes the same number of forwards, so nothing is unwrapped.
-    """
-    cfg, batch = run.cfg, open_batch(run, base, problems)
-
-    def predict(x: Tensor, positions: Tensor) -> Tensor:
-        tick()
-        return model(x, batch.attention, positions)
-
-    def without_prompt(x: Tensor, positions: Tensor) -> Tensor:
-        tick()
-        return model(*unprompted(base, batch, x), positions)
-
-    def everyone(finished: bool) -> bool:
-        run.leave_if_stopped()  # a rollout of an 8B model takes longer than a scheduler's grace
-        return run.everyone(finished)
-
+    run: Run, model, base, problems: list[Problem], keys, temperature: float, sampler: str | None = None
+) -> Rollouts:
+    """One completion per problem. keys: B keys of the rows' noise; sampler: cfg's, unless another is named. `model` is
+    the wrapped model: every process makes the same number of forwards, so nothing is unwrapped."""
+    cfg, batch = run.cfg, base.open_batch(run.task, problems, run.cfg.gen_length, run.device)
+    with_prompt = lambda x, positions: model(x, batch.attention, positions)
+    without_prompt = lambda x, positions: model(*base.unprompted(batch, x), positions)
+    ends, options = base.ends_of(run.task), dict(temperature=temperature, everyone=run.everyone)
     if base.codebook:
-        options = dict(steps=cfg.steps, schedule=cfg.schedule, first_id=base.first_id)
+        options |= dict(steps=cfg.steps, schedule="cosine", first_id=base.first_id)
     else:
-        options = dict(block_length=cfg.block_length, tokens_per_step=cfg.tokens_per_step, eos_last=cfg.eos_last)
-        options |= dict(eos_ids=ends_of(base, run.task), pad_id=base.pad_id)
-    generator = [seeded(*key, device=run.device) for key in keys]
-    options |= dict(temperature=temperature, generator=generator, everyone=everyone)
-    denoise = guided(predict, without_prompt, cfg.guidance)
-    done: Rollout = SAMPLERS[sampler or cfg.sampler](denoise, batch.x, batch.completion, **options)
-    return batch._replace(x=done.x), done.unmask_step, done.forwards
+        options |= dict(block_length=cfg.block_length, tokens_per_step=cfg.tokens_per_step, eos_last=cfg.eos_last)
+        options |= dict(eos_ids=ends, pad_id=base.pad_id)
+    options["generator"] = [seeded(*key, device=run.device) for key in keys]
+    denoise = guided(with_prompt, without_prompt, cfg.guidance)
+    done = SAMPLERS[sampler or cfg.sampler](denoise, batch.x, batch.completion, **options)
+    batch, completion = batch._replace(x=done.x), through_eos(done.x, batch.completion, ends)
+    texts = base.texts(batch, completion, cfg.gen_length)
+    return Rollouts(batch, completion, done.unmask_step, None, done.forwards, texts)
 
 
-def judge(run: Run, texts: list[str], problems: list[Problem], pixels: bool) -> list[tuple[dict[str, float], float]]:
-    """(the terms of its reward, which is their sum; its score) of each completion. All processes have to ask.
+def sample_groups(run: Run, policy, base, problems: list[Problem], step: int, micro: int):
+    """(Rollouts, rewards (B,) float32, metrics) of one micro-batch: G completions of each of its prompts.
 
-    pixels: by --rewards. Images of a published model have no verifier: their score is their reward. Raises DataError
-    on all processes if a scorer fails on one, when the run's state has been saved.
+    A group never straddles processes, so that advantages need no communication. Which prompts a step has, and the
+    noise of each completion, depend on its global number alone.
     """
-    verdicts = [run.task.score(*pair) for pair in zip(texts, problems)]
-    if not pixels:
-        return [(run.task.reward(*pair), verdict) for pair, verdict in zip(zip(texts, problems), verdicts)]
-    failed, terms = None, []
-    try:
-        if texts:
-            codes = torch.tensor([[int(code) for code in text.split()] for text in texts])
-            found = run.pixel_reward(codes, [p["question"] for p in problems])
-            weights = run.pixel_reward.weights
-            terms = [{name: weights[name] * found[name][i] for name in found} for i in range(len(texts))]
-    except DataError as error:
-        failed = str(error)
-    if not run.everyone(failed is None):
-        run.save()
-        kept = f"; --resume --output_dir {run.path} goes on from here" if newest_slot(run.path) else ""
-        raise DataError((failed or "a scorer failed on another process") + kept)
-    tiny = is_tiny(run.cfg.model)
-    return [(term, verdict if tiny else sum(term.values())) for term, verdict in zip(terms, verdicts)]
+    cfg, g = run.cfg, run.cfg.group_size
+    per_batch = cfg.batch_size // g
+    first = (micro * run.world + run.rank) * per_batch
+    groups, counter = range(first, first + per_batch), step * per_batch * run.world * cfg.accumulation + first
+    asked = [problems[i] for i in shuffled(len(problems), per_batch, counter, cfg.seed, DATA, 1) for _ in range(g)]
+    keys = [(cfg.seed, ROLLOUT, step, group, k) for group in groups for k in range(g)]
+    policy.eval()
+    with run.clock("rollout"):
+        o = roll_out(run, policy, base, asked, keys, cfg.temperature)
+        terms = [terms for terms, _ in judge_all(run.task, o.texts, asked, run.pixels)]
+    r = torch.tensor([sum(term.values()) for term in terms])
+    metrics = {"reward": r.mean().item()} | {f"reward/{name}": mean for name, mean in mean_of(terms).items()}
+    metrics["zero_variance_groups"] = (r.view(-1, g).std(1) < 1e-6).float().mean().item()
+    metrics |= {"completion_tokens": o.completion.sum(1).float().mean().item(), "forwards": float(o.forwards)}
+    return o._replace(groups=torch.tensor(groups).repeat_interleave(g)), r, run.average(metrics)
 
 
-def evaluate(
-    run: Run, model, base, problems: list[Problem], samples: int = 0, label="evaluation", base_training: bool = False
-) -> list[dict]:
+def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, of_base: bool = False) -> list[dict]:
     """Completions of every problem, greedy, or `samples` of each at --temperature; the same on all processes. Images
-    are never greedy: without noise one prompt has one image. While a base is trained they are drawn by emerge, so that
-    every method starts from the same one, and the tiny model's are judged by its verifier alone.
+    are never greedy: without noise one prompt has one image. of_base: while a base is trained its images are drawn by
+    emerge, so that every method starts from the same one, and the tiny model's are judged by its verifier alone.
 
-    One dict per completion, in order: sample (None if it is the only one), score, the terms of its reward, prompt,
-    completion, answer. A row's noise is keyed by its problem, so the result depends on no batch size.
+    One dict per completion, in order: sample (None if it is the only one), score, the terms of its reward, category,
+    prompt, completion, answer. A row's noise is keyed by its problem, so the result depends on no batch size.
     """
-    todo = [(i, s) for i in range(len(problems)) for s in range(max(samples, 1))]
-    size, mine, done = run.cfg.eval_batch_size, todo[run.rank :: run.world], []
-    batches = -(-len(todo) // (run.world * size))  # the same number for every process
+    cfg, todo = run.cfg, [(i, s) for i in range(len(problems)) for s in range(max(samples, 1))]
+    mine, done, size = todo[run.rank :: run.world], [], cfg.eval_batch_size
+    temperature = cfg.temperature if samples or base.codebook else 0.0
+    sampler = "emerge" if of_base and base.codebook else None
+    pixels, category = None if of_base and cfg.tiny() else run.pixels, run.task.category or (lambda problem: None)
     model.eval()
-    with run.clock("eval"), run.bar(batches, label, leave=False) as bar:
-        for b in range(batches):
+    with run.clock("eval"):
+        for b in range(-(-len(todo) // (run.world * size))):  # as many on every process
             part = mine[b * size : (b + 1) * size]
             rows = part or todo[:1]  # a process without a share still makes its forwards
-            keys = [(run.cfg.seed, EVALUATION, i, s) for i, s in rows]
-            temperature = run.cfg.temperature if samples or run.task.codebook else 0.0
-            asked = [problems[i] for i, _ in rows]
-            sampler = "emerge" if base_training and base.codebook else run.cfg.sampler
-            batch, _, _ = roll_out(run, model, base, asked, keys, temperature, sampler=sampler)
-            completion = through_eos(batch.x, batch.completion, ends_of(base, run.task))
-            texts = texts_of(base, batch, completion, run.cfg.gen_length)
-            texts = texts[: len(part)]
-            pixels = bool(run.cfg.rewards) and not (base_training and is_tiny(run.cfg.model))
-            judged = judge(run, texts, asked[: len(part)], pixels)
-            done += [(i, s, text, *verdict) for (i, s), text, verdict in zip(part, texts, judged)]
-            bar.update()
+            keys, asked = [(cfg.seed, EVALUATION, *row) for row in rows], [problems[i] for i, _ in rows]
+            texts = roll_out(run, model, base, asked, keys, temperature, sampler).texts[: len(part)]
+            done += zip(part, texts, judge_all(run.task, texts, asked[: len(part)], pixels))
     return [
-        {
-            "sample": s if samples else None,
-            "score": score,
-            "terms": terms,
-            "category": (run.task.category and run.task.category(problems[i])) or None,
-            "prompt": problems[i]["question"],
-            "completion": text,
-            "answer": problems[i]["answer"],
-        }
-        for i, s, text, terms, score in sorted(gather_object(done) if run.world > 1 else done, key=lambda row: row[:2])
+        {"sample": s if samples else None, "score": score, "terms": terms, "category": category(problems[i]) or None}
+        | {"prompt": problems[i]["question"], "completion": text, "answer": problems[i]["answer"]}
+        for (i, s), text, (terms, score) in sorted(gather_object(done), key=lambda row: row[0])
     ]
 
 
-def validate(run: Run, model, base, problems: list[Problem], base_training: bool = False) -> float:
-    """Accuracy on the validation problems."""
-    rows = evaluate(run, model, base, problems, base_training=base_training)
-    return rewards.accuracy([row["score"] for row in rows])["accuracy"]
+# --- The base: ELBO training, from nothing (tiny) or from a published checkpoint (--sft_steps) ------------------------
 
 
-# ---------------------------------------------------------------------------------------------
-# The base model: ELBO training, from nothing (tiny) or from a published checkpoint (--sft_steps)
-# ---------------------------------------------------------------------------------------------
-
-
-def train_elbo(run: Run, base, train, validation, steps: int, target: float, root: Path) -> None:
-    """Minimise Eq. 2 for `steps` steps, or until greedy validation accuracy reaches `target`.
-
-    A fixed number of steps would give bases of very different strength from seed to seed. An interrupted
-    training goes on from root/checkpoint.
-    """
-    cfg = run.cfg
-    lesson = encode_targets(base, run.task, train, cfg.gen_length)
-    run.say(
-        f"ELBO training, at most {steps} steps, on {len(lesson.prompts)} solutions of up to {cfg.gen_length} tokens"
-    )
-    if not lesson.prompts:
-        raise UsageError(f"--gen_length {cfg.gen_length}: none of the {len(train)} worked solutions fits")
-    trained = [p for p in base.parameters() if p.requires_grad]
-    run.accelerator.gradient_accumulation_steps = 1
-    model, optimizer = run.accelerator.prepare(base, torch.optim.AdamW(trained, lr=cfg.sft_lr, betas=BETAS))
-    start = (load_checkpoint(run, root) or ({"step": 0}, {}))[0]["step"]
-    look = 200 if run.task.codebook else 50  # an image takes more forwards
-    with run.bar(steps, "ELBO training, at most", initial=start) as bar:
-        for step in range(start, steps + 1):
-            run.save = functools.partial(save_checkpoint, run, root, {"step": step})
-            run.leave_if_stopped()
-            if step and (step % look == 0 or step == steps):
-                accuracy = validate(run, model, base, validation, base_training=True)
-                bar.set_postfix(validation=f"{accuracy:.3f}")
-                if step % 200 == 0 or step == steps or accuracy >= target:
-                    run.say(f"  step {step:>5}  validation accuracy {accuracy:.3f}")
-                if accuracy >= target:
-                    break
-            if step < steps:
-                elbo_step(run, model, base, optimizer, lesson, step)
-                bar.update()
-                if cfg.save_every and (step + 1) % (10 * cfg.save_every) == 0:
-                    save_checkpoint(run, root, {"step": step + 1})
-    run.save = lambda: None
-    run.accelerator.free_memory()
-
-
-def elbo_step(run: Run, model, base, optimizer, lesson: Lesson, step: int) -> None:
-    """One step of ELBO training on this process's share of the batch."""
-    cfg = run.cfg
-    size = cfg.sft_batch_size
-    chosen = shuffled(len(lesson.prompts), size, (step * run.world + run.rank) * size, cfg.seed, DATA, 0)
-    prompts, starts, targets = ([rows[i] for i in chosen] for rows in lesson)
+def elbo_step(run: Run, model, base, optimizer, lesson: list[tuple], step: int) -> None:
+    """One step of ELBO training on this process's share of the batch; lesson: (prompt, start, target) of ids."""
+    cfg, size = run.cfg, run.cfg.sft_batch_size
+    chosen = shuffled(len(lesson), size, (step * run.world + run.rank) * size, cfg.seed, DATA, 0)
+    prompts, starts, targets = zip(*[lesson[i] for i in chosen])
     noise = seeded(cfg.seed, ELBO, step, run.rank)
-    if run.task.codebook:  # some images without a prompt: guidance needs to know what there is without one
-        dropped = torch.rand(size, generator=noise) < cfg.prompt_dropout
-        prompts = [image_prompt(base, "") if drop else ids for drop, ids in zip(dropped.tolist(), prompts)]
-    batch = make_batch(base, prompts, starts, run.device, targets)
+    if base.codebook:
+        dropped = torch.rand(size, generator=noise) < 0.1  # guidance has to know what there is without a prompt
+        prompts = [base.image_prompt("") if drop else ids for drop, ids in zip(dropped.tolist(), prompts)]
+    batch = base.batch(prompts, starts, run.device, targets)
     # t is stratified over the batch, r_b = 1 - (b + u) / B: the same expectation at less variance
     r = 1 - (torch.arange(size) + torch.rand(1, generator=noise)) / size
     u = torch.rand(batch.x.shape, generator=noise)
     model.train()
     loss = elbo_loss(model, batch, r.to(run.device), u.to(run.device), base.mask_id, base.first_id)
-    if not run.everyone(bool(loss.isfinite())):
-        run.save()
-        raise UsageError(
-            f"ELBO training, step {step + 1}: the loss is not finite; the state before it is in {run.path}; "
-            f"lower --sft_lr ({cfg.sft_lr:g})"
-        )
+    lower = f"ELBO training, step {step + 1}: the loss is not finite; lower --sft_lr ({cfg.sft_lr:g})"
+    require({lower: run.everyone(bool(loss.isfinite()))})
     run.accelerator.backward(loss)
     run.accelerator.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
@@ -1183,612 +1049,194 @@ def elbo_step(run: Run, model, base, optimizer, lesson: Lesson, step: int) -> No
     optimizer.zero_grad()
 
 
-def base_path(run: Run, train: list[Problem], validation: list[Problem]) -> tuple[str, bool]:
-    """(the model that RL starts from and is held to, whether it was there already)."""
-    cfg = run.cfg
+def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem], target: float, root: Path) -> None:
+    """Minimise Eq. 2 on the solutions that fit, ended and padded with EOS as in LLaDA's SFT, until greedy validation
+    accuracy reaches `target`: a fixed number of steps would give bases of very different strength from seed to seed.
+    Goes on from root/checkpoint."""
+    cfg, task, n = run.cfg, run.task, run.cfg.gen_length
+    solutions = [(p, base.target_ids(task, p)) for p in train]
+    fitting = [(p, ids) for p, ids in solutions if len(ids) == n or (len(ids) < n and not task.codebook)]
+    require({f"--gen_length {n}: none of the {len(train)} worked solutions fits": fitting})
+    padded = lambda ids: ids + [base.pad_id] * (n - len(ids))
+    lesson = [(base.prompt_ids(task, p), base.start_ids(task, p, n), padded(ids)) for p, ids in fitting]
+    trained, steps = [p for p in base.parameters() if p.requires_grad], cfg.sft_steps or cfg.base_steps
+    run.accelerator.gradient_accumulation_steps = 1
+    model, optimizer = run.accelerator.prepare(base, torch.optim.AdamW(trained, lr=cfg.sft_lr, betas=BETAS))
+    run.say(f"ELBO training, at most {steps} steps, on {len(lesson)} solutions of up to {n} tokens")
+    look, done = 200 if base.codebook else 50, run.load_checkpoint(root)  # an image takes more forwards
+    for step in run.steps(done, steps, "ELBO training, at most"):
+        elbo_step(run, model, base, optimizer, lesson, step)
+        if (step + 1) % look == 0 or step + 1 == steps:
+            rows = evaluate(run, model, base, validation, of_base=True)
+            accuracy = rewards.accuracy([row["score"] for row in rows])["accuracy"]
+            if (step + 1) % 200 == 0 or step + 1 == steps or accuracy >= target:
+                run.say(f"  step {step + 1:>5}  validation accuracy {accuracy:.3f}")
+            if accuracy >= target:
+                break
+        run.end_step(step + 1, cfg.save_every > 0 and (step + 1) % (10 * cfg.save_every) == 0, root)
+    run.accelerator.free_memory()
+
+
+def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
+    """(the model that RL starts from and is held to, whether it was there already). Trained bases are kept: the tiny
+    one in runs/base-TASK-sSEED-KEY, whose key stands for all that it depends on, the SFT one in the run."""
+    cfg, train, images = run.cfg, data["train"], bool(run.task.codebook)
     if cfg.model is not None and not cfg.sft_steps:
         return cfg.model, True
-    root = cache = run.path / "sft"
+    kept = run.path / "sft"
     if cfg.model is None:
         names = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed".split()
-        names += "temperature guidance steps schedule prompt_dropout".split() if run.task.codebook else []
-        settings = [run.world, train, TINY | TINY_OF.get(cfg.task, {}), [getattr(cfg, name) for name in names]]
+        names += "temperature guidance steps".split() if images else []
+        settings = [run.world, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), [getattr(cfg, n) for n in names]]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-        root, cache = run.path / "base", Path("runs") / f"base-{cfg.task}-s{cfg.seed}-{key}"
-    if (cache / "seconds").is_file():
-        run.seconds["base"] = float((cache / "seconds").read_text())
-        run.say(f"base      {cache}, trained earlier")
-        return str(cache), True
-    run.say(f"base      training it, at most {cfg.sft_steps or cfg.base_steps} steps; it will be kept in {cache}")
+        kept = Path("runs") / f"base-{cfg.task}-s{cfg.seed}-{key}"
+    if (kept / "seconds").is_file():
+        run.seconds["base"] = float((kept / "seconds").read_text())
+        run.say(f"base      {kept}, trained earlier")
+        return str(kept), True
     if cfg.model is None:
-        completions = [run.task.target(p) for p in train] if not run.task.codebook else [""] * len(train)
-        texts = [run.task.messages(p)[-1]["content"] + "\n" + text for p, text in zip(train, completions)]
-        tokenizer = tiny_tokenizer(texts, tuple(IMAGE_MARKS) if run.task.codebook else ())
-        base = tiny_model(tokenizer, cfg.seed, cfg.task).to(run.device)
-    else:
-        base = load_model(cfg.model, cfg, trainable=True).to(run.device)
-    run.say("memory    " + memory_expected(cfg, base))
-    start, target = time.perf_counter(), 2.0 if cfg.model else cfg.base_accuracy
-    train_elbo(run, base, train, validation, cfg.sft_steps or cfg.base_steps, target, root)
-    run.seconds |= {"base": run.seconds["base"] + time.perf_counter() - start, "eval": 0.0}
+        texts = [run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images) for p in train]
+    base = load_model(cfg.model, cfg, trainable=True) if cfg.model else tiny_model(texts, cfg.seed, cfg.task)
+    root = run.path / "base"  # moved only when it is complete: runs that start together do not meet in there
+    with run.clock("base"):
+        train_elbo(run, base.to(run.device), train, data["validation"], 2.0 if cfg.model else cfg.base_accuracy, root)
+    run.seconds |= {"base": run.seconds["base"] + run.seconds["eval"], "eval": 0.0}
     if run.main:
-        if cfg.lora:
-            base.hf = base.hf.merge_and_unload()
-        save_model(base, root / "model")
+        base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
+        base.save(root / "model")
+        (root / "seconds").write_text(f"{run.seconds['base']:.1f}")
         shutil.rmtree(root / "checkpoint", ignore_errors=True)
-        write_atomically(root / "seconds", f"{run.seconds['base']:.1f}")
-        if root != cache and not cache.exists():
-            cache.parent.mkdir(exist_ok=True)
-            shutil.move(root, cache)  # only now: runs that start together do not meet in there
+        if not kept.exists():
+            kept.parent.mkdir(exist_ok=True)
+            shutil.move(root, kept)
     run.accelerator.wait_for_everyone()
-    return str(cache), False
+    return str(kept), False
 
 
-# ---------------------------------------------------------------------------------------------
-# MaskGRPO: rollout -> advantages -> mu updates on re-masked completions
-# ---------------------------------------------------------------------------------------------
+# --- RL, before and after ---------------------------------------------------------------------------------------------
 
 
-class Experience(NamedTuple):
-    """One micro-batch of rollouts, kept for its mu updates.
-
-    batch.completion spans all gen_length positions, `completion` (B, L) bool ends with the first EOS.
-    unmask_step (B, L) long; groups (B,) long, each row's global group; advantages (B,) float32;
-    old, ref: (mu, B, L) float32 token log-probabilities on the masks of update j (ref None if beta = 0).
-    """
-
-    batch: Batch
-    completion: Tensor
-    unmask_step: Tensor
-    groups: Tensor
-    advantages: Tensor
-    old: Tensor | None = None
-    ref: Tensor | None = None
-
-
-def mask_noise(cfg: Config, e: Experience, step: int, j: int) -> tuple[Tensor, Tensor]:
-    """Uniform noise of inner update j: u (B, L) for positions, u_ratio (B,) for ratios; float32, on the CPU.
-
-    Keyed by (seed, step, j, group): the same for the old, the new and the reference policy, whichever process
-    holds the group and however it is padded. With managed randomness a group's completions share it, so that
-    they are compared on the same hidden positions; else each has its own.
-    """
-    u, u_ratio = torch.zeros(e.batch.x.shape), torch.zeros(len(e.batch.x))
-    width, drawn = u.shape[1] - cfg.gen_length, {}
-    for row, (group, prompt) in enumerate(zip(e.groups.tolist(), e.batch.attention[:, :width].sum(1).tolist())):
-        key = (cfg.seed, MASKS, step, j, group, 0 if cfg.managed_randomness else 1 + row % cfg.group_size)
-        if key not in drawn:
-            noise = seeded(*key)
-            drawn[key] = [torch.rand(n, generator=noise) for n in (cfg.gen_length, 1, prompt)]
-        u[row, width:], u_ratio[row : row + 1], u[row, width - prompt : width] = drawn[key]
-    return u, u_ratio
-
-
-def remask_experience(cfg: Config, e: Experience, step: int, j: int) -> tuple[Remask, Tensor]:
-    """(masks of inner update j, what x_t hides (B, L) bool): the tail behind EOS stays hidden, as in the rollout."""
-    noise = mask_noise(cfg, e, step, 0 if cfg.remask in remask.ONE_RATIO else j)
-    u, u_ratio = (v.to(e.completion.device) for v in noise)
-    prompt = e.batch.attention & ~e.batch.completion
-    masks = remask.by_name(cfg.remask, e.completion, prompt, e.unmask_step, u, u_ratio, j, cfg.mu, cfg.gamma)
-    return masks, masks.masked | (e.batch.completion & ~e.completion)
-
-
-def remasked_log_probs(cfg: Config, model, base, e: Experience, step: int, j: int) -> tuple[Tensor, Remask]:
-    """Token log-probabilities (B, L) of the rollouts under `model` on the masks of update j, and the masks."""
-    masks, hidden = remask_experience(cfg, e, step, j)
-    log_p = token_log_probs(model, e.batch, hidden, masks.scored, base.mask_id, cfg.temperature, base.first_id)
-    return log_p, masks
-
-
-class Reference:
-    """The policy before RL, as a context that yields a model: the base with LoRA off, or a frozen copy."""
-
-    def __init__(self, run: Run, model: nn.Module, base: MaskedDiffusionModel, path: str):
-        self.run, self.model, self.base, self.copy = run, model, base, None
-        fresh_adapter = run.cfg.lora and resolve(path)[1] is None
-        if run.cfg.beta and not fresh_adapter:  # an adapter that came with --model belongs to the reference
-            self.copy = load_model(path, run.cfg, trainable=True).to(run.device).eval().requires_grad_(False)
+def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel, path: str) -> Callable:
+    """pi_ref, the policy before RL, as a context that yields a model: the base with its fresh adapter off, or a frozen
+    copy. Without gradients, in the precision of the policy itself, so that equal weights give a KL of 0."""
+    copy, fresh_adapter = None, run.cfg.lora and resolve(path)[1] is None  # one that came with --model is a part of it
+    if run.cfg.beta and not fresh_adapter:
+        copy = load_model(path, run.cfg, trainable=True).to(run.device).eval().requires_grad_(False)
 
     @contextlib.contextmanager
-    def policy(self) -> Iterator[nn.Module]:
-        """Without gradients, in the precision of the policy itself, so that equal weights give a KL of 0."""
-        switched_off = contextlib.nullcontext() if self.copy is not None else self.base.hf.disable_adapter()
-        with torch.no_grad(), self.run.accelerator.autocast(), switched_off:
-            yield self.model if self.copy is None else self.copy
+    def reference() -> Iterator[nn.Module]:
+        switched_off = base.hf.disable_adapter() if copy is None else contextlib.nullcontext()
+        with torch.no_grad(), run.accelerator.autocast(), switched_off:
+            yield policy if copy is None else copy
+
+    return reference
 
 
-def collect(run: Run, model, base, reference: Reference, train, step: int, micro: int, tick) -> tuple[Experience, dict]:
-    """One micro-batch: its experience, and the metrics of its rollout."""
-    cfg, g = run.cfg, run.cfg.group_size
-    per_batch = cfg.batch_size // g  # a group never straddles processes: advantages need no communication
-    first = (micro * run.world + run.rank) * per_batch
-    groups = range(first, first + per_batch)
-    counter = step * per_batch * run.world * cfg.accumulation + first
-    chosen = [train[i] for i in shuffled(len(train), per_batch, counter, cfg.seed, DATA, 1)]
-    problems = [problem for problem in chosen for _ in range(g)]
-    model.eval()
-    with run.clock("rollout"):
-        keys = [(cfg.seed, ROLLOUT, step, group, k) for group in groups for k in range(g)]
-        batch, unmask_step, forwards = roll_out(run, model, base, problems, keys, cfg.temperature, tick)
-        completion = through_eos(batch.x, batch.completion, ends_of(base, run.task))
-        texts = texts_of(base, batch, completion, cfg.gen_length)
-    terms = [terms for terms, _ in judge(run, texts, problems, bool(cfg.rewards))]
-    reward = torch.tensor([sum(term.values()) for term in terms])
-    advantages = group_advantages(reward, g, cfg.advantage).to(run.device)
-    e = Experience(batch, completion, unmask_step, torch.tensor(groups).repeat_interleave(g), advantages)
-    with run.clock("update"):
-        at = lambda policy, j: remasked_log_probs(cfg, policy, base, e, step, j)[0]
-        with torch.no_grad():  # update 1 starts from the old policy itself: only j = 2 ... mu are needed
-            old = [torch.zeros_like(completion, dtype=torch.float32)] + [at(model, j) for j in range(2, cfg.mu + 1)]
-        e = e._replace(old=torch.stack(old))
-        if cfg.beta:
-            with reference.policy() as policy:
-                e = e._replace(ref=torch.stack([at(policy, j) for j in range(1, cfg.mu + 1)]))
-    metrics = {"reward": reward.mean().item()}
-    metrics |= {f"reward/{name}": sum(term[name] for term in terms) / len(terms) for name in terms[0]}
-    metrics["zero_variance_groups"] = (reward.view(-1, g).std(1) < 1e-6).float().mean().item()
-    metrics |= {"completion_tokens": completion.sum(1).float().mean().item(), "forwards": float(forwards)}
-    return e, run.average(metrics)
-
-
-def update(run: Run, model, base, optimizer, experience: list[Experience], step: int, j: int) -> dict | None:
-    """Inner update j = 1 ... mu, one optimiser step over all micro-batches; None, undone, if the loss is not finite."""
-    cfg, metrics = run.cfg, {}
-    model.train()
-    for e in experience:
-        with run.accelerator.accumulate(model):
-            log_p, masks = remasked_log_probs(cfg, model, base, e, step, j)
-            old = log_p.detach() if j == 1 else e.old[j - 1]
-            ref = e.ref[j - 1] if cfg.beta else None
-            lengths = e.completion.sum(1).float()
-            loss = policy_loss(
-                log_p, old, ref, masks, e.advantages, lengths, ratio=cfg.ratio, clip=cfg.clip, beta=cfg.beta
-            )
-            run.accelerator.backward(loss.loss)  # divided by the number of micro-batches there
-            for name, value in loss._asdict().items():
-                metrics[name] = metrics.get(name, 0.0) + value.item() / len(experience)
-            if run.accelerator.sync_gradients:
-                metrics["grad_norm"] = float(run.accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm))
-                metrics = run.average(metrics)
-                if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                    optimizer.zero_grad()
-                    return None
-                for group in optimizer.param_groups:
-                    group["lr"] = cfg.lr * min(1.0, (step * cfg.mu + j) / max(cfg.warmup, 1))
-            optimizer.step()
-            optimizer.zero_grad()
-    return metrics
-
-
-def inner_updates(run: Run, model, base, optimizer, held: dict, progress: dict) -> dict:
-    """Updates j = progress["j"] ... mu on the held experience; returns the progress, with their metrics added."""
+def train_policy(run: Run, policy, base, reference, optimizer, data: dict, done: int) -> None:
+    """Steps done + 1 ... max_steps of MaskGRPO, with a look at the validation problems now and then."""
     cfg = run.cfg
-    with run.clock("update"), run.bar(cfg.mu, "  updates", leave=False, initial=progress["j"] - 1) as bar:
-        for j in range(progress["j"], cfg.mu + 2):
-            run.save = functools.partial(save_checkpoint, run, run.path, progress, pack(held))
-            run.leave_if_stopped()
-            if j > cfg.mu:
-                break
-            metrics = update(run, model, base, optimizer, held["experience"], progress["step"], j)
-            if metrics is None:
-                run.save()
-                raise UsageError(
-                    f"step {progress['step'] + 1}, inner update {j}: the loss or its gradient is not finite; "
-                    f"the state before it is in {run.path}; go on with --resume and a lower --lr ({cfg.lr:g})"
-                )
-            progress = progress | {"j": j + 1, "updates": progress["updates"] + [metrics]}
-            bar.update()
-    return progress
-
-
-def train_policy(run: Run, model, base, optimizer, reference, data: dict, progress: dict, held: dict) -> None:
-    """The RL loop. progress: steps done, the j to do next, metrics of the step so far; held: its experience."""
-    cfg, start, began = run.cfg, progress["step"], time.perf_counter()
-    log = open_log(run, start)
-    if not held:
-        run.save = functools.partial(save_checkpoint, run, run.path, {"step": start, "j": 1})
-    with run.bar(cfg.max_steps, "RL steps", initial=start) as bar:
-        for step in range(start, cfg.max_steps):
-            if not held:
-                with run.bar(cfg.accumulation * forwards_of(cfg), "  rollouts, forwards", leave=False) as inner:
-                    micros = range(cfg.accumulation)
-                    got = [collect(run, model, base, reference, data["train"], step, m, inner.update) for m in micros]
-                held = {"experience": [e for e, _ in got]}
-                progress = {"step": step, "j": 1, "rollout": mean_of([metrics for _, metrics in got]), "updates": []}
-            progress = inner_updates(run, model, base, optimizer, held, progress)
-            line = progress["rollout"] | mean_of(progress["updates"])
-            completions = (step + 1) * cfg.batch_size * cfg.accumulation * run.world
-            line = {"step": step + 1, "completions": completions} | line
-            if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps):
-                line["validation_accuracy"] = validate(run, model, base, data["validation"])
-                pace = (time.perf_counter() - began) / (step + 1 - start)
-                run.say(progress_line(line, cfg.max_steps, pace))
-            if run.main:
-                with log.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-            run.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step + 1)
-            bar.update()
-            bar.set_postfix(reward=f"{line['reward']:.2f}", kl=f"{line['kl']:.4f}")
-            held, progress = {}, {"step": step + 1, "j": 1}
-            run.save = functools.partial(save_checkpoint, run, run.path, progress)
-            if step + 1 == cfg.max_steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-                run.save()
-    run.save = lambda: None
-
-
-def open_log(run: Run, steps: int) -> Path:
-    """metrics.jsonl, cut back to its first `steps` lines: what is behind the checkpoint will be made again."""
-    log = run.path / "metrics.jsonl"
-    if run.main:
-        lines = log.read_text().splitlines(keepends=True)[:steps] if log.is_file() else []
-        write_atomically(log, "".join(lines))
-    return log
-
-
-def progress_line(line: dict, steps: int, pace: float) -> str:
-    """What a person wants to know in between; pace in seconds per step, measured over this session."""
-    return (
-        f"  step {line['step']:>5}/{steps}  reward {line['reward']:.3f}  kl {line['kl']:.4f}  "
-        f"validation {line['validation_accuracy']:.3f}  {pace:.2f} s/step, "
-        f"{pace * (steps - line['step']) / 60:.1f} min left"
-    )
-
-
-def mean_of(rows: list[dict]) -> dict:
-    """Key-wise means of dicts with the same keys."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-
-
-def pack(held: dict) -> dict:
-    """Experience as plain dicts of tensors, which torch.load reads without running code."""
-    return {"experience": [e._replace(batch=e.batch._asdict())._asdict() for e in held["experience"]]}
-
-
-def unpack(held: dict, device: torch.device) -> dict:
-    """The inverse of `pack`, onto a device; {} stays {}."""
-    place = lambda row: {name: v.to(device) if isinstance(v, Tensor) else v for name, v in row.items()}
-    rows = [Experience(**place(row) | {"batch": Batch(**place(row["batch"]))}) for row in held.get("experience", [])]
-    return {"experience": rows} if rows else {}
-
-
-# ---------------------------------------------------------------------------------------------
-# Setting up: flags, run directory, first lines
-# ---------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(message + " (see --help)")  # one line, not a page of usage
-
-
-# What may change when a run goes on; anything else would make it another run.
-FREE_ON_RESUME = (
-    "resume",
-    "output_dir",
-    "max_steps",
-    "save_every",
-    "log_with",
-    "eval_batch_size",
-    "lr",
-    "max_grad_norm",
-)
-
-
-def parse(argv=None, kind: type = Config, about: str = __doc__, name: str = "maskgrpo", row="method", rows=METHODS):
-    """(configuration, where each value comes from): default < the model's column < `rows` < task < flag.
-
-    kind is the script's Config; its field `row` picks one of `rows`. With --resume: the saved run's
-    configuration, which flags may repeat but not contradict.
-    """
-    fields = dataclasses.fields(kind)
-    parser = Parser(description=about.splitlines()[0], allow_abbrev=False)
-    for field in fields:
-        meta, columns = field.metadata, "" if field.default is None else f" [{field.default}]"
-        if meta["paper"] is not None or meta["tiny"] is not None:
-            columns = f" [{meta['paper']} with --model, {meta['tiny']} without]"
-        flag = dict(type=field.type, choices=meta["choices"])
-        options = dict(action=argparse.BooleanOptionalAction) if field.type is bool else flag
-        parser.add_argument(f"--{field.name}", default=None, help=meta["help"] + columns, **options)
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    tiny = is_tiny(given.get("model"))
-    values, source = {}, {}
-    task, chosen = given.get("task", kind.task), given.get(row, getattr(kind, row))
-    settings = {name: pair[tiny] for name, pair in TASK_SETTINGS.get(task, {}).items()}
-    between = {row: rows[chosen] | (IMAGE_METHODS[chosen] if TASKS[task].codebook else {}), "task": settings}
-    for field in fields:
-        layers = {"default": field.default, "tiny" if tiny else "paper": field.metadata["tiny" if tiny else "paper"]}
-        layers |= {origin: table.get(field.name) for origin, table in between.items()} | {"flag": given.get(field.name)}
-        layers = {origin: value for origin, value in layers.items() if value is not None}
-        source[field.name], values[field.name] = list(layers.items())[-1] if layers else ("default", None)
-    cfg = kind(**values)
-    model = "tiny" if cfg.model is None else Path(cfg.model.rstrip("/")).name
-    mode = "-eval" if cfg.eval_only else ""
-    cfg.output_dir = cfg.output_dir or f"runs/{name}-{cfg.task}-{getattr(cfg, row)}-{model}-s{cfg.seed}{mode}"
-    if cfg.resume:
-        cfg = resumed(cfg, given)
-        source = {name: "flag" if name in given else "saved" for name in source}
-    return cfg, source
-
-
-def resumed(cfg, given: dict):
-    """The configuration saved in cfg.output_dir, with what flags may change; UsageError where they contradict it."""
-    file = Path(cfg.output_dir) / "config.json"
-    if not file.is_file():
-        raise UsageError(f"--resume: {cfg.output_dir} holds no run (no config.json); name one with --output_dir")
-    saved = read_json(file)
-    if saved.keys() != {field.name for field in dataclasses.fields(cfg)}:
-        raise UsageError(f"--resume: {file} was written by another script, or another version of this one")
-    for name, value in given.items():
-        if name not in FREE_ON_RESUME and saved.get(name) != value:
-            raise UsageError(f"--resume: --{name} {value} contradicts {file}, which has {saved.get(name)}")
-    free = {name: given[name] for name in FREE_ON_RESUME if name in given}
-    return type(cfg)(**saved | free | {"output_dir": cfg.output_dir})
-
-
-def open_run(cfg: Config) -> None:
-    """Make the run directory. An earlier run there is moved aside, never overwritten."""
-    path = Path(cfg.output_dir)
-    if not cfg.resume and (path / "config.json").exists():
-        aside = (path.with_name(f"{path.name}.old{n}") for n in range(1, 10_000))
-        path.rename(next(p for p in aside if not p.exists()))
-    path.mkdir(parents=True, exist_ok=True)
-    write_atomically(path / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
-
-
-def load_splits(cfg: Config) -> dict[str, list[Problem]]:
-    """train, validation, test and unseen problems; unseen is empty for published data."""
-    if cfg.model:
-        resolve(cfg.model)  # a mistyped path, before anything is downloaded
-    if cfg.data == "generated" or (cfg.data is None and is_tiny(cfg.model)):
-        return rewards.generated_splits(TASKS[cfg.task], cfg.eval_n or 1000, cfg.seed)
-    splits = rewards.published_splits(TASKS[cfg.task], cfg.data, cfg.eval_data, cfg.eval_n)
-    if TASKS[cfg.task].codebook and is_tiny(cfg.model):
-        for problem in sum(splits.values(), []):
-            rewards.scene_of(problem["question"])  # DataError for what the tiny model cannot read
-    return splits
-
-
-def forwards_of(cfg: Config) -> int:
-    """Forwards of one rollout that no EOS cuts short."""
-    whole, rest = divmod(cfg.gen_length, cfg.block_length)
-    steps = whole * -(-cfg.block_length // cfg.tokens_per_step) + -(-rest // cfg.tokens_per_step)
-    return (cfg.steps if TASKS[cfg.task].codebook else steps) * (2 if cfg.guidance else 1)
-
-
-def decoding(cfg: Config) -> str:
-    """The decoding settings that every accuracy depends on."""
-    extra = (f", guidance {cfg.guidance:g}" if cfg.guidance else "") + (", EOS last" if cfg.eos_last else "")
-    if TASKS[cfg.task].codebook:
-        how = f"{cfg.sampler}, {cfg.schedule} schedule, temperature {cfg.temperature:g}{extra}"
-        return f"{cfg.gen_length - 1} codes in {forwards_of(cfg)} forwards, {how}"
-    most = "at most " if TASKS[cfg.task].blanks else ""  # what is given is not computed
-    return f"{cfg.gen_length} tokens in {most}{forwards_of(cfg)} forwards, blocks of {cfg.block_length}{extra}"
-
-
-def describe(run: Run, source: dict[str, str], data: dict) -> None:
-    """The first lines: what runs, on what, and every value with where it comes from."""
-    cfg = run.cfg
-    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
-    tiny = "the tiny default, trained here first on generated problems" if cfg.model is None else cfg.model
-    sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
-    greedy = "" if run.task.codebook else f"; greedy for accuracy, temperature {cfg.temperature:g} in rollouts"
-    run.say(f"MaskGRPO  task {cfg.task}, method {cfg.method}, seed {cfg.seed} -> {run.path}")
-    run.say(f"model     {tiny}" + (f", LoRA rank {cfg.lora}" if cfg.lora else ""))
-    run.say(f"data      {cfg.data or ('generated' if data['unseen'] else 'published')}: {sizes}")
-    if run.task.runs_code:
-        run.say(f"sandbox   {rewards.protections()}")
-    run.say(f"decoding  {decoding(cfg)}{greedy}")
-    run.say(f"device    {run.device}, {run.world} process{'es' * (run.world > 1)}{threads}")
-    if run.world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        run.say(
-            "note      `accelerate launch --cpu` starts one process whatever --num_processes; README.md says how two"
-        )
-    say_settings(run, source)
-
-
-def say_settings(run: Run, source: dict[str, str]) -> None:
-    """Every value of the configuration, by where it comes from."""
-    cfg = run.cfg
-    for origin in sorted(set(source.values()), key="flag method ref task paper tiny saved default".split().index):
-        pairs = [f"{name}={getattr(cfg, name)}" for name in source if source[name] == origin]
-        for i in range(0, len(pairs), 5):
-            run.say(f"{origin if i == 0 else '':<9} " + " ".join(pairs[i : i + 5]))
-
-
-def memory_expected(cfg: Config, base: MaskedDiffusionModel) -> str:
-    """What a training step needs at least: weights, gradients and Adam's moments, the reference, logits."""
-    everything = sum(p.numel() * p.element_size() for p in base.parameters())
-    trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
-    copy = everything if cfg.beta and not cfg.lora else 0
-    logits = 3 * 4 * cfg.batch_size * cfg.gen_length * base.hf.config.vocab_size  # float32, with their gradients
-    total = (everything + 12 * trained + copy + logits) / 2**20
-    size = f"{total / 1024:.1f} GiB" if total > 1024 else f"{total:.0f} MiB"
-    share = f"{trained / 1e6:.2f}M of {sum(p.numel() for p in base.parameters()) / 1e6:.2f}M parameters train"
-    return f"{share}; expect {size} and the activations of {cfg.batch_size} sequences"
-
-
-# ---------------------------------------------------------------------------------------------
-# Before, training, after
-# ---------------------------------------------------------------------------------------------
+    for step in run.steps(done, cfg.max_steps, "RL steps"):
+        with run.clock("update"):
+            line = train_step(run, policy, base, reference, optimizer, data["train"], step)
+        completions = (step + 1) * cfg.batch_size * cfg.accumulation * run.world
+        line, last = {"step": step + 1, "completions": completions} | line, step + 1 == cfg.max_steps
+        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
+            rows = evaluate(run, policy, base, data["validation"])
+            line["validation_accuracy"] = rewards.accuracy([row["score"] for row in rows])["accuracy"]
+            shown = ("reward", "kl", "validation_accuracy")
+            run.say(f"  step {step + 1:>5}/{cfg.max_steps}  " + "  ".join(f"{name} {line[name]:.4f}" for name in shown))
+        run.log(line)
+        run.end_step(step + 1, last or (cfg.save_every > 0 and (step + 1) % cfg.save_every == 0))
 
 
 def measure(run: Run, model, base, data: dict, phase: str) -> list[dict]:
-    """Held-out completions of one phase: greedy ones of test and unseen, --pass_k sampled ones of test.
-
-    Kept in completions_PHASE.jsonl; those before RL are read back when a run is resumed.
-    """
-    file = run.path / f"completions_{phase}.jsonl"
+    """Held-out completions of one phase: greedy ones of test and unseen, --pass_k sampled ones of test. Kept in
+    completions_PHASE.jsonl; those before RL are read back when a run is resumed."""
+    file, k = run.path / f"completions_{phase}.jsonl", run.cfg.pass_k
     if run.cfg.resume and phase == "before" and file.is_file():
         return [json.loads(line) for line in file.read_text().splitlines()]
     rows = []
-    for split, samples in (("test", 0), ("unseen", 0), ("test", run.cfg.pass_k))[: 3 if run.cfg.pass_k else 2]:
-        done = evaluate(run, model, base, data[split], samples, f"evaluation {phase}, {split}")
-        rows += [{"split": split} | row for row in done]
-    if run.main:
-        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+    for split, samples in (("test", 0), ("unseen", 0), *[("test", k)] * (k > 0)):
+        rows += [{"split": split} | row for row in evaluate(run, model, base, data[split], samples)]
+    run.write(file.name, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
-def scores(rows: list[dict], split: str) -> list[float]:
-    """The greedy scores of a split, one per problem."""
-    return [row["score"] for row in rows if row["split"] == split and row["sample"] is None]
-
-
-def summary(rows: list[dict], phase: str, k: int) -> dict:
-    """The figures of one phase under their names in results.json; None where there is nothing to report."""
-    sampled = [row["score"] for row in rows if row["sample"] is not None]
-    groups = [sampled[i : i + k] for i in range(0, len(sampled), k)] if k else []
-    of = {split: [r for r in rows if r["split"] == split and r["sample"] is None] for split in ("test", "unseen")}
-    by_category = {}
-    for row in of["test"]:
-        by_category.setdefault(row["category"], []).append(row["score"])
-    return {
-        phase: rewards.accuracy(scores(rows, "test")),
-        f"{phase}_unseen": rewards.accuracy(scores(rows, "unseen")) if of["unseen"] else None,
-        f"{phase}_pass_at": {n: round(rewards.pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k} or None,
-        f"{phase}_rewards": {split: mean_of([row["terms"] for row in part]) for split, part in of.items() if part},
-        f"{phase}_categories": None
-        if None in by_category
-        else {c: rewards.accuracy(v) for c, v in by_category.items()},
-    }
-
-
-def report(run: Run, results: dict) -> None:
-    """results.json, and the same as a small table under its decoding settings."""
-    cfg, seconds = run.cfg, {name: round(value, 1) for name, value in run.stopwatch().items()}
-    phases = [phase for phase in ("before", "after", "eval_only") if phase in results]
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    results = {"task": cfg.task, "method": cfg.method, "seed": cfg.seed} | results | {"decoding": decoding(cfg)}
+def report(run: Run, phases: dict[str, list[dict]], **more) -> None:
+    """results.json, and its figures as a small table under the settings of the decoding. phases: name -> rows."""
+    cfg, results = run.cfg, {"task": run.cfg.task, "method": run.cfg.method, "seed": run.cfg.seed} | more
+    extra = f", guidance {cfg.guidance:g}" * (cfg.guidance > 0) + ", EOS last" * cfg.eos_last
+    image, text = f"{cfg.steps} steps of {cfg.sampler}", f"blocks of {cfg.block_length}, {cfg.tokens_per_step} per step"
+    results["decoding"] = f"{cfg.gen_length} tokens, {image if run.task.codebook else text}{extra}"
+    results |= rewards.figures(phases, cfg.pass_k) | {"config": vars(cfg)}
+    results["seconds"] = {name: round(value, 1) for name, value in run.total().items()}
+    results["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     if run.device.type == "cuda":
         results["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    results |= {"seconds": seconds, "config": dataclasses.asdict(cfg), "versions": versions}
-    if run.main:
-        write_atomically(run.path / "results.json", json.dumps(results, indent=1))
-    what = "accuracy" if run.task.codebook else "greedy accuracy"
-    what = "mean reward" if cfg.rewards and not is_tiny(cfg.model) else what  # no verifier
-    run.say(f"\n{what} ± standard error; {decoding(cfg)}")
-    for split, suffix in (("test", ""), ("unseen", "_unseen")):
-        figures = {phase: results[phase + suffix] for phase in phases}
-        if all(figures.values()):
-            cells = "   ".join(f"{p} {f['accuracy']:.3f} ± {f['stderr']:.3f}" for p, f in figures.items())
-            paired = f"   paired p = {results['paired_p'][split]:.1e}" if "paired_p" in results else ""
-            run.say(f"  {split:<7} {cells}{paired}   n = {figures[phases[0]]['n']}")
-    for phase in phases:
-        if results[f"{phase}_categories"]:
-            cells = "  ".join(f"{c} {f['accuracy']:.3f}" for c, f in results[f"{phase}_categories"].items())
-            run.say(f"  {phase:<7} {cells}")
-        terms = "  ".join(f"{name} {value:.3f}" for name, value in results[f"{phase}_rewards"]["test"].items())
-        run.say(f"  reward  {terms}   {phase}, test")
-        if results[f"{phase}_pass_at"]:
-            cells = "  ".join(f"@{k} {v:.3f}" for k, v in results[f"{phase}_pass_at"].items())
-            run.say(f"  pass {cells}   {phase}, test, temperature {cfg.temperature:g}")
-    run.say("seconds   " + "  ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
-    run.say(f"results   {run.path / 'results.json'}")
-
-
-def draw_images(run: Run, before: list[dict], after: list[dict]) -> None:
-    """images.png: the first test prompt of each category and two more, before and after RL, right ones framed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    test = [i for i, row in enumerate(before) if row["split"] == "test"]
-    first = {before[i]["category"]: i for i in reversed(test)}
-    chosen = sorted([*first.values(), *(i for i in test if i not in first.values())][:8])
-    figure = Figure(figsize=(1.9 * len(chosen), 4.2))
-    for axes, rows in zip(figure.subplots(2, len(chosen), squeeze=False), (before, after)):
-        for ax, i in zip(axes, chosen):
-            codes = torch.tensor([[int(code) for code in rows[i]["completion"].split()]])
-            ax.imshow(run.pixels(codes)[0].cpu().numpy())
-            ax.set(xticks=[], yticks=[])
-            score = rows[i]["score"]
-            verdict = {1.0: "right", 0.0: "wrong"}.get(score, f"{score:.2f}")
-            ax.set_xlabel(f"{'before' if rows is before else 'after'}: {verdict}", fontsize=8)
-            ax.spines[:].set(color={1.0: "tab:green", 0.0: "tab:red"}.get(score, "0.5"), linewidth=2)
-            if rows is before:
-                ax.set_title(textwrap.fill(rows[i]["prompt"], 24), fontsize=7)
-    figure.savefig(run.path / "images.png", dpi=130, bbox_inches="tight")
-    run.say(f"picture   {run.path / 'images.png'}")
-
-
-def train_and_report(run: Run, path: str, cached: bool, data: dict) -> None:
-    """Accuracy before, RL, accuracy after, on held-out problems; the trained model; results.json."""
-    cfg = run.cfg
-    run.accelerator.free_memory()  # of the base's own training
-    base = load_model(path, cfg, trainable=True).to(run.device)
-    run.say("memory    " + memory_expected(cfg, base))
-    trained = [p for p in base.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=BETAS, weight_decay=cfg.weight_decay)
-    run.accelerator.gradient_accumulation_steps = cfg.accumulation
-    model, optimizer = run.accelerator.prepare(base, optimizer)
-    reference = Reference(run, model, base, path)
-    progress, held = (load_checkpoint(run, run.path) if cfg.resume else None) or ({"step": 0, "j": 1}, {})
-    if progress["step"] or held:
-        run.say(f"resumed   after {progress['step']} steps and {progress['j'] - 1} inner updates")
-    before = measure(run, model, base, data, "before")
-    figures = rewards.accuracy(scores(before, "test"))
-    run.say(f"before    accuracy {figures['accuracy']:.3f} on {figures['n']} test problems; {decoding(cfg)}")
-    train_policy(run, model, base, optimizer, reference, data, progress, unpack(held, run.device))
-    after = measure(run, model, base, data, "after")
-    if run.main:
-        save_model(base, run.path / "model")
-    splits = [split for split in ("test", "unseen") if data[split]]
-    paired = {split: rewards.paired_p(scores(before, split), scores(after, split)) for split in splits}
-    figures = summary(before, "before", cfg.pass_k) | summary(after, "after", cfg.pass_k)
-    report(run, figures | {"paired_p": paired, "base_cached": cached})
-    if run.main and run.task.codebook:
-        draw_images(run, before, after)
+    run.write("results.json", json.dumps(results, indent=1))
+    run.say(f"\n{rewards.table(results, [*phases])}\nresults   {run.path / 'results.json'}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, set up Accelerate and the run directory, then train or evaluate."""
-    cfg, source = parse(argv)
-    check(cfg)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if cfg.bf16 else "no",
-        log_with=cfg.log_with,
-        project_dir=cfg.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # rotary tables, equal anyway
-    )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise UsageError(
-            f"accelerate: {accelerator.distributed_type.value} is not supported; use MULTI_GPU (DDP) and --lora"
-        )
-    data = load_splits(cfg)
-    if accelerator.is_main_process:
-        open_run(cfg)
-    accelerator.wait_for_everyone()
-    run = Run(cfg, accelerator)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.on_signal)
-    accelerator.register_save_state_pre_hook(keep_trainable_only)
-    accelerator.init_trackers("maskgrpo", config={k: str(v) for k, v in dataclasses.asdict(cfg).items()})
-    describe(run, source, data)
+    """Parse; get a base; then evaluate it, or measure, train by RL, measure again."""
+    cfg = parse(argv)
+    image, adapter = bool(TASKS[cfg.task].codebook), cfg.model and resolve(cfg.model)[1]
+    rules = {
+        f"--gamma {cfg.gamma}: at least 0 and below 1": 0 <= cfg.gamma < 1,
+        f"--sampler {cfg.sampler}: not for --task {cfg.task}": image == (cfg.sampler != "semi_autoregressive"),
+        "--rewards scores images: --task t2i": image or not cfg.rewards,
+        "--eval_only, --lora and --sft_steps need --model": cfg.model or not cfg.eval_only + cfg.lora + cfg.sft_steps,
+        f"--lora {cfg.lora}: {adapter} is an adapter already, and trains as it is": not (cfg.lora and adapter),
+    }
+    check(cfg, "temperature tokens_per_step steps accumulation sft_batch_size sft_lr base_steps", rules)
+    run, data = start(cfg, "MaskGRPO")
+    for problem in sum(data.values(), []) if image and cfg.tiny() else ():
+        strange = f"prompt {problem['question']!r}: not one that the embedded t2i task knows"
+        require({strange: problem["question"] in rewards.scene_table()})
+    if cfg.rewards:
+        pictures = lambda codes: torch.stack([torch.from_numpy(run.task.render(row)) for row in codes.tolist()])
+        with in_one_line("--decoder"):
+            decode = pictures if cfg.tiny() else load_magvit(cfg.decoder, run.device).pixels
+        run.pixels = rewards.PixelReward(decode, cfg.rewards, run.device, verified=cfg.tiny())
     if cfg.eval_only:
         base = load_model(cfg.model, cfg, trainable=False)
-        run.say("memory    " + memory_expected(cfg, base))
-        model = accelerator.prepare_model(base, evaluation_mode=True)
-        report(run, summary(measure(run, model, base, data, "eval_only"), "eval_only", cfg.pass_k))
-    else:
-        path, cached = base_path(run, data["train"], data["validation"])
-        train_and_report(run, path, cached, data)
+        base.check_solution(run.task, data["test"])
+        model = run.accelerator.prepare_model(base, evaluation_mode=True)
+        report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
+        return run.finish()
+    path, cached = base_path(run, data)
+    run.accelerator.free_memory()  # of the base's own training
+    base = load_model(path, cfg, trainable=True).to(run.device)
+    base.check_solution(run.task, data["train"])
+    trained, count = [p for p in base.parameters() if p.requires_grad], lambda of: sum(p.numel() for p in of) / 1e6
+    run.say(f"weights   {count(trained):.2f}M of {count(base.parameters()):.2f}M parameters train")
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=BETAS, weight_decay=cfg.weight_decay)
+    run.accelerator.gradient_accumulation_steps = cfg.accumulation
+    policy, optimizer = run.accelerator.prepare(base, optimizer)
+    reference, done = reference_of(run, policy, base, path), run.load_checkpoint()
+    before = measure(run, policy, base, data, "before")
+    train_policy(run, policy, base, reference, optimizer, data, done)
+    after = measure(run, policy, base, data, "after")
+    if run.main:
+        base.save(run.path / "model")
+    report(run, {"before": before, "after": after}, base_cached=cached)
     run.finish()
 
 
 def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskgrpo.py") -> int:
-    """main, with an exit code: 0 done, 2 something to change (one line says what); 128 + n leaves by signal n."""
+    """main, with an exit code: 0 done; 2 something to change, one line says what; 143 or 130 stopped."""
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # load_hf checks by itself what the library warns of
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers.utils.logging.set_verbosity_error()  # load_published checks by itself what the library warns of
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         main(argv)
-    except (UsageError, DataError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"{name}: error: cannot write or read: {error}; checkpoints are intact", file=sys.stderr)
-    else:
         return 0
-    return 2
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except (UsageError, DataError, OSError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

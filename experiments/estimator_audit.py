@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import maskgrpo as m  # noqa: E402
 import remask  # noqa: E402
+import rewards  # noqa: E402
 from experiments.common import table, tidy  # noqa: E402
 from tests.exact import log_likelihood  # noqa: E402
 
@@ -93,26 +94,35 @@ def policies(seed: int) -> tuple[m.Run, list, m.MaskedDiffusionModel, m.MaskedDi
     flags = [*FLAGS.split(), "--seed", str(seed), "--output_dir", f"runs/audit-s{seed}" + "-quick" * QUICK]
     if not Path(flags[-1], "results.json").is_file():
         subprocess.run([sys.executable, "maskgrpo.py", *flags], check=True)
-    cfg, _ = m.parse(flags)
-    run, data = m.Run(cfg, Accelerator()), m.load_splits(cfg)
-    path, _ = m.base_path(run, data["train"], data["validation"])
+    cfg = m.parse(flags)
+    run, data = m.Run(cfg, Accelerator()), rewards.splits(rewards.TASKS[cfg.task], cfg, cfg.generated())
+    path, _ = m.base_path(run, data)
     before, after = (m.load_model(p, cfg, trainable=True).eval() for p in (path, cfg.output_dir))
     return run, data["train"], before, after
 
 
-def select(e: m.Experience, rows: Tensor) -> m.Experience:
-    """Some rows, (N,) long or (B,) bool, of an experience."""
-    batch = m.Batch(*(v[rows] for v in e.batch))
-    return m.Experience(batch, e.completion[rows], e.unmask_step[rows], e.groups[rows], e.advantages[rows])
+class Seen(NamedTuple):
+    """Completions of the training loop and their advantages, (B,)."""
+
+    o: m.Rollouts
+    advantages: Tensor
 
 
-def roll_out(run: m.Run, problems: list, model, step: int, sampler: tuple[int, int]) -> m.Experience:
+def select(e: Seen, rows: Tensor) -> Seen:
+    """Some rows, (N,) long or (B,) bool."""
+    batch, o = m.Batch(*(v[rows] for v in e.o.batch)), e.o
+    o = o._replace(batch=batch, completion=o.completion[rows], unmask_step=o.unmask_step[rows], groups=o.groups[rows])
+    return Seen(o, e.advantages[rows])
+
+
+def roll_out(run: m.Run, problems: list, model, step: int, sampler: tuple[int, int]) -> Seen:
     """One batch of the training loop, but for completions whose EOS is not at the end, which `exact` cannot take."""
     block_length, tokens_per_step = sampler
     values = dict(block_length=block_length, tokens_per_step=tokens_per_step, beta=0.0, mu=1)
     run.cfg = dataclasses.replace(run.cfg, **values)
-    e, _ = m.collect(run, model, model, None, problems, 1000 + step, 0, lambda: None)  # RL has seen steps 0 to 9
-    return select(e, e.completion.sum(1) == run.cfg.gen_length)
+    o, r, _ = m.sample_groups(run, model, model, problems, 1000 + step, 0)  # RL has seen steps 0 to 9
+    advantages = m.group_advantages(r, run.cfg.group_size, run.cfg.advantage)
+    return select(Seen(o, advantages), o.completion.sum(1) == run.cfg.gen_length)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -125,38 +135,38 @@ def gradient(loss: Tensor, model) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
-def exact(cfg: m.Config, model, e: m.Experience, order: str, with_gradient: bool = False) -> tuple[Tensor, Tensor]:
+def exact(cfg: m.Config, model, e: Seen, order: str, with_gradient: bool = False) -> tuple[Tensor, Tensor]:
     """log p(o | c), (B,) float64; and, if asked for, the gradient of - mean of A log p / |o|. 16 rows at a time."""
     values, total = [], torch.zeros(())
-    for rows in torch.arange(len(e.completion)).split(16):
-        part = select(e, rows)
+    for rows in torch.arange(len(e.advantages)).split(16):
+        part, advantages = select(e, rows)
         see = lambda x: part.batch.attention.repeat_interleave(len(x) // len(part.completion), dim=0)
         settings = {name: getattr(cfg, name) for name in ("block_length", "tokens_per_step", "temperature")}
         with torch.set_grad_enabled(with_gradient):
             denoise = lambda x, positions: model(x, see(x), positions)
             log_p = log_likelihood(denoise, part.batch.x, part.completion, model.mask_id, order=order, **settings)
         if with_gradient:
-            total = total + gradient(-(part.advantages / part.completion.sum(1) * log_p).sum(), model)
+            total = total + gradient(-(advantages / part.completion.sum(1) * log_p).sum(), model)
         values.append(log_p.detach())
-    return torch.cat(values), total / len(e.completion)
+    return torch.cat(values), total / len(e.advantages)
 
 
-def estimate(cfg: m.Config, estimator: Estimator, before, after, e: m.Experience, mu: int, draw: int):
+def estimate(cfg: m.Config, estimator: Estimator, before, after, e: Seen, mu: int, draw: int):
     """(estimated log-ratios (B,), one gradient per inner update) of one draw of the masks."""
     values = dict(remask=estimator.scheme, gamma=estimator.gamma, mu=mu, managed_randomness=estimator.managed)
     cfg = dataclasses.replace(cfg, **values)
-    ratios, gradients, lengths = [], [], e.completion.sum(1).float()
+    ratios, gradients, lengths = [], [], e.o.completion.sum(1).float()
     for j in range(1, mu + 1):
-        log_p, masks = m.remasked_log_probs(cfg, before, before, e, draw, j)
+        log_p, masks = m.remasked_log_probs(cfg, before, before, e.o, draw, j)
         with torch.no_grad():
-            new, _ = m.remasked_log_probs(cfg, after, before, e, draw, j)
+            new, _ = m.remasked_log_probs(cfg, after, before, e.o, draw, j)
         if estimator.inverse:
-            weight = inverse_weights(e.completion, masks)
+            weight = inverse_weights(e.o.completion, masks)
             log_p, new = log_p * weight, new * weight
         ratios.append(m.sequence_ell(new - log_p.detach(), masks.t))
         terms = (log_p, log_p.detach(), None, masks, e.advantages, lengths)
-        loss = m.policy_loss(*terms, ratio=estimator.ratio, clip=cfg.clip, beta=0.0)
-        gradients.append(gradient(loss.loss, before))
+        loss, _ = m.policy_loss(*terms, ratio=estimator.ratio, clip=cfg.clip, beta=0.0)
+        gradients.append(gradient(loss, before))
     return torch.stack(ratios).mean(0), gradients
 
 
@@ -220,10 +230,8 @@ def audit(seed: int) -> dict:
     run, problems, before, after = policies(seed)
     file = Path(run.cfg.output_dir) / "audit.pt"
     if file.is_file():
-        return {
-            key: [Comparison(*c) for c in found] if key[0] != "near" else found
-            for key, found in torch.load(file).items()
-        }
+        kept = torch.load(file).items()
+        return {key: [Comparison(*c) for c in found] if key[0] != "near" else found for key, found in kept}
     found = {}
     add = lambda *key, value: found.setdefault(key, []).append(value)
     for batch in range(BATCHES):
@@ -259,7 +267,7 @@ class Truth:
         self.e, self.cfg = roll_out(run, problems, before, batch, sampler), run.cfg
         self.before, self.after, self.batch = before, after, batch
         self.ratio, self.gradient = self.exact("confident")
-        said = f"{len(self.e.completion)} completions, log-ratio {self.ratio.mean():.2f} ± {self.ratio.std():.2f} (std)"
+        said = f"{len(self.e.advantages)} completions, log-ratio {self.ratio.mean():.2f} ± {self.ratio.std():.2f} (std)"
         print(f"# seed {run.cfg.seed}, blocks of {sampler[0]}, {sampler[1]} at once: {said}", flush=True)
 
     def exact(self, order: str) -> tuple[Tensor, Tensor]:
@@ -367,23 +375,15 @@ def draw(found: dict) -> None:
     for i, name in enumerate(ESTIMATORS):
         mean, low, high = zip(*[figure("cosine", found["main", name, mu]) for mu in FORWARDS])
         x = [mu * 1.03 ** (i - len(ESTIMATORS) / 2) for mu in FORWARDS]  # side by side
-        left.errorbar(
-            x, mean, [below(mean, low), below(high, mean)], marker=".", lw=1.2, capsize=2, label=name, color=f"C{i}"
-        )
+        error = [below(mean, low), below(high, mean)]
+        left.errorbar(x, mean, error, marker=".", lw=1.2, capsize=2, label=name, color=f"C{i}")
     left.set(xscale="log", xticks=FORWARDS, xticklabels=FORWARDS, xlabel="forwards, one per inner update")
     left.set(ylabel="cosine with the exact policy gradient")
     left.minorticks_off()
     for scheme, colour, shift in (("uniform", "C3", -0.006), ("fading_out", "C5", 0.006)):
         mean, low, high = zip(*[figure("cosine", found["gamma", scheme, gamma]) for gamma in GAMMAS])
-        right.errorbar(
-            [gamma + shift for gamma in GAMMAS],
-            mean,
-            [below(mean, low), below(high, mean)],
-            marker=".",
-            lw=1.2,
-            capsize=2,
-            color=colour,
-        )
+        x, error = [gamma + shift for gamma in GAMMAS], [below(mean, low), below(high, mean)]
+        right.errorbar(x, mean, error, marker=".", lw=1.2, capsize=2, color=colour)
     right.set(xlabel="gamma (4 forwards)")
     for ax in (left, right):
         ax.set_ylim(0, 1.02)

@@ -13,15 +13,13 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}  # the same on a machine with GPUs
+os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}  # GPUs or not
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 
 import rewards  # noqa: E402
 
 
-def llada_checkpoint(
-    path: Path, tokenizer, *, drop: str = "", extra: str = "", mask_token_id: int | None = None, codebook: int = 0
-) -> Path:
+def llada_checkpoint(path: Path, tokenizer, *, drop="", extra="", mask_token_id=None, codebook=0) -> Path:
     """A random checkpoint with LLaDA's config.json and weight names: hidden 32, 2 layers, 4 heads. With a codebook:
     MMaDA's, whose image codes follow the tokenizer's tokens."""
     torch.manual_seed(0)
@@ -34,26 +32,17 @@ def llada_checkpoint(
         "mask_token_id": tokenizer.convert_tokens_to_ids("<|mdm_mask|>") if mask_token_id is None else mask_token_id,
     }  # fmt: skip
     if codebook:
-        config |= {"architectures": ["MMadaModelLM"], "model_type": "mmada", "codebook_size": codebook}
-        config |= {"num_vq_tokens": 16, "new_vocab_size": v}
+        config |= {"architectures": ["MMadaModelLM"], "model_type": "mmada", "num_vq_tokens": 16}
+        config |= {"codebook_size": codebook, "new_vocab_size": v}
     if mask_token_id == -1:
         del config["mask_token_id"]
+    square, up, down = ("q_proj", "k_proj", "v_proj", "attn_out"), ("ff_proj", "up_proj"), ("ff_out",)
+    block = {"attn_norm": (d,), "ff_norm": (d,)} | dict.fromkeys(square, (d, d)) | dict.fromkeys(up, (f, d))
+    block |= dict.fromkeys(down, (d, f))
     shapes = {"wte.weight": (v, d), "ln_f.weight": (d,), "ff_out.weight": (v, d)}
-    for n in range(layers):
-        block = {
-            "attn_norm": (d,),
-            "ff_norm": (d,),
-            "q_proj": (d, d),
-            "k_proj": (d, d),
-            "v_proj": (d, d),
-            "attn_out": (d, d),
-        }
-        block |= {"ff_proj": (f, d), "up_proj": (f, d), "ff_out": (d, f)}
-        shapes |= {f"blocks.{n}.{name}.weight": shape for name, shape in block.items()}
-    weights = {
-        f"model.transformer.{k}": torch.randn(s) * (0.3 if len(s) > 1 else 0.1) + (len(s) == 1)
-        for k, s in shapes.items()
-    }
+    shapes |= {f"blocks.{n}.{name}.weight": shape for n in range(layers) for name, shape in block.items()}
+    draw = lambda shape: torch.randn(shape) * (0.3 if len(shape) > 1 else 0.1) + (len(shape) == 1)
+    weights = {f"model.transformer.{name}": draw(shape) for name, shape in shapes.items()}
     weights = {k: w for k, w in weights.items() if not (drop and drop in k)}
     return write_checkpoint(path, config, weights | ({extra: torch.zeros(2)} if extra else {}), tokenizer)
 
@@ -71,20 +60,11 @@ def dream_checkpoint(path: Path, tokenizer) -> Path:
         "mask_token_id": tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
     }  # fmt: skip
     shapes = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,), "lm_head.weight": (v, d)}
-    for n in range(layers):
-        layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,)}
-        layer |= {
-            f"self_attn.{p}_proj.{w}": (rows, d)[: 2 if w == "weight" else 1]
-            for p, rows in (("q", d), ("k", 16), ("v", 16))
-            for w in ("weight", "bias")
-        }
-        layer |= {
-            "self_attn.o_proj.weight": (d, d),
-            "mlp.gate_proj.weight": (f, d),
-            "mlp.up_proj.weight": (f, d),
-            "mlp.down_proj.weight": (d, f),
-        }
-        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
+    layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,), "self_attn.o_proj.weight": (d, d)}
+    layer |= {"mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
+    for part, rows in (("q", d), ("k", 16), ("v", 16)):
+        layer |= {f"self_attn.{part}_proj.weight": (rows, d), f"self_attn.{part}_proj.bias": (rows,)}
+    shapes |= {f"model.layers.{n}.{name}": shape for n in range(layers) for name, shape in layer.items()}
     weights = {k: torch.randn(s) * (0.3 if len(s) > 1 else 0.1) + ("norm" in k) for k, s in shapes.items()}
     return write_checkpoint(path, config, weights, tokenizer, tokenizer_class="DreamTokenizer")
 
@@ -96,32 +76,24 @@ def write_checkpoint(path: Path, config: dict, weights: dict, tokenizer, tokeniz
         tokenizer.backend_tokenizer.model.save(str(path))
         (path / "tokenizer.json").unlink()
         file = path / "tokenizer_config.json"
-        settings = json.loads(file.read_text()) | {
-            "tokenizer_class": tokenizer_class,
-            "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
-        }
+        remote = {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}
+        settings = json.loads(file.read_text()) | {"tokenizer_class": tokenizer_class, "auto_map": remote}
         file.write_text(json.dumps(settings))
     (path / "config.json").write_text(json.dumps(config))
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
-def gsm8k_file(path: Path, n: int = 60) -> Path:
-    """Problems in GSM8K's own format: prose with <<calculator marks>> and a last line `#### N`."""
-    lines = []
-    for p in rewards.TASKS["gsm8k"].generate("train", n, 7):
-        first, second, last = p["answer"].splitlines()
-        marked = [
-            f"So it is {s.rpartition(' ')[0]} <<{s.replace(' ', '')}>>{s.rpartition(' ')[2]}." for s in (first, second)
-        ]
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> Path:
+    """60 problems in GSM8K's own format: prose with <<calculator marks>> and a last line `#### N`."""
+    lines, path = [], tmp_path_factory.mktemp("data") / "gsm8k.jsonl"
+    for p in rewards.TASKS["gsm8k"].generate("train", 60, 7):
+        *steps, last = p["answer"].splitlines()
+        marked = [f"So it is {s.rpartition(' ')[0]} <<{s.replace(' ', '')}>>{s.rpartition(' ')[2]}." for s in steps]
         lines.append(json.dumps({"question": p["question"], "answer": "\n".join(marked + [last])}))
     path.write_text("\n".join(lines) + "\n")
     return path
-
-
-@pytest.fixture(scope="session")
-def data_file(tmp_path_factory) -> Path:
-    return gsm8k_file(tmp_path_factory.mktemp("data") / "gsm8k.jsonl")
 
 
 @pytest.fixture(scope="session")
@@ -133,13 +105,11 @@ def bpe(data_file):
     special = ["<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>", "<|start_header_id|>", "<|end_header_id|>"]
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
     raw.train([str(data_file)], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token=special[0], pad_token=special[0], additional_special_tokens=special[1:]
-    )
+    names = {"eos_token": special[0], "pad_token": special[0], "additional_special_tokens": special[1:]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **names)
     tokenizer.chat_template = (
         "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
@@ -161,21 +131,19 @@ def dream(tmp_path_factory, bpe) -> Path:
 LAUNCH_2 = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
 
 
+def launch(*argv, launch=None, cwd=ROOT, file="maskgrpo.py", **env) -> subprocess.Popen:
+    """A running `maskgrpo.py` (or file=), by python or by `accelerate launch LAUNCH`."""
+    prefix = [sys.executable] if launch is None else [sys.executable, "-m", "accelerate.commands.launch", *launch]
+    command = [*prefix, str(ROOT / file), *map(str, argv)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.fixture
 def start():
-    """start(*argv, launch=(), **env) -> a running `maskgrpo.py` (or file=), by python or by `accelerate launch LAUNCH`."""
+    """`launch`, whose processes end with the test."""
     running = []
-
-    def call(*argv, launch=None, cwd=ROOT, file="maskgrpo.py", **env) -> subprocess.Popen:
-        prefix = [sys.executable] if launch is None else [sys.executable, "-m", "accelerate.commands.launch", *launch]
-        env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-        command = [*prefix, str(ROOT / file), *map(str, argv)]
-        running.append(
-            subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-        return running[-1]
-
-    yield call
+    yield lambda *argv, **options: running.append(launch(*argv, **options)) or running[-1]
     for process in running:
         process.kill()
         process.communicate()

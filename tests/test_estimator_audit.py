@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from exact import log_likelihood
-from test_maskgrpo import MASK, Enumerable, batch_of, config, experience, masks_of
+from slow import MASK, Enumerable, batch_of, config, masks_of, remasked, rollouts
 from test_remask import keep_by_hand
 
 import maskgrpo as m
@@ -123,9 +123,9 @@ def test_every_update_of_rotated_trace_has_the_mean_of_trace(mu):
 
 def test_a_rollout_s_updates_of_rotated_trace_share_their_phase_and_rows_do_not():
     cfg = config(remask="rotated_trace", managed_randomness=False, mu=4, group_size=8, gen_length=8)
-    e = experience(cfg)
-    scored = torch.stack([m.remask_experience(cfg, e, 3, j)[0].scored for j in range(1, 5)])  # (mu, B, L)
-    assert torch.equal(scored.sum(0), e.completion.long())
+    o = rollouts(cfg)
+    scored = torch.stack([remasked(cfg, o, 3, j)[0].scored for j in range(1, 5)])  # (mu, B, L)
+    assert torch.equal(scored.sum(0), o.completion.long())
     first = {tuple(row.tolist()) for row in scored[0, 8:]}
     assert 1 < len(first) <= 4  # all 8 alike: a chance of 4^-7 over seeds
 

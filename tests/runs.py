@@ -1,0 +1,123 @@
+"""What tests of runs share: small runs of maskgrpo.py in this process or in copies of it, and what they leave."""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import maskgrpo as m
+
+
+def small_run(path, **values):
+    """A run of a second on a base of 60 steps, at temperature 1 for varied rewards."""
+    small = dict(max_steps=3, eval_n=4, eval_every=0, pass_k=0, batch_size=16, group_size=4, mu=2, temperature=1.0)
+    flags = [str(word) for name, value in (small | values).items() for word in (f"--{name}", value)]
+    return ["--output_dir", str(path), *flags]
+
+
+def lines_of(path, name="metrics"):
+    return [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
+
+
+def results_of(path):
+    return json.loads((path / "results.json").read_text())
+
+
+def parameters_of(path):
+    return load_file(next((path / "model").glob("*.safetensors")))
+
+
+def same_training(one, two):
+    """Parameters to 1e-5, and every metric, gradient norms included: AdamW would hide their scale."""
+    a, b = parameters_of(one), parameters_of(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0)
+    same_metrics(one, two)
+
+
+def same_metrics(one, two):
+    a, b = lines_of(one), lines_of(two)
+    assert len(a) == len(b) and any(line["grad_norm"] > 0.01 for line in a)
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys() and all(x[k] == pytest.approx(y[k], abs=1e-4) for k in x)
+
+
+def same_run(one, two):
+    for name in ("metrics.jsonl", "completions_after.jsonl"):
+        assert (one / name).read_text() == (two / name).read_text()
+    a, b = parameters_of(one), parameters_of(two)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def one_error(argv, capfd):
+    """The one line that a run says, which has to end with code 2."""
+    capfd.readouterr()
+    assert m.cli([str(word) for word in argv]) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert line.startswith("maskgrpo.py: error: ")
+    return line
+
+
+def forked(argv, cwd, patch=lambda: None, run=m.cli, **env) -> int:
+    """The id of a copy of this process that runs run(argv), after `patch`: a new one would import for 5 s. What it
+    prints goes to cwd/out."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        signal.alarm(120)  # ends one that hangs
+        os.chdir(cwd)
+        os.environ |= env
+        with open("out", "a", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            try:
+                patch()
+                AcceleratorState._reset_state(reset_partial_state=True)
+                code = run(list(map(str, argv)))
+            except SystemExit as left:
+                code = left.code
+            except BaseException:
+                traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def ended(*children):
+    """The exit codes of forked copies; minus the signal where one ended it."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def forked_pair(argv, cwd, patch=lambda: None, run=m.cli):
+    """Exit codes of two processes under gloo, as the launcher would start them; `patch` runs in the second."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+        env["MASTER_PORT"] = str(free.getsockname()[1])
+    patches = (lambda: None, patch)
+    return ended(*(forked(argv, cwd, patches[r], run, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(2)))
+
+
+def dies(name, call, by, module=m):
+    """A patch: the call-th call of module.NAME, or of Path.NAME, is one by which this process gets a signal."""
+
+    def patch():
+        owner, calls = (module if hasattr(module, name) else Path), itertools.count(1)
+        original = getattr(owner, name)
+
+        def stopped(*args, **kwargs):
+            if next(calls) == call:
+                os.kill(os.getpid(), by)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, stopped)
+
+    return patch
