@@ -1,4 +1,4 @@
-"""The README's table and picture of the default run: 3 seeds, both importance ratios, about 4 minutes each.
+"""The table and picture of the default run: 3 seeds, both importance ratios, about 4 minutes each.
 
 python experiments/gsm8k_tiny.py            # runs what is not there yet, then prints and draws
 """

@@ -1,11 +1,12 @@
-"""The README's tables of text to image: 3 seeds of UniGRPO, + truncation, + emerge, from the same bases; and the
-two samplers on these bases before RL, with and without guidance.
+"""The tables and the picture of text to image: 3 seeds of UniGRPO, + truncation, + emerge, from the same bases; and
+the two samplers on these bases before RL, with and without guidance.
 
-python experiments/t2i_tiny.py            # runs what is not there yet, then prints; copies one run's images.png
+python experiments/t2i_tiny.py                  # runs what is not there yet, then prints and draws
+python experiments/t2i_tiny.py RUN FILE.png     # draws the images of one run of the embedded task
 """
 
-import shutil
 import sys
+import textwrap
 from pathlib import Path
 from statistics import mean
 
@@ -62,8 +63,31 @@ def main() -> None:
     table(["test prompts", *CATEGORIES], by_category)
     rows = {s: [spread([before_rl(s, g, seed) for seed in SEEDS]) for g in GUIDANCES] for s in ("maskgit", "emerge")}
     table(["test prompts, before RL", *(f"guidance {g}" for g in GUIDANCES)], rows)
-    shutil.copy(path("maskgrpo", 0) / "images.png", "assets/t2i.png")
+    draw(path("maskgrpo", 0), "assets/t2i.png")
+
+
+def draw(run_path: Path, file: str, most: int = 8) -> None:
+    """The first test prompt of each category and some more, before and after RL, right ones framed in green."""
+    import matplotlib.pyplot as plt
+
+    phases = {
+        phase: [row for row in lines(run_path, f"completions_{phase}") if row["split"] == "test"]
+        for phase in ("before", "after")
+    }
+    first = {row["category"]: i for i, row in reversed(list(enumerate(phases["before"])))}
+    others = [i for i in range(len(phases["before"])) if i not in first.values()]
+    chosen = sorted([*first.values(), *others][:most])
+    figure, grid = plt.subplots(2, len(chosen), figsize=(1.9 * len(chosen), 4.2))
+    for axes, (phase, rows) in zip(grid, phases.items()):
+        for ax, row in zip(axes, (rows[i] for i in chosen)):
+            ax.imshow(rewards.TASKS["t2i"].render([int(code) for code in row["completion"].split()]))
+            ax.set(xticks=[], yticks=[])
+            ax.set_xlabel(f"{phase}: {'right' if row['score'] == 1 else 'wrong'}", fontsize=8)
+            ax.spines[:].set(color="tab:green" if row["score"] == 1 else "tab:red", linewidth=2)
+            if phase == "before":
+                ax.set_title(textwrap.fill(row["prompt"], 24), fontsize=7)
+    figure.savefig(file, dpi=130, bbox_inches="tight")
 
 
 if __name__ == "__main__":
-    main()
+    draw(Path(sys.argv[1]), sys.argv[2]) if len(sys.argv) == 3 else main()

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
 import common  # noqa: E402
 import ladder  # noqa: E402
+import sudoku_upo  # noqa: E402
 
 GOAL, NAME = "diffu-GRPO", "TraceRL"
 
@@ -59,3 +60,14 @@ def test_a_run_is_made_once_and_another_command_s_is_refused(tmp_path):
         assert common.results(common.run(command, path)) == {}
     with pytest.raises(SystemExit, match="another command, .*--seed 1: move it away"):
         common.run(command + "0", path)
+
+
+def test_a_board_knows_its_clues_its_steps_and_its_mistakes():
+    """12 34 / 34 12 / 21 43 / 43 21 with two blanks, of which the second is filled in wrongly."""
+    assert sudoku_upo.solved(list("1030040020100301")) is None  # no digit fits everywhere
+    assert sudoku_upo.solved(list("1200041221434321")) == list("1234341221434321")
+    steps = [-1] * 20
+    steps[1], steps[18] = 1, 0  # a token for each digit, and one for each line break: the cells 2 and 16
+    board = sudoku_upo.board({"completion": "1 2 3 4\n3 4 1 2\n2 1 4 3\n4 3 2 4", "steps": steps})
+    assert [cell.step for cell in board] == [-1, 1, *[-1] * 13, 0]
+    assert [cell.right for cell in board] == [True] * 15 + [False]
