@@ -104,7 +104,7 @@ for _ in range(8):  # levels of braces
 BOXED = re.compile(rf"(?s)\\(?:boxed|fbox)\s*\{{(?:({BALANCED})\}}|([^\n<]{{0,{LONGEST}}}))")
 TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
 HASHES = re.compile(r"#{4,}\s*([^\n<]*)")
-# "The answer is 4", "**Answer:** 4", "A: 4", to the sentence's end. What a fence or an object follows is JSON's to read.
+# "The answer is 4", "**Answer:** 4", "A: 4", to the sentence's end. What a fence or an object follows is JSON's.
 SAID = re.compile(r"(?im)(?:\banswer\b[*_]*(?:\s+is\b|\s*[:=])|^A:)(?=[:*\s]*(?![`{\s*:])([^\n\x22]{1,200}))")
 FIELD = re.compile(r'(?i)"(?:final_)?answer"\s*:\s*("(?:[^"\\\n]|\\.){1,500}"|-?[\d.]+)')
 # A heading or a sentence of the working: "#### Step 2: ...", "#### 1. Add 5", "Answer: Tom has 5 ..."
