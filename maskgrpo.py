@@ -797,7 +797,7 @@ class MaskedDiffusionModel(nn.Module):
 
 
 class Run:
-    """One process's share of a run: configuration, problems, Accelerate, directory and clocks."""
+    """One process's share of a run: configuration, task, Accelerate, directory and clocks."""
 
     def __init__(self, cfg, accelerator: Accelerator):
         self.cfg, self.accelerator, self.path, self.task = cfg, accelerator, Path(cfg.output_dir), TASKS[cfg.task]

@@ -1623,6 +1623,7 @@ def score_file(name: str, path: str) -> dict[str, Any]:
         raise DataError(CODE_REFUSED.format(name))
 
     def judge(row: dict, where: str) -> list[dict[str, float]]:
+        """The figures of each completion of a row; DataError where one cannot be judged."""
         row = {field.lower(): value for field, value in row.items()}
         texts = pick(row, COMPLETION) or row.get("completion")  # the latter may be ""
         texts = texts if isinstance(texts, list) else [texts]

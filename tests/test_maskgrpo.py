@@ -20,6 +20,7 @@ from runs import dies, ended, forked, forked_pair, lines_of, one_error, results_
 from safetensors.torch import load_file, save_file
 from slow import MASK, Enumerable, batch_of, chance, config, masks_of, plain_llama, remasked, rollouts, slow_ell
 from slow import slow_forward, slow_objective, step_by_hand
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 import maskgrpo as m
@@ -272,13 +273,20 @@ def test_an_instruction_that_a_chat_template_has_no_role_for_stands_in_the_quest
         model.prompt_ids(task, problem)
 
 
-def test_a_tokenizer_that_cannot_spell_the_answer_is_refused(llada, data_file, monkeypatch):
+def test_a_tokenizer_that_cannot_spell_the_answer_is_refused(llada, data_file, tmp_path, capfd):
     """WordPiece splits at punctuation and joins by spaces."""
-    model, task = load(llada), rewards.TASKS["gsm8k"]
-    model.check_solution(task, problems := task.load(str(data_file), "train"))
-    monkeypatch.setattr(model.tokenizer, "decode", lambda ids, **_: "# # # # 5")
-    with pytest.raises(m.UsageError, match="its tokenizer turns '.*#### .*# # # # 5', which does not earn"):
-        model.check_solution(task, problems)
+    special = ["<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>", "[UNK]"]
+    chars = sorted(set(data_file.read_text() + "".join(rewards.INSTRUCTIONS.values())))
+    vocabulary = {word: i for i, word in enumerate([*special, *chars, *(f"##{c}" for c in chars)])}
+    raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    names = dict(eos_token=special[0], pad_token=special[0], unk_token="[UNK]", additional_special_tokens=special[1:3])
+    wordpiece = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **names)
+    assert wordpiece.decode(wordpiece("#### 5")["input_ids"]) == "# # # # 5"
+    folder = llada_checkpoint(tmp_path / "wordpiece", wordpiece)
+    flags = small_run(tmp_path / "run", model=folder, data=data_file, gen_length=64, max_steps=0)
+    assert re.search(r"its tokenizer turns '.*# # # # \d+', which does not earn", one_error(flags, capfd))
+    load(llada).check_solution(rewards.TASKS["gsm8k"], rewards.TASKS["gsm8k"].load(str(data_file), "train"))
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
