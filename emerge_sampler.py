@@ -27,11 +27,13 @@ Departures from LLaDA's generate.py, and from the paper's and MMaDA's code
     makes a 70% token win 99.6% of the time; float32 still cuts the tail off, arXiv 2409.02908.)
  2. Temperature T draws exactly from softmax(logits / T). Confidence is the probability of the drawn
     token at T = 1, as in LLaDA.
- 3. What lies behind a row's first revealed EOS is not decoded any more: it stays masked while the row
-    is finished, is never read, and is returned as the pad token with step -1.
+ 3. What lies behind a row's first revealed EOS is not decoded any more: what is still masked there stays so
+    while the row is finished, is never read, and is returned as the pad token with step -1. Tokens that were
+    revealed there before the EOS are returned with their steps: the later ones were drawn in their presence.
  4. `eos_last=True` lets EOS wait until the rest of its block is filled, against "EOS flooding".
- 5. q_s is Alg. 4's, normalised. The official code weighs k_s / k_t against probs (k_t - k_s), which do
-    not sum to 1, and leaves a third of the tokens to the last step whatever the number of steps.
+ 5. q_s is Alg. 4's, normalised, as in the official image sampler. (Its variant for text, which its trainer never
+    calls, weighs k_s / k_t against probs (k_t - k_s): these do not sum to 1, and a third of the tokens is left to
+    the last step whatever the number of steps.)
 
     python emerge_sampler.py    # the three samplers on distributions known in closed form
 """
@@ -56,7 +58,7 @@ Noise = torch.Generator | Sequence[torch.Generator]
 
 class Rollout(NamedTuple):
     """x: (B, L) long, no mask token left; unmask_step: (B, L) long, the step at which each token was
-    revealed, counted from 0 (-1: prompt, or behind the EOS); forwards: calls of `denoise`."""
+    revealed, counted from 0 (-1: prompt, or never, behind the EOS); forwards: calls of `denoise`."""
 
     x: Tensor
     unmask_step: Tensor
@@ -167,8 +169,7 @@ def fill(
         unmask_step[reveal] = forwards
         masked &= ~reveal
         forwards += 1
-    tail = completion & ~through_eos(x, completion, eos_ids)  # still masked, or revealed together with the EOS
-    return Rollout(x.masked_fill(tail, pad_id), unmask_step.masked_fill(tail, -1), forwards)
+    return Rollout(x.masked_fill(masked, pad_id), unmask_step, forwards)  # behind an EOS some are still masked
 
 
 # --- Text: semi-autoregressive blocks, most confident first -----------------------------------------------------------
@@ -216,6 +217,14 @@ def semi_autoregressive(
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda t: 1 - math.sin(math.pi / 2 * t),
     "linear": lambda t: 1 - t,
+}
+
+
+# What is left of MaskGIT's Gumbel noise at step n = 0 ... steps - 1: falling linearly to 0, as in MaskGIT, or multiplied
+# by the step's own 1 - (n + 1) / steps, as in MMaDA's and MaskGRPO's code, where it is all but gone after a few steps.
+DECAYS: dict[str, Callable[[int, int], float]] = {
+    "linear": lambda n, steps: 1 - (n + 1) / steps,
+    "compounding": lambda n, steps: math.prod(1 - (i + 1) / steps for i in range(n + 1)),
 }
 
 
@@ -281,18 +290,20 @@ def maskgit(
     schedule: str,
     temperature: float,
     generator: Noise,
-    gumbel: float = 4.5,
+    gumbel: float = 1.0,
+    decay: str = "compounding",
     first_id: int = 0,
     everyone: Callable[[bool], bool] = alone,
 ) -> Rollout:
     """Fill the completion in at most `steps` forwards as MaskGIT does: after step n, floor((1 - alpha_s) |o|) tokens
-    are still masked. gumbel: of the choice, falls linearly to 0 (MaskGIT has 4.5); the rest as in `emerge`."""
+    are still masked. gumbel, and a row of DECAYS: weight of the choice's noise; 1 and compounding are MMaDA's and
+    MaskGRPO's, 4.5 and linear MaskGIT's; the rest as in `emerge`."""
     length = completion.sum(1, keepdim=True)  # |o|, (B, 1)
 
     def step(n: int, logits: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         noise = exponential_noise(candidates, logits.shape[-1] + 1, generator)
         kept = ((1 - alphas(schedule, n, steps)[1]) * length).floor().long()
-        return maskgit_step(logits, candidates, kept, temperature, gumbel * (1 - (n + 1) / steps), noise)
+        return maskgit_step(logits, candidates, kept, temperature, gumbel * DECAYS[decay](n, steps), noise)
 
     return fill(denoise, x, completion, lambda unfinished: unfinished, step, first_id=first_id, everyone=everyone)
 

@@ -19,21 +19,27 @@ and stopped while it is still imperfect; a published checkpoint runs through the
 Departures from the paper
  1. As printed the objective is A (rho - beta D): a negative advantage would reward divergence. Here
     it is A rho - beta D, and rho A is clipped as in PPO.
- 2. `--ratio token`, the default, is what the authors' code computes; `--ratio sequence` is Eq. 9 and
-    10 as printed. Where the policies are equal their gradients differ only in the denominator, the number
+ 2. `--ratio token`, the default, has a ratio and a D per token, as the authors' code; `--ratio sequence` is Eq. 9
+    and 10 as printed. Where the policies are equal their gradients differ only in the denominator, the number
     of masked tokens instead of its expectation t |o|. experiments/README.md says how they compare.
  3. Exponentials of log ratios beyond 1 go on as tangents (`tame_exp`), which the sequence form needs.
- 4. Tokens behind the first EOS do not count, and stay hidden in x_t, as they were in the rollout.
- 5. "Controlled random seeds" is read as: one mask noise for the completions of a group.
+ 4. Tokens behind the first EOS do not count. Random masks hide all of them; a trace (`--method tracerl`) shows those
+    that the rollout had revealed before the EOS, as the model saw them.
+ 5. "Controlled random seeds" is read as: one mask noise for the completions of a group. In the authors' code only the
+    old, the new and the reference policy share it.
 Departures from the authors' code
  6. Only masked completion tokens enter the loss; there the loss mask is not indexed by j.
  7. j is a loop index, so each rollout sees all mu masks whatever the gradient accumulation.
  8. Masks come from a generator keyed by (seed, step, j, group): the same for old, new and reference
     policy and for any number of processes. The global generator is never reseeded.
- 9. Log-probabilities are taken at the rollout's temperature. The rollout also *selects* positions by
+ 9. The token loss is a mean per completion and then over completions; theirs is one mean over all scored tokens of a
+    micro-batch, in which a long completion weighs more, and which depends on how rows are spread over processes.
+10. A step is a rollout with its mu updates. Their `max_steps` counts updates: 6,000 of them are 500 steps at mu = 12.
+11. Log-probabilities are taken at the rollout's temperature. The rollout also *selects* positions by
     confidence, and may be guided (--guidance); as in every method compared here, ell knows neither.
-10. The reward asks for GSM8K's own `#### 42` (rewards.py), the masks' ramp is per row (remask.py).
-11. The tiny images have advantages without std, and no guidance, unless flags say so: experiments/README.md
+12. No dropout, in LoRA neither (theirs: 0.05): the old, the new and the reference policy are the same function.
+13. The reward asks for GSM8K's own `#### 42` (rewards.py), the masks' ramp is per row (remask.py).
+14. The tiny images have advantages without std, and no guidance, unless flags say so: experiments/README.md
     says why.
 
     python maskgrpo.py --task gsm8k                        # the tiny default, minutes on a laptop
@@ -77,7 +83,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 import remask
 import rewards
-from emerge_sampler import SAMPLERS, guided, load_magvit, through_eos
+from emerge_sampler import DECAYS, SAMPLERS, guided, load_magvit, through_eos
 from remask import Remask, seeded, shuffled
 from rewards import TASKS, DataError, Problem, first_line, judge_all, mean_of
 
@@ -129,6 +135,7 @@ def group_advantages(rewards: Tensor, group_size: int, convention: str) -> Tenso
     """
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
+    centred = centred * (groups != groups[:, :1]).any(1, keepdim=True)  # a mean may round
     if convention == "std":
         std = groups.std(1, keepdim=True)  # unbiased, as in most GRPO code
         centred = torch.where(std > 1e-6, centred / std.clamp(min=1e-6), 0.0)
@@ -177,7 +184,7 @@ class Rollouts(NamedTuple):
 
 
 def mask_noise(cfg: "Config", o: Rollouts, step: int, j: int) -> tuple[Tensor, Tensor]:
-    """S_j: uniform noise of inner update j, u (B, L) for positions, u_ratio (B,) for ratios; float32, on the CPU.
+    """S_j: uniform noise of inner update j (0: of the rollout), u (B, L) for positions, u_ratio (B,); float32, CPU.
 
     Keyed by (seed, step, j, group): the same for the old, the new and the reference policy, whichever process
     holds the group and however it is padded. With managed randomness a group's completions share it, so that
@@ -196,12 +203,12 @@ def mask_noise(cfg: "Config", o: Rollouts, step: int, j: int) -> tuple[Tensor, T
 
 def remasked_log_probs(cfg: "Config", pi: nn.Module, base, o: Rollouts, step: int, j: int) -> tuple[Tensor, Remask]:
     """(token log-probabilities (B, L) of o under pi on the masks of update j, and these masks). remask.py has t_j and
-    the schemes; the tail behind EOS stays hidden, as in the rollout. base: the bare model, which knows its ids."""
-    noise = mask_noise(cfg, o, step, 0 if cfg.remask in remask.ONE_RATIO else j)
+    the schemes; the tail behind EOS is hidden but for what a trace shows. base: the bare model, which knows its ids."""
+    noise = mask_noise(cfg, o, step, j)[0], mask_noise(cfg, o, step, 0)[1]
     u, u_ratio = (v.to(o.completion.device) for v in noise)
-    prompt = o.batch.attention & ~o.batch.completion
+    prompt, tail = o.batch.attention & ~o.batch.completion, o.batch.completion & ~o.completion
     masks = remask.by_name(cfg.remask, o.completion, prompt, o.unmask_step, u, u_ratio, j, cfg.mu, cfg.gamma)
-    hidden = masks.masked | (o.batch.completion & ~o.completion)
+    hidden = masks.masked | (tail & (o.unmask_step < 0) if cfg.remask in remask.TRACES else tail)
     return token_log_probs(pi, o.batch, hidden, masks.scored, base.mask_id, cfg.temperature, base.first_id), masks
 
 
@@ -280,15 +287,8 @@ def train_step(run: "Run", policy: nn.Module, base, reference: Callable, optimiz
                 run.accelerator.backward(loss)  # divided by the number of micro-batches there
             losses.append(metrics)
         # One step of AdamW per j, on the clipped gradient, after a warm-up
-        norm = run.accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-        updates.append(run.average(mean_of(losses) | {"grad_norm": float(norm)}))
-        finite = math.isfinite(updates[-1]["loss"] + updates[-1]["grad_norm"])
-        lower = f"the loss or its gradient is not finite; go on by --resume with a lower --lr ({cfg.lr:g})"
-        require({f"step {step + 1}, update {j}: {lower}": finite})
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, (step * cfg.mu + j) / max(cfg.warmup, 1))
-        optimizer.step()
-        optimizer.zero_grad()
+        lr = cfg.lr * min(1.0, (step * cfg.mu + j) / max(cfg.warmup, 1))
+        updates.append(run.update(policy, optimizer, lr, cfg.max_grad_norm, losses, f"step {step + 1}, update {j}"))
     return mean_of(rollouts) | mean_of(updates)
 
 
@@ -326,7 +326,7 @@ class Common:
     allow_code_execution: bool = flag(False, "task mbpp: run the programs that the model writes, in a sandbox")
     seed: int = flag(0, "seed of everything random")
     output_dir: str | None = flag(None, "run directory; default runs/SCRIPT-TASK-METHOD-MODEL-sSEED")
-    max_steps: int = flag(6000, "RL steps: rollouts with mu updates each; the paper's 6000 count updates")
+    max_steps: int = flag(500, "RL steps, each a rollout and its updates; the papers' max_steps count updates")
     save_every: int = flag(10, "steps between checkpoints, 0: only when stopped and at the end")
     resume: bool = flag(False, "go on from the last checkpoint in --output_dir")
     eval_only: bool = flag(False, "evaluate and leave")
@@ -342,11 +342,12 @@ class Common:
     beta: float = flag(0.01, "weight of the KL to the reference")
     clip: float = flag(0.2, "PPO clip of the ratio")
     lr: float = flag(3e-6, "AdamW learning rate after warm-up")
-    warmup: int = flag(100, "linear warm-up of the learning rate: updates in maskgrpo.py, steps in upo.py")
-    weight_decay: float = flag(0.0, "AdamW weight decay")
+    accumulation: int = flag(2, "micro-batches per update; in upo.py 0: all of a rollout")
+    warmup: int = flag(100, "updates of linear warm-up of the learning rate")
+    weight_decay: float = flag(0.1, "AdamW weight decay")
     max_grad_norm: float = flag(0.2, "gradient norm is clipped to this")
     eval_n: int = flag(0, "held-out problems, 0: all")
-    eval_every: int = flag(500, "steps between looks at 256 validation problems, 0: never")
+    eval_every: int = flag(50, "steps between looks at 256 validation problems, 0: never")
     eval_batch_size: int = flag(32, "completions per process and batch of evaluation")
 
     def tiny(self) -> bool:
@@ -370,16 +371,17 @@ class MaskGRPO:
     gamma: float = flag(0.6, "truncation: the lowest mask ratio")
     managed_randomness: bool = flag(True, "one mask noise for a whole group instead of one per completion")
     ratio: str = flag("token", "ratio and KL per token, or of the sequence (Eq. 9, 10)", choices=("token", "sequence"))
-    accumulation: int = flag(2, "micro-batches per update")
     sampler: str = flag("semi_autoregressive", "text has this one, images the others", choices=tuple(SAMPLERS))
     tokens_per_step: int = flag(2, "tokens of a text revealed per step")
     eos_last: bool = flag(False, "EOS waits until the rest of its block is filled")
     steps: int = flag(12, "steps of an image")
+    gumbel: float = flag(1.0, "maskgit: weight of the noise of its choice; MaskGIT's own is 4.5")
+    gumbel_decay: str = flag("compounding", "maskgit: how that falls; MaskGIT's own is linear", choices=tuple(DECAYS))
     guidance: float = flag(0.0, "classifier-free guidance, 0: none")
     rewards: str | None = flag(None, "of pixels: clip=1,http://HOST:PORT/hpsv3=0.5; tiny images have a verifier")
     decoder: str = flag("showlab/magvitv2", "MAGVIT-v2's weights: a file, a folder or a hub id")
     pass_k: int = flag(0, "samples per problem for pass@k at --temperature, 0: greedy only")
-    lora: int = flag(0, "LoRA rank (alpha = rank / 2), the paper has 128; 0: train all weights")
+    lora: int = flag(0, "LoRA rank (alpha = rank / 2), the authors have 128; 0: train all weights")
     gradient_checkpointing: bool = flag(True, "recompute activations to save memory")
     sft_steps: int = flag(0, "with --model: steps of supervised ELBO training before RL (SFT + MaskGRPO)")
     sft_batch_size: int = flag(8, "sequences per process and step of ELBO training")
@@ -403,7 +405,7 @@ TINY = {
     **dict(max_steps=250, save_every=25, bf16=False, gradient_checkpointing=False, sft_batch_size=64, sft_lr=3e-3),
     **dict(gen_length=16, block_length=4, tokens_per_step=4, temperature=0.7, group_size=8, batch_size=128, mu=4),
     **dict(accumulation=1, lr=1.5e-4, warmup=20, max_grad_norm=1.0, eval_n=1000, eval_every=25, eval_batch_size=256),
-    **dict(pass_k=8),
+    **dict(weight_decay=0.0, pass_k=8),
 }
 TINY_TASK = {
     "math500": dict(base_accuracy=0.1),
@@ -482,9 +484,9 @@ def parse(argv: list[str] | None = None, kind: type = Config, about: str = __doc
 def check(cfg, positive: str, rules: dict[str, object]) -> None:
     """Raise UsageError for what either script would compute something wrong from without a word, and for a script's own
     `rules`, message -> whether it holds; positive: names of its fields that must be above 0."""
-    names = f"gen_length block_length batch_size mu eval_batch_size lr max_grad_norm clip {positive}".split()
+    names = f"gen_length block_length batch_size mu eval_batch_size lr max_grad_norm clip {positive}"
     whole_groups, code = cfg.group_size > 1 and cfg.batch_size % cfg.group_size == 0, TASKS[cfg.task].runs_code
-    rules = rules | {f"--{name} {getattr(cfg, name)}: must be above 0": getattr(cfg, name) > 0 for name in names}
+    rules = rules | {f"--{name} {getattr(cfg, name)}: must be above 0": getattr(cfg, name) > 0 for name in names.split()}
     rules[f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}, 2 or more"] = whole_groups
     rules |= {f"--{k} {v}: must be at least 0": v >= 0 for k, v in vars(cfg).items() if type(v) in (int, float)}
     rules[f"--seed {cfg.seed}: must be below 2**63"] = cfg.seed < 2**63
@@ -599,7 +601,10 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
             if adapter:
                 hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
             else:
-                settings = dict(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules="all-linear")
+                # the authors' targets; a base of another family has all of its linear layers adapted
+                known = isinstance(hf, LlamaForCausalLM | Qwen2ForCausalLM)
+                targets = ["q_proj", "k_proj", "v_proj", "up_proj"] if known else "all-linear"
+                settings = dict(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules=targets)
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(cfg.seed)  # its initialisation; afterwards all is as before
                     hf = peft.get_peft_model(hf, peft.LoraConfig(**settings))
@@ -843,6 +848,20 @@ class Run:
         """Whether the flag holds on all processes, which all have to ask."""
         return self.average({"flag": float(flag)})["flag"] == 1.0
 
+    def update(self, model: nn.Module, optimizer, lr: float, most: float, losses: list[dict], where: str) -> dict:
+        """One step of AdamW at the learning rate lr, on the gradient with its norm clipped to `most`. The means of the
+        micro-batches' losses over all processes, with `grad_norm` before clipping; UsageError before the step, on all
+        of them, if these are not finite."""
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), most)
+        metrics = self.average(mean_of(losses) | {"grad_norm": float(norm)})
+        lower = f"{where}: the loss or its gradient is not finite; --resume with a lower learning rate ({lr:g})"
+        require({lower: math.isfinite(metrics["loss"] + metrics["grad_norm"])})
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        return metrics
+
     def write(self, name: str, text: str) -> None:
         """A whole file of the run's directory, or the old one, whatever happens in between."""
         if self.main:
@@ -957,14 +976,16 @@ def roll_out(
     with_prompt = lambda x, positions: model(x, batch.attention, positions)
     without_prompt = lambda x, positions: model(*base.unprompted(batch, x), positions)
     ends, options = base.ends_of(run.task), dict(temperature=temperature, everyone=run.everyone)
+    sampler = sampler or cfg.sampler
     if base.codebook:
         options |= dict(steps=cfg.steps, schedule="cosine", first_id=base.first_id)
+        options |= dict(gumbel=cfg.gumbel, decay=cfg.gumbel_decay) if sampler == "maskgit" else {}
     else:
         options |= dict(block_length=cfg.block_length, tokens_per_step=cfg.tokens_per_step, eos_last=cfg.eos_last)
         options |= dict(eos_ids=ends, pad_id=base.pad_id)
     options["generator"] = [seeded(*key, device=run.device) for key in keys]
     denoise = guided(with_prompt, without_prompt, cfg.guidance)
-    done = SAMPLERS[sampler or cfg.sampler](denoise, batch.x, batch.completion, **options)
+    done = SAMPLERS[sampler](denoise, batch.x, batch.completion, **options)
     batch, completion = batch._replace(x=done.x), through_eos(done.x, batch.completion, ends)
     texts = base.texts(batch, completion, cfg.gen_length)
     return Rollouts(batch, completion, done.unmask_step, None, done.forwards, texts)
@@ -1025,11 +1046,11 @@ def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, o
 
 
 def elbo_step(run: Run, model, base, optimizer, lesson: list[tuple], step: int) -> None:
-    """One step of ELBO training on this process's share of the batch; lesson: (prompt, start, target) of ids."""
-    cfg, size = run.cfg, run.cfg.sft_batch_size
-    chosen = shuffled(len(lesson), size, (step * run.world + run.rank) * size, cfg.seed, DATA, 0)
-    prompts, starts, targets = zip(*[lesson[i] for i in chosen])
-    noise = seeded(cfg.seed, ELBO, step, run.rank)
+    """One step of ELBO training on this process's share of the batch; lesson: (prompt, start, target) of ids. The noise
+    of the whole batch is drawn on every process, so that a row's does not depend on who computes it."""
+    cfg, share, noise = run.cfg, run.cfg.sft_batch_size, seeded(run.cfg.seed, ELBO, step, 0)
+    size, mine = share * run.world, slice(run.rank * share, (run.rank + 1) * share)
+    prompts, starts, targets = zip(*[lesson[i] for i in shuffled(len(lesson), size, step * size, cfg.seed, DATA, 0)])
     if base.codebook:
         dropped = torch.rand(size, generator=noise) < 0.1  # guidance has to know what there is without a prompt
         prompts = [base.image_prompt("") if drop else ids for drop, ids in zip(dropped.tolist(), prompts)]
@@ -1038,15 +1059,11 @@ def elbo_step(run: Run, model, base, optimizer, lesson: list[tuple], step: int) 
     r = 1 - (torch.arange(size) + torch.rand(1, generator=noise)) / size
     u = torch.rand(batch.x.shape, generator=noise)
     model.train()
-    loss = elbo_loss(model, batch, r.to(run.device), u.to(run.device), base.mask_id, base.first_id)
-    lower = f"ELBO training, step {step + 1}: the loss is not finite; lower --sft_lr ({cfg.sft_lr:g})"
-    require({lower: run.everyone(bool(loss.isfinite()))})
+    batch, r, u = Batch(*(v[mine] for v in batch)), r[mine].to(run.device), u[mine].to(run.device)
+    loss = elbo_loss(model, batch, r, u, base.mask_id, base.first_id)
     run.accelerator.backward(loss)
-    run.accelerator.clip_grad_norm_(model.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = cfg.sft_lr * min(1.0, (step + 1) / 100)
-    optimizer.step()
-    optimizer.zero_grad()
+    lr = cfg.sft_lr * min(1.0, (step + 1) / 100)
+    run.update(model, optimizer, lr, 1.0, [{"loss": loss.item()}], f"ELBO training, step {step + 1}")
 
 
 def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem], target: float, root: Path) -> None:
@@ -1210,6 +1227,7 @@ def main(argv: list[str] | None = None) -> None:
     base.check_solution(run.task, data["train"])
     trained, count = [p for p in base.parameters() if p.requires_grad], lambda of: sum(p.numel() for p in of) / 1e6
     run.say(f"weights   {count(trained):.2f}M of {count(base.parameters()):.2f}M parameters train")
+    run.say(f"updates   {cfg.max_steps} rollouts x mu {cfg.mu}: {cfg.max_steps * cfg.mu:,}")
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=BETAS, weight_decay=cfg.weight_decay)
     run.accelerator.gradient_accumulation_steps = cfg.accumulation
     policy, optimizer = run.accelerator.prepare(base, optimizer)

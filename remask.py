@@ -7,7 +7,7 @@ re-masks the completion, lets the model predict what was hidden, and compares po
     fading_out       MaskGRPO, Alg. 1: late tokens are hidden more often ("AR-like"), for text
     uniform          MaskGRPO, Alg. 2: every token is hidden with the same probability, for images
     full             diffu-GRPO: the whole completion, and 15% of the prompt
-    whole_range      UniGRPO: uniform, at a ratio drawn from all of (0, 1)
+    whole_range      UniGRPO: uniform, at mu ratios spaced evenly from a random start up to 1
     trace            TraceRL: the recorded order of generation, replayed slice by slice
     rotated_trace    not of a paper: the same slices, but each completion begins with another one
 
@@ -21,8 +21,8 @@ Each is a pure function of tensors and returns a `Remask`: what to hide, what to
     u            (B, L) float     uniform noise in [0, 1): the only randomness, passed in
 
 Departures from the paper and from its official code
- 1. The ramp spans each row's own completion. The official code spans prompt and completion together
-    and reads the prompt's length off the first row, so a nominal ratio of .633 becomes .768.
+ 1. The ramp spans each row's own completion. The official code spans prompt and completion together,
+    taking the first element of the mask for the prompt's length, so a nominal ratio of .633 becomes .768.
  2. Alg. 1 as printed gives p > 1 at the start once r < 1/2; a probability is clamped to 1, and the
     expected ratio is then 1/(4(1-r)) instead of r (r = .3 masks .357). With the paper's
     gamma = 0.6 it never happens. `expected_ratio` says what a row really expects.
@@ -132,9 +132,11 @@ def full(completion: Tensor, prompt: Tensor, u: Tensor, prompt_ratio: float = 0.
     return Remask(masked, completion, torch.ones(len(completion), device=completion.device))
 
 
-def whole_range(completion: Tensor, u: Tensor, u_ratio: Tensor) -> Remask:
-    """UniGRPO: uniform masks at a ratio drawn per row from (0, 1]; u_ratio is (B,) uniform noise."""
-    return uniform(completion, 1 - u_ratio, u)
+def whole_range(completion: Tensor, u: Tensor, u_ratio: Tensor, j: int, mu: int) -> Remask:
+    """UniGRPO (MMaDA, Alg. 1): uniform masks at r_j = r_1 + (1 - r_1) (j - 1) / (mu - 1), evenly spaced from a random
+    r_1 = 1 - u_ratio up to the full mask; of a single update r_1. u_ratio (B,) uniform noise, the same for all j."""
+    start = 1 - u_ratio
+    return uniform(completion, start + (1 - start) * (j - 1) / max(mu - 1, 1), u)
 
 
 def trace(completion: Tensor, unmask_step: Tensor, j: int | Tensor, mu: int) -> Remask:
@@ -143,12 +145,12 @@ def trace(completion: Tensor, unmask_step: Tensor, j: int | Tensor, mu: int) -> 
     Each row's steps are cut into mu slices of equal length. Update j hides what had not been revealed
     before slice j, and scores what slice j revealed: over j = 1 ... mu each token is scored exactly
     once, in very nearly the state in which it was drawn (the very state, with one step per slice).
+    Tokens behind the EOS that were revealed before it belong to that state, and are never scored.
     t is set so that the 1/t weight undoes the slicing: E over j of (1/t) sum equals the full sum.
     """
-    step = unmask_step.masked_fill(~completion, -1)
-    steps = step.amax(1, keepdim=True) + 1  # steps that this row took, (B, 1)
-    current = step * mu // steps.clamp(min=1) + 1  # the slice 1 ... mu of each token, (B, L)
-    masked, scored = completion & (current >= j), completion & (current == j)
+    steps = unmask_step.masked_fill(~completion, -1).amax(1, keepdim=True) + 1  # that this row took, (B, 1)
+    current = unmask_step * mu // steps.clamp(min=1) + 1  # the slice 1 ... mu of each token, (B, L)
+    masked, scored = (unmask_step >= 0) & (current >= j), completion & (current == j)
     return Remask(masked, scored, torch.full((len(completion),), 1 / mu, device=completion.device))
 
 
@@ -164,17 +166,18 @@ def rotated_trace(completion: Tensor, unmask_step: Tensor, phase: Tensor, j: int
 
 
 SCHEMES = ("fading_out", "uniform", "full", "whole_range", "trace", "rotated_trace")
-ONE_RATIO = ("rotated_trace",)  # schemes whose u_ratio is the same in all mu updates of a rollout
+TRACES = ("trace", "rotated_trace")  # schemes that replay the rollout's own states
 
 
 def by_name(scheme: str, completion, prompt, unmask_step, u, u_ratio, j: int, mu: int, gamma: float) -> Remask:
-    """The masks of inner update j by the name of their scheme; arguments as above, each scheme uses its own."""
+    """The masks of inner update j by the name of their scheme; arguments as above, each scheme uses its own. u is a
+    draw of update j, u_ratio one of the rollout: the same for all j."""
     r = inner_time(j, mu, gamma)
     return {
         "fading_out": lambda: fading_out(completion, r, u),
         "uniform": lambda: uniform(completion, r, u),
         "full": lambda: full(completion, prompt, u),
-        "whole_range": lambda: whole_range(completion, u, u_ratio),
+        "whole_range": lambda: whole_range(completion, u, u_ratio, j, mu),
         "trace": lambda: trace(completion, unmask_step, j, mu),
         "rotated_trace": lambda: rotated_trace(completion, unmask_step, u_ratio, j, mu),
     }[scheme]()
@@ -187,10 +190,9 @@ def mask_probability(scheme: str, length: int = 24, gamma: float = 0.6, mu: int 
     """Measured probability that each completion position is masked, and scored, over all updates j; (length,) each."""
     completion = torch.ones(draws, length, dtype=torch.bool)
     order = torch.arange(length).expand(draws, length) // 2  # left to right, two tokens a step
-    masked, scored = torch.zeros(length), torch.zeros(length)
+    masked, scored, u_ratio = torch.zeros(length), torch.zeros(length), torch.rand(draws, generator=seeded(0))
     for j in range(1, mu + 1):
-        noise = seeded(0, j)
-        u, u_ratio = torch.rand(draws, length, generator=noise), torch.rand(draws, generator=noise)
+        u = torch.rand(draws, length, generator=seeded(0, j))
         masks = by_name(scheme, completion, ~completion, order, u, u_ratio, j, mu, gamma)
         masked, scored = masked + masks.masked.float().mean(0) / mu, scored + masks.scored.float().mean(0) / mu
     return Remask(masked, scored, torch.ones(1))
@@ -199,7 +201,7 @@ def mask_probability(scheme: str, length: int = 24, gamma: float = 0.6, mu: int 
 def main() -> None:
     """Each scheme's mask probability by position, as text and as a picture."""
     # rotated_trace has, over a rollout, what trace has
-    probabilities = {name: mask_probability(name) for name in SCHEMES if name not in ONE_RATIO}
+    probabilities = {name: mask_probability(name) for name in SCHEMES if name != "rotated_trace"}
     curves = {name: p.masked for name, p in probabilities.items()} | {"trace, scored": probabilities["trace"].scored}
     print("Probability that a completion token is masked, by position: 24 tokens, gamma = 0.6, mu = 4, mean over")
     print("j = 1 ... mu and 20,000 draws. What is masked is scored, but for trace, which scores a slice of it.\n")

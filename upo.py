@@ -20,10 +20,12 @@ as in the authors' code, so that a trajectory has as many steps as the puzzle ha
 
 Departures from the paper
  1. Proposition 1 is used as it is meant: the token-level surrogate has the gradient of the output-level
-    objective only at g = g_old, and up to the factor 1 / L (tests/test_upo.py measures both).
+    objective only at g = g_old (tests/test_upo.py measures how they part). The losses sum over a trajectory's
+    steps, as the authors' code: with an EOS L depends on the policy, and a mean over steps is another objective.
  2. The KL of the softmax_confidence and topk references is the KL over trajectories, an upper bound of
     the output-level one; its gradient is estimated (`kl_gradient`), its value is only reported.
- 3. The top-8 token probabilities are given to g at the candidates; elsewhere they are 0.
+ 3. The MLP sees the top-8 token probabilities, and not the two flags "masked" and "in the current block": g is read
+    only where both hold.
 Departures from the authors' code
  4. Left padding is attended to by no one, so an action does not depend on the batch it was taken in.
  5. Everything on trajectories stays in log space and float32; no product of probabilities is formed.
@@ -31,6 +33,8 @@ Departures from the authors' code
     no absolute ones in its hidden states: the head's layer adds them (`sinusoids`).
  7. Log-probabilities of positions are taken at the temperature that positions are sampled at.
  8. --steps_per_update draws its steps stratified over the trajectory, with known inclusion probability.
+ 9. The softmax_confidence reference is a softmax over positions; in their code it sums over the vocabulary.
+10. A step is a rollout with its updates; their `max_steps` counts updates, 3,500 of which are 219 steps at mu = 16.
 
     python upo.py --task sudoku --ref topk                 # the tiny default, minutes on a laptop
     accelerate launch upo.py --task gsm8k --model GSAI-ML/LLaDA-8B-Instruct
@@ -41,6 +45,7 @@ Departures from the authors' code
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -74,7 +79,6 @@ class State(NamedTuple):
     hidden: Tensor  # (U, W, D): the hidden state that enters the base's last block
     top: Tensor  # (U, W, 8) float32: the largest token probabilities at the candidates, 0 elsewhere
     attention: Tensor  # (U, W) bool: False at padding
-    masked: Tensor  # (U, W) bool
     candidates: Tensor  # (U, W) bool: masked, and in the current block
     allowed: Tensor  # (U, W) bool: g's support
 
@@ -164,19 +168,18 @@ class UnmaskingPolicy(nn.Module):
         super().__init__()
         options = dict(activation="gelu", batch_first=True, norm_first=True)
         self.layer = nn.TransformerEncoderLayer(width, heads, width // 2, 0.0, **options)
-        inputs = width + 2 + TOP
+        inputs = width + TOP
         hidden = [part for _ in range(3) for part in (nn.Linear(inputs, inputs), nn.GELU())]
         self.mlp = nn.Sequential(*hidden, nn.Linear(inputs, 1))
 
-    def forward(self, hidden, top, attention, masked, candidates, allowed, temperature: float = 1.0) -> Tensor:
+    def forward(self, hidden, top, attention, candidates, allowed, temperature: float = 1.0) -> Tensor:
         """The fields of a State -> log g at the position temperature, (U, W) float32, -inf where not allowed."""
         # the residual stream of an 8B model has outliers of several hundred: bring it to unit scale, in float32
         h = F.layer_norm(hidden.float(), hidden.shape[-1:])
         position = (attention.cumsum(1) - 1).clamp(min=0)  # counted from the first token behind the padding
         h = layer_at(self.layer, h + sinusoids(position, h.shape[-1]), attention, allowed)  # (N, D), where g is not 0
-        flags = torch.stack([candidates, masked], dim=-1)[allowed]  # in the current block?, masked?
         with torch.autocast(h.device.type, enabled=False):  # a score in bf16 would move rho by 1%
-            scores = self.mlp(torch.cat([h.float(), flags, top[allowed]], dim=-1))[:, 0]
+            scores = self.mlp(torch.cat([h.float(), top[allowed]], dim=-1))[:, 0]
         return place(scores / temperature, allowed).log_softmax(1)  # softmax over the allowed positions only
 
 
@@ -188,9 +191,14 @@ def per_row(values: Tensor, row: Tensor, rows: int) -> Tensor:
     return torch.zeros(rows, device=values.device).index_add(0, row, values)
 
 
-def mean_over_steps(values: Tensor, e: Trajectories) -> Tensor:
-    """(1/B) sum_b (1/L_b) sum_n of values (S,): L is known beforehand, so that a subset of steps is unbiased."""
-    return (per_row(e.weight * values, e.row, len(e.length)) / e.length).mean()
+def sum_over_steps(values: Tensor, e: Trajectories) -> Tensor:
+    """(1/B) sum_b sum_n of values (S,), a scalar; the weights make a subset of the steps unbiased for all of them."""
+    return per_row(e.weight * values, e.row, len(e.length)).mean()
+
+
+def mean_over_steps(values: Tensor, e: Trajectories) -> float:
+    """(1/B) sum_b (1/L_b) sum_n of values (S,), for what is reported."""
+    return (per_row(e.weight * values.detach(), e.row, len(e.length)) / e.length).mean().item()
 
 
 def surrogate(log_g: Tensor, log_old: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -219,27 +227,25 @@ def cross_entropy(log_g: Tensor, log_ref: Tensor) -> Tensor:
 
 
 def upo_loss(log_g: Tensor, e: Trajectories, advantages: Tensor, *, ref: str, clip: float, beta: float):
-    """- [ (1/B) sum_b (1/L_b) sum_n min(rho A_b, clip(rho) A_b) - beta D ] of one update: (a scalar, its figures).
+    """L_token = - [ (1/B) sum_b sum_n min(rho A_b, clip(rho) A_b) - beta D ] of one update: (a scalar, its figures).
 
-    Proposition 1: at g = g_old this token-level surrogate has the gradient of E[p_g(x_0) / p_g_old(x_0) A(x_0)], up to
-    1 / L; p_g(x_0) itself is a sum over all orders. log_g (U, W): g on the states of e; advantages (B,). D is the KL
-    over trajectories with softmax_confidence and topk; with max_confidence, whose g_ref is 0 almost everywhere, the
-    cross-entropy, mean over steps; and nothing with none. The figures are the loss, the cross-entropy, the share of
-    ratios outside the clip, and mean |log rho|.
+    Proposition 1: at g = g_old it has the gradient of L_output = - E[p_g(x_0) / p_g_old(x_0) A(x_0)], whose p_g(x_0) is
+    a sum over all orders. log_g (U, W): g on the states of e; advantages (B,). D is L_KL, the KL over trajectories,
+    with softmax_confidence and topk; with max_confidence, whose g_ref is 0 almost everywhere, the cross-entropy, summed
+    over steps; and nothing with none. The figures are the loss and, per step, the cross-entropy, the share of ratios
+    outside the clip, and mean |log rho|.
     """
     at_action = log_g[e.at, e.action]  # log g(a_n | x_n), (S,)
     gain = surrogate(at_action, e.log_old, advantages[e.row], clip)
-    loss, divergence = -mean_over_steps(gain, e), mean_over_steps(cross_entropy(log_g, e.log_ref)[e.at], e)
+    loss, divergence = -sum_over_steps(gain, e), cross_entropy(log_g, e.log_ref)[e.at]
     if beta and ref == "max_confidence":
-        loss = loss + beta * divergence
+        loss = loss + beta * sum_over_steps(divergence, e)
     elif beta and ref != "none":
         loss = loss + beta * kl_gradient(at_action, e.log_old, e.log_ratio, e.weight, e.row)
-    with torch.no_grad():
-        log_rho = at_action - e.log_old
-        outside = mean_over_steps(((log_rho.exp() - 1).abs() > clip).float(), e)
-        figures = {"loss": loss, "cross_entropy": divergence, "clipped": outside}
-        figures["log_ratio"] = mean_over_steps(log_rho.abs(), e)
-    return loss, {name: value.item() for name, value in figures.items()}
+    log_rho = at_action - e.log_old
+    outside = ((log_rho.exp() - 1).abs() > clip).float()
+    figures = {"cross_entropy": divergence, "clipped": outside, "log_ratio": log_rho.abs()}
+    return loss, {"loss": loss.item()} | {name: mean_over_steps(values, e) for name, values in figures.items()}
 
 
 # --- The paper, 5: the algorithm --------------------------------------------------------------------------------------
@@ -258,16 +264,21 @@ def train_step(run: Run, base: "FrozenBase", g: nn.Module, optimizer, problems: 
     e, r, metrics = sample_groups(run, base, g_old, problems, step, ROLLOUT)
     # A_b = (r_b - mean r) / std r
     A = group_advantages(r, cfg.group_size, cfg.advantage).to(run.device)
-    lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1)) * (1 - step / cfg.max_steps if cfg.lr_decay else 1.0)
-    for _ in range(cfg.mu):
-        for rows, part in minibatches(run, e):
-            # g(. | x_n) on the states of the rollout, which need no forward of the base
-            log_g = g(*part.state, cfg.position_temperature)
-            # rho = g / g_old -> - [ (1/B) sum_b (1/L_b) sum_n min(rho A_b, clip(rho) A_b) - beta D(g || g_ref) ]
-            loss, figures = upo_loss(log_g, part, A[rows], ref=cfg.ref, clip=cfg.clip, beta=cfg.beta)
-            run.accelerator.backward(loss)
-            # phi <- phi + AdamW(gradient), once per minibatch
-            updates.append(optimizer_step(run, g, optimizer, figures, lr))
+    for minibatch in minibatches(run, e):
+        losses = []
+        for rows, part in minibatch:
+            with run.accelerator.accumulate(g):
+                # g(. | x_n) on the states of the rollout, which need no forward of the base
+                log_g = g(*part.state, cfg.position_temperature)
+                # rho = g / g_old -> - [ (1/B) sum_b sum_n min(rho A_b, clip(rho) A_b) - beta D(g || g_ref) ]
+                loss, figures = upo_loss(log_g, part, A[rows], ref=cfg.ref, clip=cfg.clip, beta=cfg.beta)
+                run.accelerator.backward(loss)  # divided by the number of micro-batches there
+            losses.append(figures)
+        # phi <- phi + AdamW(gradient), after a warm-up, once per minibatch
+        done = step * cfg.mu * cfg.shape()[0] + len(updates)
+        lr = cfg.lr * min(1.0, (done + 1) / max(cfg.warmup, 1))
+        lr *= 1 - step / cfg.max_steps if cfg.lr_decay else 1.0
+        updates.append(run.update(g, optimizer, lr, cfg.max_grad_norm, losses, f"step {step + 1}"))
     return metrics | mean_of(updates)
 
 
@@ -303,7 +314,7 @@ class UPO:
     init: str = flag("random", "of g: random, or by cross-entropy to g_ref first", choices=("random", "pretrained"))
     init_steps: int = flag(500, "steps of that cross-entropy")
     init_lr: float = flag(1e-4, "AdamW learning rate of that cross-entropy")
-    minibatch_size: int = flag(6, "trajectories per process and update")
+    minibatch_size: int = flag(6, "trajectories per process and micro-batch")
     steps_per_update: int = flag(32, "steps of each trajectory that an update sees, 0: all")
     offload: bool = flag(False, "keep the rollout's features in CPU memory")
     lr_decay: bool = flag(False, "the learning rate falls linearly to zero at max_steps")
@@ -314,16 +325,24 @@ class UPO:
 class Config(Shared, UPO):
     """Every setting of a run."""
 
+    def shape(self) -> tuple[int, int]:
+        """(updates per pass over a rollout, micro-batches per update)."""
+        parts = self.batch_size // self.minibatch_size
+        return parts // (self.accumulation or parts), self.accumulation or parts
+
 
 # What differs from maskgrpo.py's values, and what a task changes, for published checkpoints.
-PAPER = dict(max_steps=3500, block_length=32, temperature=0.0, mu=16, clip=0.5, weight_decay=0.1, eval_every=250)
-TASK = {"sudoku": dict(gen_length=64, block_length=16)}
+PAPER = {
+    **dict(max_steps=219, block_length=32, temperature=0.0, batch_size=18, accumulation=0, mu=16, clip=0.5),
+    **dict(warmup=196, eval_every=25),
+}
+TASK = {"sudoku": dict(gen_length=64, block_length=16, advantage="mean")}
 # The tiny model's values, and what a task changes in them.
 TINY = {
     **dict(max_steps=350, save_every=25, bf16=False, gen_length=16, block_length=4, position_temperature=1.0, heads=4),
     **dict(topk=3, init_steps=10, init_lr=2e-3, group_size=8, batch_size=256, minibatch_size=64, mu=2, clip=0.2),
-    **dict(steps_per_update=0, advantage="mean", lr=2e-3, lr_decay=True, warmup=5, weight_decay=0.0, max_grad_norm=1.0),
-    **dict(eval_n=4000, eval_every=50, eval_batch_size=1024, pass_n=200),
+    **dict(steps_per_update=0, advantage="mean", lr=2e-3, lr_decay=True, warmup=40, weight_decay=0.0, accumulation=1),
+    **dict(max_grad_norm=1.0, eval_n=4000, eval_every=50, eval_batch_size=1024, pass_n=200),
 }
 TINY_TASK = {
     "mbpp": dict(max_steps=80),  # programs take time to run
@@ -354,13 +373,14 @@ def tables(cfg: Config) -> list[dict]:
 def rules(cfg: Config) -> dict[str, object]:
     """What only upo.py has to check."""
     positions = min(cfg.block_length, cfg.gen_length)
-    parts = f"--batch_size {cfg.batch_size} is no multiple of --minibatch_size {cfg.minibatch_size}"
+    update = cfg.minibatch_size * max(cfg.accumulation, 1)
+    parts = f"--batch_size {cfg.batch_size} is no multiple of {update}, --minibatch_size x --accumulation"
     few = f"--topk {cfg.topk}: at most {positions} positions are masked at once (--block_length)"
     pair = "--eval_only needs --policy, the run directory of a trained policy, and --policy needs --eval_only"
     none = "--ref none has no reference: --init random, --beta 0"
     return {
         f"--temperature {cfg.temperature}: 0 (argmax) or above": cfg.temperature >= 0,
-        parts: cfg.minibatch_size > 0 and cfg.batch_size % cfg.minibatch_size == 0,
+        parts: update > 0 and cfg.batch_size % update == 0,
         few: cfg.topk <= positions or cfg.ref != "topk",
         none: cfg.ref != "none" or (cfg.init == "random" and not cfg.beta),
         pair: cfg.eval_only == bool(cfg.policy),
@@ -426,7 +446,7 @@ def new_policy(cfg: Config, base: FrozenBase, device) -> UnmaskingPolicy:
     if cfg.policy:
         with in_one_line(f"--policy {cfg.policy}: cannot be loaded"):
             weights = load_file(Path(cfg.policy) / "policy" / "model.safetensors")
-            width = weights["mlp.0.weight"].shape[1] - 2 - TOP
+            width = weights["mlp.0.weight"].shape[1] - TOP
             misfit = f"--policy {cfg.policy}: made for bases of width {width}, this one has {base.width}"
             require({misfit: width == base.width})
             policy.load_state_dict(weights)
@@ -452,14 +472,14 @@ def learned(policy: nn.Module, cfg: Config, sampled: bool) -> Order:
     return lambda state, logits: policy(*state, cfg.position_temperature), sampled
 
 
-def see(base: FrozenBase, x: Tensor, attention: Tensor, masked: Tensor, candidates: Tensor, cfg: Config):
+def see(base: FrozenBase, x: Tensor, attention: Tensor, candidates: Tensor, cfg: Config):
     """(what g sees of x_n, a State; the base's token logits at the candidates (N, V) float32)."""
     hidden, logits = base.read(x, attention, candidates)
     best = logits.softmax(-1).topk(min(TOP, logits.shape[1]), dim=1).values
     top = torch.zeros(*x.shape, TOP, device=x.device)
     top[candidates] = F.pad(best, (0, TOP - best.shape[1]))
     allowed = most_confident_k(top[..., 0], candidates, cfg.topk) if cfg.ref == "topk" else candidates
-    return State(hidden, top, attention, masked, candidates, allowed), logits
+    return State(hidden, top, attention, candidates, allowed), logits
 
 
 def step_weights(cfg: Config, most: list[int], keys) -> Tensor:
@@ -529,7 +549,7 @@ def unmask(base: FrozenBase, batch, order: Order, cfg: Config, keys, eos_ids, ke
         candidates = unfinished & (current == current.amin(1, keepdim=True))  # (B, W)
         _, same = torch.cat([x, batch.attention, candidates], dim=1)[rows].unique(dim=0, return_inverse=True)  # (R,)
         u = rows.new_empty(int(same.max()) + 1).scatter_(0, same, rows)  # a row in each of the U different states
-        state, logits = see(base, x[u], batch.attention[u], masked[u], candidates[u], cfg)
+        state, logits = see(base, x[u], batch.attention[u], candidates[u], cfg)
         # g(a_n | x_n), and pi(x_{n-1} | x_n, a_n) at the chosen position
         log_g = scores(state, logits)  # (U, W)
         nth = state.candidates.flatten().cumsum(0).view(len(u), -1) - 1  # which of the N candidates
@@ -568,9 +588,18 @@ def sample_groups(run: Run, base: FrozenBase, order: Order, train: list[Problem]
     return e, r, run.average(metrics)
 
 
-def minibatches(run: Run, e: Trajectories) -> Iterator[tuple[Tensor, Trajectories]]:
-    """(rows (b,) long, these trajectories with their steps and states, on the device). Every m-th row shares an update:
-    the same trajectories, whatever the number of processes."""
+def minibatches(run: Run, e: Trajectories) -> Iterator[Iterator[tuple[Tensor, Trajectories]]]:
+    """mu times all of e, in minibatches, which are one update each, of micro-batches."""
+    updates, accumulation = run.cfg.shape()
+    for _ in range(run.cfg.mu):
+        parts = micro_batches(run, e)
+        for _ in range(updates):
+            yield itertools.islice(parts, accumulation)
+
+
+def micro_batches(run: Run, e: Trajectories) -> Iterator[tuple[Tensor, Trajectories]]:
+    """(rows (b,) long, these trajectories with their steps and states, on the device). Every m-th row shares one: the
+    same trajectories, whatever the number of processes."""
     m = run.cfg.batch_size // run.cfg.minibatch_size
     for first in range(m):
         rows, index = torch.arange(first, run.cfg.batch_size, m, device=run.device), torch.full_like(e.length, -1)
@@ -640,32 +669,22 @@ def measure(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Proble
 # --- The run ----------------------------------------------------------------------------------------------------------
 
 
-def optimizer_step(run: Run, g: nn.Module, optimizer, figures: dict, lr: float) -> dict:
-    """Clip the gradient and step; the figures averaged over processes, with `grad_norm` before clipping. Raises
-    UsageError on all processes, before the step, if the loss or the gradient is not finite."""
-    norm = float(run.accelerator.clip_grad_norm_(g.parameters(), run.cfg.max_grad_norm))
-    metrics = run.average(figures | {"grad_norm": norm})
-    advice = f"the loss or its gradient is not finite; --resume with a lower --lr ({run.cfg.lr:g})"
-    require({advice: math.isfinite(metrics["loss"] + metrics["grad_norm"])})
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return metrics
-
-
 def init_step(run: Run, base: FrozenBase, g: nn.Module, optimizer, problems: list[Problem], step: int) -> dict:
     """One step of --init pretrained: g learns the choices of g_ref, on trajectories of g_ref; its metrics."""
     cfg, updates = run.cfg, []
     g_ref = (lambda state, logits: log_reference(cfg, state.top[..., 0], state.allowed), True)
     e, _, metrics = sample_groups(run, base, g_ref, problems, step, PRETRAIN)
-    for _ in range(cfg.mu):
-        for _, part in minibatches(run, e):
-            log_g = g(*part.state, cfg.position_temperature)
-            loss = mean_over_steps(cross_entropy(log_g, part.log_ref)[part.at], part)
-            run.accelerator.backward(loss)
-            figures = {"loss": loss.item(), "cross_entropy": loss.item(), "clipped": 0.0, "log_ratio": 0.0}
-            updates.append(optimizer_step(run, g, optimizer, figures, cfg.init_lr))
+    for minibatch in minibatches(run, e):
+        losses = []
+        for _, part in minibatch:
+            with run.accelerator.accumulate(g):
+                log_g = g(*part.state, cfg.position_temperature)
+                divergence = cross_entropy(log_g, part.log_ref)[part.at]
+                loss = sum_over_steps(divergence, part)
+                run.accelerator.backward(loss)
+            figures = {"cross_entropy": mean_over_steps(divergence, part), "clipped": 0.0, "log_ratio": 0.0}
+            losses.append({"loss": loss.item()} | figures)
+        updates.append(run.update(g, optimizer, cfg.init_lr, cfg.max_grad_norm, losses, f"init step {step + 1}"))
     return metrics | mean_of(updates)
 
 
@@ -769,9 +788,10 @@ def main(argv: list[str] | None = None) -> None:
         policy = run.accelerator.prepare_model(policy, evaluation_mode=True)
     else:
         count = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters"
+        updates, run.accelerator.gradient_accumulation_steps = cfg.shape()
         run.say(f"weights   {count(policy)} train, the frozen base has {count(base.model)}")
+        run.say(f"updates   {cfg.max_steps} rollouts x mu {cfg.mu} x {updates}: {cfg.max_steps * cfg.mu * updates:,}")
         optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
-        run.accelerator.gradient_accumulation_steps = 1
         g, optimizer = run.accelerator.prepare(policy, optimizer)
         train_policy(run, base, g, optimizer, data, run.load_checkpoint())
         # what --policy needs: the weights, and the settings that go with them

@@ -51,11 +51,13 @@ FLAGS += " --base_steps 50 --batch_size 16" if QUICK else ""
 
 class Estimator(NamedTuple):
     """A scheme of remask.py and its gamma; inverse: weights of 1 / (each position's own probability) instead of 1/t;
-    ratio: of policy_loss; managed: one mask noise for a group."""
+    flat: uniform masks at the ratios that AR masks of this gamma expect, which their clamp raises below 1/2; ratio: of
+    policy_loss; managed: one mask noise for a group."""
 
     scheme: str
     gamma: float = 0.0
     inverse: bool = False
+    flat: bool = False
     ratio: str = "sequence"
     managed: bool = False
 
@@ -65,6 +67,7 @@ ESTIMATORS = {
     "full, clean prompt": Estimator("uniform", 1.0),
     "uniform (0, 1): UniGRPO": Estimator("whole_range"),
     "uniform, gamma .6": Estimator("uniform", 0.6),
+    "uniform, ratios of AR, gamma 0": Estimator("fading_out", 0.0, flat=True),
     "AR, gamma 0": Estimator("fading_out", 0.0),
     "AR, gamma .6: MaskGRPO": Estimator("fading_out", 0.6),
     "AR, gamma .6, inverse": Estimator("fading_out", 0.6, inverse=True),
@@ -75,12 +78,14 @@ VARIANTS = {"token": dict(ratio="token"), "managed": dict(managed=True)}
 RIVALS = (
     ("AR, gamma .6: MaskGRPO", "AR, gamma 0"),
     ("uniform, gamma .6", "uniform (0, 1): UniGRPO"),
+    ("AR, gamma 0", "uniform, ratios of AR, gamma 0"),
     ("AR, gamma .6: MaskGRPO", "uniform, gamma .6"),
     ("AR, gamma .6: MaskGRPO", "full, clean prompt"),
     ("AR, gamma .6, inverse", "AR, gamma .6: MaskGRPO"),
     ("trace, rotated", "AR, gamma .6: MaskGRPO"),
 )
-IN_LADDERS = tuple(name for name in ESTIMATORS if name not in ("AR, gamma .6, inverse", "trace: TraceRL"))
+NOT_IN_LADDERS = ("uniform, ratios of AR, gamma 0", "AR, gamma .6, inverse", "trace: TraceRL")
+IN_LADDERS = tuple(name for name in ESTIMATORS if name not in NOT_IN_LADDERS)
 IN_SWEEP = ("full, clean prompt", "uniform, gamma .6", "AR, gamma 0", "AR, gamma .6: MaskGRPO", "trace, rotated")
 
 
@@ -157,9 +162,9 @@ def estimate(cfg: m.Config, estimator: Estimator, before, after, e: Seen, mu: in
     cfg = dataclasses.replace(cfg, **values)
     ratios, gradients, lengths = [], [], e.o.completion.sum(1).float()
     for j in range(1, mu + 1):
-        log_p, masks = m.remasked_log_probs(cfg, before, before, e.o, draw, j)
+        log_p, masks = log_probs(cfg, estimator, before, e.o, draw, j)
         with torch.no_grad():
-            new, _ = m.remasked_log_probs(cfg, after, before, e.o, draw, j)
+            new, _ = log_probs(cfg, estimator, after, e.o, draw, j)
         if estimator.inverse:
             weight = inverse_weights(e.o.completion, masks)
             log_p, new = log_p * weight, new * weight
@@ -168,6 +173,16 @@ def estimate(cfg: m.Config, estimator: Estimator, before, after, e: Seen, mu: in
         loss, _ = m.policy_loss(*terms, ratio=estimator.ratio, clip=cfg.clip, beta=0.0)
         gradients.append(gradient(loss, before))
     return torch.stack(ratios).mean(0), gradients
+
+
+def log_probs(cfg: m.Config, estimator: Estimator, model, o: m.Rollouts, draw: int, j: int):
+    """m.remasked_log_probs, for `flat` too."""
+    if not estimator.flat:
+        return m.remasked_log_probs(cfg, model, model, o, draw, j)
+    ratio = remask.expected_ratio(o.completion, remask.inner_time(j, cfg.mu, cfg.gamma))
+    masks = remask.uniform(o.completion, ratio, m.mask_noise(cfg, o, draw, j)[0])
+    hidden = masks.masked | (o.batch.completion & ~o.completion)
+    return m.token_log_probs(model, o.batch, hidden, masks.scored, model.mask_id, cfg.temperature), masks
 
 
 def inverse_weights(completion: Tensor, masks: remask.Remask) -> Tensor:

@@ -46,7 +46,7 @@ def slow_rollout(denoise, x, start, block, k):
                 for _, i, token in sorted(found, reverse=True)[:k]:
                     x[i], steps[i] = token, n
             n += 1
-    return [PAD if i > end() else t for i, t in enumerate(x)], [-1 if i > end() else s for i, s in enumerate(steps)]
+    return [PAD if t == MASK else t for t in x], steps  # what was revealed behind the EOS before it stays
 
 
 def rollout(denoise, x, completion=None, **changed):
@@ -110,12 +110,12 @@ def test_another_process_that_has_not_ended_keeps_this_one_computing():
     x, asked = torch.full((1, 8), MASK), []
     everyone = lambda finished: asked.append(finished) or (finished and len(asked) > 4)  # the other takes four forwards
     out = rollout(constant([EOS] + [0] * 7), x, block_length=4, tokens_per_step=2, everyone=everyone)
-    assert asked == [False, True, True, True, True] and out.forwards == 4 and out.x.tolist() == [[EOS] + [PAD] * 7]
+    assert asked == [False, True, True, True, True] and out.forwards == 4 and out.x.tolist() == [[EOS, 0] + [PAD] * 6]
 
 
 def test_eos_last_waits_for_the_rest_of_its_block():
     denoise, x = constant([0, 1, EOS, 3]), torch.full((1, 4), MASK)  # confidence falls from left to right
-    for eos_last, steps in ((False, [0, 1, 2, -1]), (True, [0, 1, 3, -1])):
+    for eos_last, steps in ((False, [0, 1, 2, -1]), (True, [0, 1, 3, 2])):  # the last was revealed before the EOS
         out = rollout(denoise, x, block_length=4, tokens_per_step=1, eos_last=eos_last)
         assert out.unmask_step.tolist() == [steps]
 
@@ -221,10 +221,12 @@ def test_emerge_converges_to_the_joint_and_maskgit_does_not():
     assert distance(es.maskgit, 4, many) > 0.15 and distance(es.maskgit, 32, many) > 0.1
 
 
-def slow_maskgit(logits_of, x, steps, gumbel, noise_of):
+def slow_maskgit(logits_of, x, steps, gumbel, decay, noise_of):
     """One row written with loops: (tokens, the step of each)."""
-    x, when, length = list(x), [-1] * len(x), x.count(MASK)
+    x, when, length, weight = list(x), [-1] * len(x), x.count(MASK), gumbel
     for n in range(steps):
+        ratio = (n + 1) / steps
+        weight = gumbel * (1 - ratio) if decay == "linear" else weight * (1 - ratio)
         places = [i for i, token in enumerate(x) if token == MASK]
         if not places:
             break
@@ -232,20 +234,21 @@ def slow_maskgit(logits_of, x, steps, gumbel, noise_of):
         for i, noise in zip(places, noise_of(len(places))):
             p = logits_of(x, i).double().softmax(-1).tolist()
             token = max(range(len(p)), key=lambda v: p[v] / noise[v])
-            score[i] = (math.log(p[token]) - gumbel * (1 - (n + 1) / steps) * math.log(noise[-1]), token)
+            score[i] = (math.log(p[token]) - weight * math.log(noise[-1]), token)
         kept = min(math.floor(length * math.cos(math.pi * (n + 1) / (2 * steps)) + 1e-12), len(places) - 1)
         for i in sorted(places, key=lambda i: -score[i][0])[: len(places) - kept]:
             x[i], when[i] = score[i][1], n
     return x, when
 
 
+@pytest.mark.parametrize("decay", ["linear", "compounding"])
 @pytest.mark.parametrize("steps,gumbel", [(1, 4.5), (3, 0.0), (4, 4.5), (20, 1.0)])
-def test_maskgit_equals_a_slow_loop(steps, gumbel):
+def test_maskgit_equals_a_slow_loop(steps, gumbel, decay):
     denoise = network(4)
     x = torch.full((3, 10), MASK)
     x[:, :2] = torch.tensor([[0, 1], [2, 3], [4, 0]])
     gens = [torch.Generator().manual_seed(i) for i in range(3)]
-    settings = dict(steps=steps, schedule="cosine", temperature=1.0, gumbel=gumbel, generator=gens)
+    settings = dict(steps=steps, schedule="cosine", temperature=1.0, gumbel=gumbel, decay=decay, generator=gens)
     out = es.maskgit(denoise, x, x == MASK, **settings)
     for row in range(3):
         g = torch.Generator().manual_seed(row)
@@ -254,7 +257,7 @@ def test_maskgit_equals_a_slow_loop(steps, gumbel):
         def logits_of(tokens, i):
             return denoise(torch.tensor([tokens]), torch.arange(10)[None] == i)[0]
 
-        tokens, when = slow_maskgit(logits_of, x[row].tolist(), steps, gumbel, draws)
+        tokens, when = slow_maskgit(logits_of, x[row].tolist(), steps, gumbel, decay, draws)
         assert out.x[row].tolist() == tokens and out.unmask_step[row].tolist() == when
 
 

@@ -301,7 +301,7 @@ METHODS = {
     "rotated-trace": ("rotated_trace", 0.0, False, "std", "rotated_trace", 0.0, "maskgit"),
 }
 SIZES = "gen_length block_length tokens_per_step temperature group_size batch_size accumulation mu lr warmup max_steps"
-PAPER = (256, 16, 2, 0.9, 6, 6, 2, 12, 3e-6, 100, 6000)
+PAPER = (256, 16, 2, 0.9, 6, 6, 2, 12, 3e-6, 100, 500)
 TINY = (16, 4, 4, 0.7, 8, 128, 1, 4, 1.5e-4, 20, 250)
 OF_PAPER = {  # what a task changes with --model, and for the tiny model
     "sudoku": dict(gen_length=64, tokens_per_step=1), "t2i": dict(gen_length=1025, guidance=3.5, temperature=1.0),

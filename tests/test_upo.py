@@ -27,12 +27,14 @@ MASKED = torch.tensor([[token == MASK for token in state] for state in STATES]) 
 START = (MASK,) * N
 seed_of = lambda seed: torch.Generator().manual_seed(seed)
 index_of = lambda x: (x * (V + 1) ** torch.arange(N - 1, -1, -1)).sum(1)  # of each row of x (B, 3) in STATES
-log_policy = lambda theta: theta.masked_fill(~MASKED, -torch.inf).log_softmax(1)  # log g (27, 3)
+log_policy = lambda theta, open=MASKED: theta.masked_fill(~open, -torch.inf).log_softmax(1)  # log g (27, 3)
 random_theta = lambda seed: torch.randn(len(STATES), N, generator=seed_of(seed))
 OUTPUTS = list(itertools.product(range(V), repeat=N))
 random_values = lambda seed: dict(zip(OUTPUTS, torch.randn(V**N, generator=seed_of(seed)).tolist()))
 gradient = lambda value, theta: torch.autograd.grad(value, theta, retain_graph=True)[0]
-masks_of = lambda state: [a for a in range(N) if state[a] == MASK]
+# with an EOS, which is word 1: what lies behind it is not decoded
+masks_of = lambda state, eos=False: [a for a in range(N) if state[a] == MASK and not (eos and 1 in state[:a])]
+OPEN = torch.tensor([[a in masks_of(state, True) for a in range(N)] for state in STATES])
 policy_of = lambda path: load_file(path / "policy" / "model.safetensors")
 parse = lambda *flags: m.parse([*flags], upo.Config, upo.__doc__, upo.tables)
 TABULAR = dataclasses.replace(parse(), temperature=1.0, block_length=N, gen_length=N, ref="none")
@@ -55,37 +57,39 @@ class Tabular:
         return [(p[v], (*state[:a], v, *state[a + 1 :])) for v in range(V)]
 
 
-def every_trajectory(base: Tabular):
+def every_trajectory(base: Tabular, eos=False):
     """All (states, actions, x0, probability of its tokens)."""
-    found = [([], [], START, 1.0)]
-    for _ in range(N):
-        steps = ((*one, a, *then) for one in found for a in masks_of(one[2]) for then in base.after(one[2], a))
+    found, ended = [([], [], START, 1.0)], []
+    while found:
+        ended += [one for one in found if not masks_of(one[2], eos)]
+        steps = ((*one, a, *then) for one in found for a in masks_of(one[2], eos) for then in base.after(one[2], a))
         found = [([*states, INDEX[x]], [*actions, a], new, p * q) for states, actions, x, p, a, q, new in steps]
-    return found
+    return ended
 
 
-def outputs(base: Tabular, log_g: torch.Tensor) -> dict[tuple, torch.Tensor]:
+def outputs(base: Tabular, log_g: torch.Tensor, eos=False) -> dict[tuple, torch.Tensor]:
     """p_g(x0), by dynamic programming over states: independent of `every_trajectory`."""
-    mass = {START: torch.ones(())}
-    for _ in range(N):
+    mass, ended = {START: torch.ones(())}, {}
+    while mass:
         new = defaultdict(lambda: torch.zeros(()))
         for state, p in mass.items():
-            for a in masks_of(state):
+            for a in masks_of(state, eos):
                 for q, then in base.after(state, a):
                     new[then] = new[then] + p * log_g[INDEX[state], a].exp() * q
-        mass = new
-    return dict(mass)
+        ended |= {state: p for state, p in new.items() if not masks_of(state, eos)}
+        mass = {state: p for state, p in new.items() if masks_of(state, eos)}
+    return ended
 
 
-def expected_loss(theta, base, log_old, log_ref, value: dict, *, weight=(1.0,) * N, **options):
+def expected_loss(theta, base, log_old, log_ref, value: dict, *, weight=(1.0,) * N, eos=False, **options):
     """E over trajectories of g_old of upo_loss: every trajectory is a batch of one, weighted by its probability."""
-    log_g, total = log_policy(theta), 0.0
-    for states, actions, x0, p in every_trajectory(base):
+    log_g, total = log_policy(theta, OPEN if eos else MASKED), 0.0
+    for states, actions, x0, p in every_trajectory(base, eos):
         states, actions = torch.tensor(states), torch.tensor(actions)
         old, ref = log_old[states, actions].detach(), log_ref[states, actions].detach()
-        steps = dict(row=torch.zeros_like(actions), at=torch.arange(N), action=actions, log_old=old)
-        steps |= dict(weight=torch.tensor(weight), log_ref=log_ref[states].detach())
-        e = upo.Trajectories(None, None, torch.tensor([N]), (old - ref).sum()[None], **steps)
+        steps = dict(row=torch.zeros_like(actions), at=torch.arange(len(actions)), action=actions, log_old=old)
+        steps |= dict(weight=torch.tensor(weight[: len(actions)]), log_ref=log_ref[states].detach())
+        e = upo.Trajectories(None, None, torch.tensor([len(actions)]), (old - ref).sum()[None], **steps)
         total = total + p * old.sum().exp() * upo.upo_loss(log_g[states], e, torch.tensor([value[x0]]), **options)[0]
     return total
 
@@ -108,19 +112,23 @@ def test_the_rollout_draws_from_p_g():
     assert len(e.row) == rows * N == len({*zip(e.row.tolist(), e.action.tolist())})  # each position once
 
 
+@pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_proposition_1(seed):
-    """At g = g_old the token-level gradient is the output-level one divided by L, exactly. Away from it they part."""
-    base, theta, value = Tabular(seed), random_theta(seed), random_values(seed)
-    cosines = {}
+def test_proposition_1(seed, eos):
+    """At g = g_old the token-level gradient is the output-level one, exactly, also where an EOS makes L depend on the
+    policy. Away from g_old they part."""
+    base, theta, open = Tabular(seed), random_theta(seed), OPEN if eos else MASKED
+    ended = outputs(base, log_policy(theta, open), eos)
+    cosines, value = {}, dict(zip(ended, torch.randn(len(ended), generator=seed_of(seed)).tolist()))
     for distance in (0.0, 0.1, 1.0):
-        old = log_policy(theta + distance * random_theta(100 + seed)).detach()
+        old = log_policy(theta + distance * random_theta(100 + seed), open).detach()
         moving = theta.clone().requires_grad_()
-        token = gradient(-expected_loss(moving, base, old, old, value, ref="none", clip=0.999, beta=0.0), moving)
+        loss = expected_loss(moving, base, old, old, value, ref="none", clip=0.999, beta=0.0, eos=eos)
         # E_{x0 ~ p_old}[p_g(x0) / p_old(x0) A(x0)] = sum over x0 of p_g(x0) A(x0)
-        output = gradient(sum(p * value[x0] for x0, p in outputs(base, log_policy(moving)).items()), moving)
+        of_g = outputs(base, log_policy(moving, open), eos)
+        token, output = gradient(-loss, moving), gradient(sum(p * value[x0] for x0, p in of_g.items()), moving)
         if distance == 0:
-            assert torch.allclose(N * token, output, atol=1e-6)
+            assert torch.allclose(token, output, atol=1e-6)
         cosines[distance] = torch.cosine_similarity(token.flatten(), output.flatten(), dim=0).item()
     assert cosines[0.0] == pytest.approx(1, abs=1e-6) and 1 > cosines[0.1] > 0.97 and cosines[1.0] < cosines[0.1]
 
@@ -148,7 +156,7 @@ def test_cross_entropy_is_the_divergence_of_max_confidence():
     by_hand = 0.0
     for states, actions, _, p in every_trajectory(base):
         weight = p * old[torch.tensor(states), torch.tensor(actions)].sum().exp()
-        by_hand = by_hand + weight * sum(-log_policy(theta)[s, ref[s].argmax()] for s in states) / N
+        by_hand = by_hand + weight * sum(-log_policy(theta)[s, ref[s].argmax()] for s in states)
     assert loss.item() == pytest.approx(0.3 * by_hand.item(), rel=1e-5)
     assert torch.allclose(gradient(loss, theta), 0.3 * gradient(by_hand, theta), atol=1e-6)
 
@@ -201,7 +209,9 @@ def soft_optimum(base: Tabular, log_ref: torch.Tensor, value: dict, beta: float)
 @pytest.mark.parametrize("kind", ["softmax_confidence", "topk"])
 def test_theorems_1_and_2(kind, seed):
     """g_0 = g_ref, g_1, ...: each the optimum for the standardised advantages of the one before, as GRPO has them, held
-    to g_ref. Theorem 1: the reward settles above the reference's. Theorem 2: nearer to the right answers, too."""
+    to g_ref. Theorem 1: the reward settles above the reference's. Theorem 2, which the paper has for the KL over
+    outputs: under the KL over trajectories nothing guarantees it, but in each of these cases the fixed point's
+    distribution is nearer to p_data than the reference's."""
     base, right = Tabular(seed), {(0, 1, 0), (1, 1, 0), (1, 0, 1)}
     confidence, cfg = base.logits.softmax(2).amax(2), dataclasses.replace(TABULAR, ref=kind, topk=2, tau=0.3)
     allowed = upo.most_confident_k(confidence, MASKED, cfg.topk) if kind == "topk" else MASKED
@@ -215,7 +225,7 @@ def test_theorems_1_and_2(kind, seed):
     assert reached[-1] == pytest.approx(reached[-2], abs=1e-7)  # a fixed point
     assert reached[-1] > reached[0] + 0.005  # strictly above the reference: these cases have headroom
     p_ref, p_star = outputs(base, ref), outputs(base, log_g)
-    # p_data: the model's own right answers, as in the paper's theorem
+    # p_data: the reference's own outputs given that they are right, as in the paper's theorem
     data = {x0: p_ref[x0] / sum(p_ref[x0] for x0 in right) for x0 in right}
     distance = lambda p: sum(data[x0] * (data[x0] / p[x0]).log() for x0 in right).item()
     assert distance(p_star) < distance(p_ref)
@@ -253,7 +263,7 @@ def test_the_head_has_the_papers_size():
     with torch.device("meta"):
         policy = upo.UnmaskingPolicy(4096, heads=32)
     layer, mlp = (sum(p.numel() for p in part.parameters()) for part in (policy.layer, policy.mlp))
-    assert (layer, mlp) == (83_924_992, 50_594_133)
+    assert (layer, mlp) == (83_924_992, 50_544_865)
 
 
 def test_the_layer_where_it_is_needed_is_pytorchs_layer_everywhere():
@@ -342,7 +352,7 @@ def test_the_loss_does_not_depend_on_how_steps_share_states(llada):
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     # in minibatches of 2: together the same
-    parts = list(upo.minibatches(SimpleNamespace(cfg=cfg, device="cpu"), e))
+    parts = list(upo.micro_batches(SimpleNamespace(cfg=cfg, device="cpu"), e))
     assert [rows.tolist() for rows, _ in parts] == [[0, 3], [1, 4], [2, 5]]
     assert sum(loss(part, rows).item() for rows, part in parts) / 3 == pytest.approx(loss(e).item(), abs=1e-6)
 
@@ -411,7 +421,7 @@ def test_the_tables_figures_are_those_of_the_completions(whole, puzzles):
 
 def test_kill_and_resume_to_the_same_numbers(tiny_base, whole, puzzles, tmp_path):
     argv = flags_of(path := tmp_path / "run", model=tiny_base, data=puzzles, max_steps=6, topk=4)
-    dying = dies("optimizer_step", 14, signal.SIGKILL, upo)  # kill -9 in step 4, of 4 updates each
+    dying = dies("upo_loss", 14, signal.SIGKILL, upo)  # kill -9 in step 4, of 4 updates each
     assert ended(forked(argv, tmp_path, dying, run=upo_cli)) == [-signal.SIGKILL]
     assert len(lines_of(path)) == 3 and not (path / "results.json").exists()
     assert upo_cli(["--resume", "--output_dir", path]) == 0
@@ -460,7 +470,7 @@ def test_transfer(whole, puzzles, tmp_path):
 BAD = {
     "--ref best": "argument --ref: invalid choice: 'best'", "--eval_only": "--eval_only needs --policy",
     "--topk 17": "--topk 17: at most 16 positions are masked at once", "--ref none --init pretrained": "no reference",
-    "--minibatch_size 7": "--batch_size 256 is no multiple of --minibatch_size 7",
+    "--minibatch_size 7": "--batch_size 256 is no multiple of 7, --minibatch_size",
     "--temperature -1": "--temperature -1.0: 0 (argmax) or above",
     "--data bad.csv": "bad.csv, line 2: '1234341221434321' is no solution of '1100000000000000'",
     "--eval_only --policy nowhere": "--policy nowhere: no trained policy there",
