@@ -395,7 +395,7 @@ def draw(found: dict) -> None:
     left.set(xscale="log", xticks=FORWARDS, xticklabels=FORWARDS, xlabel="forwards, one per inner update")
     left.set(ylabel="cosine with the exact policy gradient")
     left.minorticks_off()
-    for scheme, colour, shift in (("uniform", "C3", -0.006), ("fading_out", "C5", 0.006)):
+    for scheme, colour, shift in (("uniform", "C3", -0.006), ("fading_out", "C6", 0.006)):
         mean, low, high = zip(*[figure("cosine", found["gamma", scheme, gamma]) for gamma in GAMMAS])
         x, error = [gamma + shift for gamma in GAMMAS], [below(mean, low), below(high, mean)]
         right.errorbar(x, mean, error, marker=".", lw=1.2, capsize=2, color=colour)
