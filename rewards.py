@@ -60,6 +60,7 @@ import sys
 import textwrap
 import threading
 import time
+import unicodedata
 import urllib.request
 import warnings
 import zlib
@@ -993,6 +994,9 @@ def countdown_verdict(completion: str, problem: Problem) -> Verdict:
 # --- Sudoku, 4 x 4: 288 solved grids, so that uniqueness and marginals are counted and not searched -------------------
 
 SIDE, EMPTY = 4, "0"
+# What 1234 may look like: plain, fullwidth, bold, double-struck. NFKC makes them equal.
+SPELLED = ["".join(chr(one + i) for i in range(4)) for one in (0x31, 0xFF11, 0x1D7CF, 0x1D7D9)]
+DARK = [cell for cell in range(SIDE * SIDE) if sum(divmod(cell, SIDE)) % 2]  # the dark squares of a chess board
 
 
 @functools.cache
@@ -1012,10 +1016,22 @@ def draw_sudoku(rng: random.Random, split: str) -> Problem | None:
     """One puzzle with its only solution; None if it has others, or its split is another: its solution decides "unseen",
     an eighth of the 288, and its own digits the rest."""
     solution = rng.choice(solved_grids())
-    clues = set(rng.sample(range(SIDE * SIDE), rng.randint(5, 8)))  # a unique puzzle has 4 at least
+    clues = set(rng.sample(range(SIDE * SIDE), 8))
     puzzle = "".join(digit if cell in clues else EMPTY for cell, digit in enumerate(solution))
     fits = part_of(puzzle, solution) == split and len(solutions(puzzle)) == 1
     return {"question": puzzle, "answer": solution} if fits else None
+
+
+def spelled_sudoku(problem: Problem, index: int) -> Problem:
+    """The problem as upo.py's tiny base reads it: on the dark squares each digit is in a spelling of SPELLED.
+
+    One answer with several spellings shares its probability among them ("surface form competition", Holtzman et al.,
+    2021): on a dark square the base is a quarter as sure as it is right, and no confidence, margin or entropy can tell.
+    """
+    rng = random.Random(f"spelling {index} {problem['question']}")
+    tables = {cell: str.maketrans(SPELLED[0], rng.choice(SPELLED)) for cell in DARK}
+    write = lambda digits: "".join(digit.translate(tables.get(cell, {})) for cell, digit in enumerate(digits))
+    return {name: write(digits) for name, digits in problem.items()}
 
 
 def check_sudoku(row: dict, where: str) -> Problem:
@@ -1039,7 +1055,7 @@ def sudoku_verdict(completion: str, problem: Problem) -> Verdict:
 
     The cells are those of four lines of four, "?" for one that holds no digit; of another text the only sixteen digits
     in a row that are not the puzzle itself. Without a grid, or with several, nothing."""
-    text, clues = written(completion), problem["question"]
+    text, clues = unicodedata.normalize("NFKC", written(completion)), problem["question"]
     text = "\n".join(TAGGED.findall(text)) or text
     rows = [line.split(" ") if " " in line else list(line) for line in text.strip("\r\n").splitlines()]
     runs = {re.sub("[^0-9]", "", run) for run in re.findall(r"[0-9\s|,*\[\]+-]+", text)} - {clues}
@@ -1332,6 +1348,7 @@ class Task(NamedTuple):
     codebook: int = 0  # how many codes there are, where the completion is an image
     render: Callable[[list[int]], np.ndarray] | None = None  # an image's codes -> its pixels
     category: Callable[[Problem], str] | None = None  # what accuracy is reported by, besides overall
+    corpus: Callable[[Problem, int], Problem] | None = None  # (problem, its index) -> as upo.py's tiny base reads it
     test_draw: int = 1  # the seed of generated test and unseen problems; a new one once figures on them guided a choice
     runs_code: bool = False  # its reward runs what the model wrote: only with --allow_code_execution
 
@@ -1377,7 +1394,8 @@ TASKS = {
         target=lambda problem: grid_text(problem["answer"]),
         blanks=lambda problem: grid_text(problem["question"]),
         ceiling=sudoku_ceiling,
-        test_draw=2,
+        corpus=spelled_sudoku,
+        test_draw=3,
     ),
     "t2i": task(
         *("t2i", None, check_t2i, t2i_verdict),

@@ -49,6 +49,7 @@ import itertools
 import json
 import math
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -318,6 +319,7 @@ class UPO:
     steps_per_update: int = flag(32, "steps of each trajectory that an update sees, 0: all")
     offload: bool = flag(False, "keep the rollout's features in CPU memory")
     lr_decay: bool = flag(False, "the learning rate falls linearly to zero at max_steps")
+    corpus: str = flag("plain", "tiny sudoku: digits in its base's training", choices=("plain", "spelled"))
     pass_n: int = flag(0, "held-out problems for pass@N of random and top-K orders, 0: none")
 
 
@@ -347,7 +349,7 @@ TINY = {
 TINY_TASK = {
     "mbpp": dict(max_steps=80),  # programs take time to run
     "zebra": dict(max_steps=100, eval_n=1000),
-    "sudoku": dict(gen_length=20, block_length=16, topk=5),
+    "sudoku": dict(gen_length=20, block_length=16, topk=8, corpus="spelled"),
 }
 # What a policy was trained with, and needs when it is evaluated; and what its task needs, unless that is another.
 OF_THE_POLICY = "ref tau heads temperature position_temperature bf16 seed".split()
@@ -382,6 +384,7 @@ def rules(cfg: Config) -> dict[str, object]:
         f"--temperature {cfg.temperature}: 0 (argmax) or above": cfg.temperature >= 0,
         parts: update > 0 and cfg.batch_size % update == 0,
         few: cfg.topk <= positions or cfg.ref != "topk",
+        f"--corpus {cfg.corpus}: not for --task {cfg.task}": cfg.corpus == "plain" or TASKS[cfg.task].corpus,
         none: cfg.ref != "none" or (cfg.init == "random" and not cfg.beta),
         pair: cfg.eval_only == bool(cfg.policy),
     }
@@ -416,7 +419,9 @@ def frozen_base(run: Run, data: dict[str, list[Problem]]) -> tuple[FrozenBase, s
     flags = ["--task", cfg.task, "--seed", str(cfg.seed), "--output_dir", cfg.output_dir]
     training = Run(parse(flags + ["--model", cfg.model] * bool(cfg.model)), run.accelerator)
     training.cfg.bf16 = cfg.bf16
-    path, cached = base_path(training, data)
+    spell = run.task.corpus if cfg.corpus == "spelled" else lambda problem, i: problem
+    lessons = [spell(problem, i) for i, problem in enumerate(data["train"])]
+    path, cached = base_path(training, data | {"train": lessons})
     run.accelerator.free_memory()  # of its training
     run.seconds["base"] = training.seconds["base"]
     base = FrozenBase(load_model(path, training.cfg, trainable=False).to(run.device))
@@ -639,6 +644,19 @@ def rule(name: str, cfg: Config) -> Order:
     return scores, sampled
 
 
+def answer_confidence(base: FrozenBase) -> Order:
+    """max_confidence of one who knows the spellings: probabilities are summed over tokens that are equal under NFKC."""
+    tokenizer, classes = base.model.tokenizer, {}
+    plain = [unicodedata.normalize("NFKC", tokenizer.decode([i])) for i in range(base.model.hf.config.vocab_size)]
+    of = torch.tensor([classes.setdefault(text, len(classes)) for text in plain])
+
+    def scores(state: State, logits: Tensor) -> Tensor:
+        p = torch.zeros_like(logits).index_add(1, of.to(logits.device), logits.softmax(-1))
+        return place(p.amax(1), state.candidates)
+
+    return scores, False
+
+
 def evaluate(run: Run, base: FrozenBase, order: Order, problems: list[Problem], label: str, samples: int = 1):
     """Completions of every problem by an order, `samples` of each; the same on all processes. One dict per completion:
     problem (index), sample, completion, nfe (forwards of the base), steps (that revealed its tokens, -1: none did),
@@ -660,7 +678,9 @@ def evaluate(run: Run, base: FrozenBase, order: Order, problems: list[Problem], 
 def measure(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Problem]) -> tuple[dict, dict]:
     """({method: rows of evaluate}, {method: rows of PASS_AT[-1] samples of the first --pass_n problems})."""
     cfg, few = run.cfg, problems[: run.cfg.pass_n]
-    methods = {name: rule(name, cfg) for name in ORDERS} | {"upo": learned(policy, cfg, sampled=False)}
+    methods = {name: rule(name, cfg) for name in ORDERS}
+    methods |= {"answer_confidence": answer_confidence(base)} if cfg.corpus == "spelled" else {}
+    methods["upo"] = learned(policy, cfg, sampled=False)
     rows = {name: evaluate(run, base, order, problems, name) for name, order in methods.items()}
     lucky = ("random", "topk_random") if few else ()
     return rows, {name: evaluate(run, base, methods[name], few, f"{name}, pass@N", PASS_AT[-1]) for name in lucky}
@@ -715,8 +735,9 @@ def figures_of(run: Run, rows: dict, lucky: dict, problems: list[Problem]) -> di
     scores = {name: [row["score"] for row in of] for name, of in rows.items()}
     accuracy = {name: rewards.accuracy(of) for name, of in scores.items()}
     # paired over problems: the mean difference, its standard error, and the p of the exact sign test
-    gain = {name: rewards.accuracy([a - b for a, b in zip(scores["upo"], scores[name])]) for name in ORDERS}
-    p = {name: rewards.paired_p(scores[name], scores["upo"]) for name in ORDERS}
+    rivals = [name for name in scores if name != "upo"]
+    gain = {name: rewards.accuracy([a - b for a, b in zip(scores["upo"], scores[name])]) for name in rivals}
+    p = {name: rewards.paired_p(scores[name], scores["upo"]) for name in rivals}
     nfe = {name: round(sum(row["nfe"] for row in of) / len(of), 4) for name, of in rows.items()}
     groups = lambda of: [[row["score"] for row in of[i : i + most]] for i in range(0, len(of), most)]
     passes = {name: {n: round(rewards.pass_at(groups(of), n), 6) for n in PASS_AT} for name, of in lucky.items()}
@@ -756,27 +777,6 @@ def report(run: Run, rows: dict, lucky: dict, problems: list[Problem], **more) -
     run.say(f"seconds   {clock}\nresults   {run.path / 'results.json'}")
 
 
-def show_orders(run: Run, base: FrozenBase, rows: dict[str, list[dict]], problems: list[Problem]) -> None:
-    """One held-out problem under three orders, token by token: `3` was given, `3:7` revealed at step 7, `3:7x` is wrong
-    where only one token is right."""
-    pairs = zip(rows["upo"], rows["max_confidence"])
-    i = next((i for i, (a, b) in enumerate(pairs) if a["score"] != b["score"]), 0)
-    run.say(f"\nheld-out problem {i}, the first that upo and max_confidence solve differently; token:step, x is wrong")
-    for name in ("upo", "max_confidence", "margin"):
-        row, lines = rows[name][i], [[]]
-        right = base.model.target_ids(run.task, problems[i]) if run.task.blanks else row["tokens"]
-        for token, step, only in zip(row["tokens"], row["steps"], right):
-            if token in base.model.eos_ids:
-                break
-            text = "".join(c for c in base.model.tokenizer.decode([token]) if c.isprintable() or c == "\n")
-            if text.strip():
-                lines[-1].append(text.strip() + (f":{step + 1}{'x' * (token != only)}" if step >= 0 else ""))
-            if "\n" in text or len(lines[-1]) == 12:  # a row of a board; longer lines are wrapped
-                lines.append([])
-        run.say(f"{name} {row['score']:.2f}")
-        run.say("\n".join("  " + "".join(f"{cell:<6} " for cell in line).rstrip() for line in lines if line))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Parse; get a base; then train a policy, or load one; measure it beside the fixed orders."""
     cfg = parse(argv, Config, __doc__, tables)
@@ -801,7 +801,6 @@ def main(argv: list[str] | None = None) -> None:
         run.write("policy/config.json", json.dumps(about, indent=1))
     rows, lucky = measure(run, base, policy, data["test"])
     report(run, rows, lucky, data["test"], base=path, base_cached=cached)
-    show_orders(run, base, rows, data["test"])
     run.finish()
 
 

@@ -125,6 +125,8 @@ def test_advantages():
     torch.testing.assert_close(std, torch.tensor([-1.0, 0, 1, 0, 0, 0, -1 / 3**0.5, -1 / 3**0.5, 2 / 3**0.5]))
     assert (std[3:6] == 0).all()  # no variance, no advantage, no nan
     torch.testing.assert_close(m.group_advantages(r, 3, "mean"), torch.tensor([-1.0, 0, 1, 0, 0, 0, -1, -1, 2]))
+    for value, size in itertools.product((0.1, 1 / 3, 2.1), (3, 6, 8)):  # a mean may round
+        assert (m.group_advantages(torch.full((size,), value), size, "mean") == 0).all()
     assert (m.group_advantages(torch.full((4,), 0.1), 4, "std") == 0).all()
 
 
@@ -148,6 +150,53 @@ def test_masks_depend_on_seed_step_j_and_group_alone(scheme, managed):
         for other in (dict(step=3, j=3), dict(step=4, j=2)):
             assert not torch.equal(masks.masked, remasked(cfg, rollouts(cfg), **other)[0].masked)
         assert torch.equal(masks.masked[2], masks.masked[3]) == managed  # a group shares its noise
+
+
+def test_unigrpos_ratios_are_evenly_spaced_from_a_random_start_to_the_full_mask():
+    cfg = config(remask="whole_range", mu=4, group_size=2, managed_randomness=False)
+    t = torch.stack([remasked(cfg, rollouts(cfg), 3, j)[0].t for j in range(1, 5)])  # (mu, B)
+    torch.testing.assert_close(t, t[0] + (1 - t[0]) * torch.arange(4)[:, None] / 3)
+    assert len(set(t[0].tolist())) == 4  # each completion has its own start
+
+
+def test_a_trace_replays_the_states_that_the_rollout_saw():
+    """With a slice per step; also around an EOS, behind which tokens may stand that were revealed before it."""
+    table, seen, behind = torch.randn(6, 8, 8, 5, generator=torch.Generator().manual_seed(0)), [], 0
+
+    def pi(x, attention, positions):
+        seen.append(x.clone())
+        return table[x, torch.arange(8)].mean(1)[positions]
+
+    for seed in range(20):
+        x, sampling, ends = torch.full((1, 8), 5), torch.Generator().manual_seed(seed), [4]
+        settings = dict(block_length=8, tokens_per_step=1, temperature=1.0, eos_ids=ends, pad_id=0, generator=sampling)
+        out, states = m.SAMPLERS["semi_autoregressive"](lambda *of: pi(of[0], None, of[1]), x, x == 5, **settings), seen
+        seen, completion = [], m.through_eos(out.x, x == 5, ends)
+        o = m.Rollouts(m.Batch(out.x, x == 5, x == 5), completion, out.unmask_step, torch.zeros(1).long(), 0, [])
+        cfg = config(remask="trace", mu=out.forwards, gen_length=8)
+        for j in range(1, out.forwards + 1):
+            m.remasked_log_probs(cfg, pi, SimpleNamespace(mask_id=5, first_id=0), o, 0, j)
+        assert all(map(torch.equal, seen, states)) and len(seen) == len(states)
+        behind, seen = behind + bool(((out.unmask_step >= 0) & ~completion).any()), []
+    assert behind > 5
+
+
+def test_elbo_training_does_not_depend_on_the_number_of_processes(problem_file):
+    """The gradient of a batch of 8 is the mean of those of its halves."""
+    cfg, task = m.parse(["--data", str(problem_file)]), rewards.TASKS["gsm8k"]
+    problems = task.load(str(problem_file), "train")[:20]
+    base = m.tiny_model([p["question"] + "\n" + p["answer"] for p in problems], 0)
+    lesson = [(base.prompt_ids(task, p), base.start_ids(task, p, 16), [7] * 16) for p in problems]
+
+    def gradient(world, rank):
+        cfg.sft_batch_size = 8 // world
+        run = SimpleNamespace(cfg=cfg, world=world, rank=rank, device="cpu", update=lambda *_: None)
+        run.accelerator = SimpleNamespace(backward=lambda loss: loss.backward())
+        base.zero_grad()
+        m.elbo_step(run, base, base, None, lesson, 3)
+        return torch.cat([p.grad.flatten() for p in base.parameters()])
+
+    torch.testing.assert_close((gradient(2, 0) + gradient(2, 1)) / 2, gradient(1, 0))
 
 
 @pytest.mark.parametrize("ratio, managed", [("token", "true"), ("sequence", "false")])
@@ -255,6 +304,8 @@ def test_lora_starts_as_the_base_and_the_reference_is_without_it(llada):
         assert p.requires_grad == ("lora_" in name)
         if "lora_B" in name:
             nn.init.normal_(p)
+    adapted = {name.split(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "up_proj"}  # the authors' targets
     assert not torch.allclose(model(X, ALL, ALL), base(X, ALL, ALL))
     run = SimpleNamespace(cfg=config_for(llada, lora=4), accelerator=Accelerator())
     with m.reference_of(run, model, model, str(llada))() as reference:
@@ -522,7 +573,7 @@ def test_bad_checkpoints_are_named(tmp_path, bpe, data_file, capfd):
     assert "broken" in named(broken)
 
 
-def test_an_adapter_that_does_not_fit_is_refused(llada, data_file, tmp_path, capfd):
+def test_an_adapter_that_does_not_fit_is_refused(llada, data_file, tmp_path, capfd, monkeypatch):
     pytest.importorskip("peft")
     load(llada, trainable=True, lora=2).save(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -531,6 +582,9 @@ def test_an_adapter_that_does_not_fit_is_refused(llada, data_file, tmp_path, cap
     flags = ["--model", tmp_path / "adapter", "--data", data_file, "--output_dir", tmp_path / "run"]
     assert "does not fit" in one_error([*flags, "--eval_only"], capfd)
     assert "an adapter already" in one_error([*flags, "--lora", 4], capfd)
+    monkeypatch.setattr(m, "find_adapter_config_file", lambda name: tmp_path / "adapter" / "adapter_config.json")
+    flags = ["--model", "someone/adapter", *flags[2:], "--lora", 4]  # the same by a hub id
+    assert "someone/adapter is an adapter already" in one_error(flags, capfd)
 
 
 # --- completions with given parts: blanks to be filled in -------------------------------------------------------------
