@@ -31,9 +31,8 @@ Departures from LLaDA's generate.py, and from the paper's and MMaDA's code
     while the row is finished, is never read, and is returned as the pad token with step -1. Tokens that were
     revealed there before the EOS are returned with their steps: the later ones were drawn in their presence.
  4. `eos_last=True` lets EOS wait until the rest of its block is filled, against "EOS flooding".
- 5. q_s is Alg. 4's, normalised, as in the official image sampler. (Its variant for text, which its trainer never
-    calls, weighs k_s / k_t against probs (k_t - k_s): these do not sum to 1, and a third of the tokens is left to
-    the last step whatever the number of steps.)
+ 5. q_s is Alg. 4's, normalised, as in the official image sampler. Its variant for text, which no trainer calls, is
+    not: it leaves a third of the tokens to the last step whatever the number of steps.
 
     python emerge_sampler.py    # the three samplers on distributions known in closed form
 """
@@ -43,6 +42,7 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,8 +220,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-# What is left of MaskGIT's Gumbel noise at step n = 0 ... steps - 1: falling linearly to 0, as in MaskGIT, or multiplied
-# by the step's own 1 - (n + 1) / steps, as in MMaDA's and MaskGRPO's code, where it is all but gone after a few steps.
+# What is left of MaskGIT's noise at step n = 0 ... steps - 1: falling linearly to 0, from 4.5 in MaskGIT itself, or
+# multiplied by each step's 1 - (n + 1) / steps, from 1 in MMaDA's and MaskGRPO's code: soon all but gone.
 DECAYS: dict[str, Callable[[int, int], float]] = {
     "linear": lambda n, steps: 1 - (n + 1) / steps,
     "compounding": lambda n, steps: math.prod(1 - (i + 1) / steps for i in range(n + 1)),
@@ -296,8 +296,7 @@ def maskgit(
     everyone: Callable[[bool], bool] = alone,
 ) -> Rollout:
     """Fill the completion in at most `steps` forwards as MaskGIT does: after step n, floor((1 - alpha_s) |o|) tokens
-    are still masked. gumbel, and a row of DECAYS: weight of the choice's noise; 1 and compounding are MMaDA's and
-    MaskGRPO's, 4.5 and linear MaskGIT's; the rest as in `emerge`."""
+    are still masked. gumbel: weight of the choice's noise, which falls by a row of DECAYS; the rest as in `emerge`."""
     length = completion.sum(1, keepdim=True)  # |o|, (B, 1)
 
     def step(n: int, logits: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -478,24 +477,23 @@ def show_text(joint: Joint, rows: int) -> None:
 
 def show_images(log_joint: Tensor, rows: int) -> None:
     """The two image samplers by number of steps, and on larger and larger codebooks."""
-    print("Images, cosine schedule: total variation, entropy, tokens revealed per step")
-    for name, sampler in (("emerge", emerge), ("maskgit", maskgit)):
+    print("Images, cosine schedule: total variation, entropy, tokens revealed per step; 4.5: MaskGIT's own noise")
+    samplers = {"emerge": emerge, "maskgit": maskgit, "maskgit 4.5": partial(maskgit, gumbel=4.5, decay="linear")}
+    for name, sampler in samplers.items():
         for steps in (1, 2, 4, 8, 32):
             distance, entropy, revealed = compare(Joint(log_joint), rows, sampler, steps=steps, schedule="cosine")
             shown = " ".join(f"{n:.2f}" for n in revealed[:8]) + (" ..." if len(revealed) > 8 else "")
-            print(f"{name:<8} {steps:>3} steps {distance:>7.3f} {entropy:>6.2f} bits   {shown}")
+            print(f"{name:<11} {steps:>3} steps {distance:>7.3f} {entropy:>6.2f} bits   {shown}")
     print(
         "\nEmerge converges to the truth as the steps grow; MaskGIT reveals one token per step at least, stops"
         "\nchanging, and stays too sure. Total variation on larger codebooks, 8 steps: m codes spell a word."
     )
-    kinds = [f"{name}, {kind}" for name in ("emerge", "maskgit") for kind in ("every word", "all but one")]
-    print(f"{'m':>3}" + "".join(f"{kind:>22}" for kind in kinds))
-    for m in (1, 8, 64):
-        cells = []
-        for sampler in (emerge, maskgit):
-            for variants in ([m, m, m], [1, m, m]):
-                cells.append(compare(Joint(log_joint, variants), rows, sampler, steps=8, schedule="cosine")[0])
-        print(f"{m:>3}" + "".join(f"{value:>22.3f}" for value in cells))
+    print(f"{'m':<24}" + "".join(f"{m:>7}" for m in (1, 8, 64)))
+    for name, sampler in samplers.items():
+        for kind, first in (("every word", lambda m: m), ("all but one", lambda m: 1)):
+            joints = [Joint(log_joint, [first(m), m, m]) for m in (1, 8, 64)]
+            cells = [compare(joint, rows, sampler, steps=8, schedule="cosine")[0] for joint in joints]
+            print(f"{name + ', ' + kind:<24}" + "".join(f"{value:>7.3f}" for value in cells))
     print(
         "\nEmerge does not look at confidence. MaskGIT prefers what one code spells to what many share, however"
         "\nlikely: flat patches over textured ones. Where all words have as many codes it does not matter."
