@@ -37,9 +37,11 @@ Departures from the authors' code
 10. A step is a rollout with its mu updates. Their `max_steps` counts updates: 6,000 of them are 500 steps at mu = 12.
 11. Log-probabilities are taken at the rollout's temperature. The rollout also *selects* positions by
     confidence, and may be guided (--guidance); as in every method compared here, ell knows neither.
-12. No dropout, in LoRA neither (theirs: 0.05): the old, the new and the reference policy are the same function.
-13. The reward asks for GSM8K's own `#### 42` (rewards.py), the masks' ramp is per row (remask.py).
-14. The tiny images have advantages without std, and no guidance, unless flags say so: experiments/README.md
+12. With --bf16 tokens are drawn in bf16, but log-probabilities are computed in float32 (TF32 on a GPU): an
+    update at 3e-6 moves them by less than bf16 rounds them. experiments/README.md has the measurement.
+13. No dropout, in LoRA neither (theirs: 0.05): the old, the new and the reference policy are the same function.
+14. The reward asks for GSM8K's own `#### 42` (rewards.py), the masks' ramp is per row (remask.py).
+15. The tiny images have advantages without std, and no guidance, unless flags say so: experiments/README.md
     says why.
 
     python maskgrpo.py --task gsm8k                        # the tiny default, minutes on a laptop
@@ -331,7 +333,7 @@ class Common:
     resume: bool = flag(False, "go on from the last checkpoint in --output_dir")
     eval_only: bool = flag(False, "evaluate and leave")
     log_with: str | None = flag(None, "a tracker of Accelerate's: tensorboard, wandb, ...")
-    bf16: bool = flag(torch.cuda.is_available(), "frozen weights and matrix products in bfloat16")
+    bf16: bool = flag(torch.cuda.is_available(), "frozen weights, rollouts and upo.py's policy in bfloat16")
     gen_length: int = flag(256, "completion length, tokens")
     block_length: int = flag(16, "tokens per semi-autoregressive block")
     temperature: float = flag(0.9, "of tokens in rollouts; in maskgrpo.py also of their log-probabilities")
@@ -588,8 +590,8 @@ def resolve(path: str) -> tuple[str, str | None]:
 
 def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel":
     """A base model ready to run, with its adapter, or with a fresh one of rank --lora. Trained weights are float32 even
-    with --bf16: a bf16 weight of 0.02 cannot take a step of 3e-6. Frozen ones are bf16 then; the matrix products are
-    bf16 either way (autocast). Raises UsageError."""
+    with --bf16: a bf16 weight of 0.02 cannot take a step of 3e-6. Frozen matrices are bf16 then (`in_bf16`); what is
+    computed in bf16 is up to the model's `forward`. Raises UsageError."""
     base, adapter = resolve(path)
     frozen = bool(cfg.lora or adapter) or not trainable
     if adapter or (cfg.lora and trainable):
@@ -610,11 +612,31 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(cfg.seed)  # its initialisation; afterwards all is as before
                     hf = peft.get_peft_model(hf, peft.LoraConfig(**settings))
+    if cfg.bf16 and frozen:
+        in_bf16(hf)
     if not trainable:
         hf.requires_grad_(False)
     elif cfg.gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
-    return MaskedDiffusionModel(hf, tokenizer, bool(TASKS[cfg.task].codebook))
+    return MaskedDiffusionModel(hf, tokenizer, bool(TASKS[cfg.task].codebook), cfg.bf16)
+
+
+def widened(layer: nn.Linear, x: Tensor) -> Tensor:
+    """layer(x), whose bf16 weight becomes float32 for the length of the product, unless autocast wants bf16 anyway."""
+    rough = torch.is_autocast_enabled(x.device.type)
+    return nn.functional.linear(x, layer.weight if rough else layer.weight.to(x.dtype), layer.bias)
+
+
+def in_bf16(hf: nn.Module) -> None:
+    """Let a model that was loaded in bf16 compute in float32 where autocast is off. The weights of its linear layers,
+    nearly all, stay bf16; norms, biases and embeddings become float32, and with them the residual stream."""
+    layers = [module for module in hf.modules() if type(module) is nn.Linear]
+    tied = {module.weight for module in hf.modules() if isinstance(module, nn.Embedding)}
+    narrow = {layer.weight for layer in layers} - tied
+    for p in hf.parameters():
+        p.data = p.data if p in narrow else p.data.float()
+    for layer in layers:
+        layer.forward = functools.partial(widened, layer)
 
 
 def tiny_model(texts: list[str], seed: int, task: str = "gsm8k") -> "MaskedDiffusionModel":
@@ -643,13 +665,14 @@ class MaskedDiffusionModel(nn.Module):
     """(x_t, attention, positions) -> logits at those positions, for every kind of base; and its text <-> tensors.
 
     hf: the transformers model (or its PEFT wrapper); mask_id, pad_id, end_id: int; eos_ids: every id that
-    ends a completion. The vocabulary head runs at the positions asked for and nowhere else. Where the completion is
-    an image (codebook > 0) it also runs for the image's codes alone, ids first_id ... first_id + codebook - 1, which
-    follow the tokenizer's own.
+    ends a completion; bf16: whether a `rough` forward is in bfloat16. The vocabulary head runs at the positions asked
+    for and nowhere else. Where the completion is an image (codebook > 0) it also runs for the image's codes alone, ids
+    first_id ... first_id + codebook - 1, which follow the tokenizer's own.
     """
 
-    def __init__(self, hf: nn.Module, tokenizer, image: bool = False):
+    def __init__(self, hf: nn.Module, tokenizer, image: bool = False, bf16: bool = False):
         super().__init__()
+        self.bf16 = bf16
         self.hf, self.tokenizer, self.name, config = hf, tokenizer, hf.config.name_or_path or "the model", hf.config
         known, first = tokenizer.get_vocab(), lambda *ids: next((i for i in ids if i is not None), None)
         self.mask_id = first(getattr(config, "mask_token_id", None), tokenizer.mask_token_id)
@@ -681,17 +704,19 @@ class MaskedDiffusionModel(nn.Module):
             none = f"{self.name} draws no images: its config.json has codebook_size {self.codebook or 'missing'}; its "
             none += f"codes would end at {behind}, its embedding at {config.vocab_size}. --task t2i needs MMaDA"
             require({none: self.codebook and max(behind - 1, *self.marks.values()) < config.vocab_size})
-            head.forward = lambda h: nn.functional.linear(h, head.weight[self.first_id : behind])
+            head.forward = lambda h: nn.functional.linear(h, head.weight[self.first_id : behind].to(h.dtype))
 
-    def forward(self, x: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attention: Tensor, positions: Tensor, rough: bool = False) -> Tensor:
         """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True.
         Returns (N, V) float32, row-major, column 0 being token first_id; the mask token's logit is -inf: x0 never
-        holds a mask."""
+        holds a mask. rough: in bf16 if --bf16 is on, enough to draw tokens. Else in float32, whatever Accelerate has
+        set: an update of 3e-6 moves log-probabilities by less than bf16 rounds them, wherever in the network."""
         # Dream reads the prediction of position i at i - 1; position 0 is a prompt's, so nothing wraps round
         self.read = positions.roll(-1, dims=1) if self.shifted else positions
         place = (attention.cumsum(1) - 1).clamp(min=0) + self.first_position
         places = {"position_ids": place} if self.takes_positions else {}
-        logits = self.hf(input_ids=x, attention_mask=attention.long(), **places).logits.float()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and rough):
+            logits = self.hf(input_ids=x, attention_mask=attention.long(), **places).logits.float()
         if not self.codebook:
             logits[:, self.mask_id] = -torch.inf  # in place: (N, V) is the largest tensor of a step
         return logits
@@ -976,8 +1001,8 @@ def roll_out(
     """One completion per problem. keys: B keys of the rows' noise; sampler: cfg's, unless another is named. `model` is
     the wrapped model: every process makes the same number of forwards, so nothing is unwrapped."""
     cfg, batch = run.cfg, base.open_batch(run.task, problems, run.cfg.gen_length, run.device)
-    with_prompt = lambda x, positions: model(x, batch.attention, positions)
-    without_prompt = lambda x, positions: model(*base.unprompted(batch, x), positions)
+    with_prompt = lambda x, positions: model(x, batch.attention, positions, rough=True)
+    without_prompt = lambda x, positions: model(*base.unprompted(batch, x), positions, rough=True)
     ends, options = base.ends_of(run.task), dict(temperature=temperature, everyone=run.everyone)
     sampler = sampler or cfg.sampler
     if base.codebook:
@@ -1146,7 +1171,7 @@ def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel, path: 
     @contextlib.contextmanager
     def reference() -> Iterator[nn.Module]:
         switched_off = base.hf.disable_adapter() if copy is None else contextlib.nullcontext()
-        with torch.no_grad(), run.accelerator.autocast(), switched_off:
+        with torch.no_grad(), switched_off:
             yield policy if copy is None else copy
 
     return reference
@@ -1224,6 +1249,7 @@ def main(argv: list[str] | None = None) -> None:
         model = run.accelerator.prepare_model(base, evaluation_mode=True)
         report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
         return run.finish()
+    torch.set_float32_matmul_precision("high" if cfg.bf16 else "highest")  # TF32: 8 times as exact as bf16
     path, cached = base_path(run, data)
     run.accelerator.free_memory()  # of the base's own training
     base = load_model(path, cfg, trainable=True).to(run.device)

@@ -405,7 +405,7 @@ class FrozenBase:
     @torch.no_grad()
     def read(self, x: Tensor, attention: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(hidden (B, W, D), logits (N, V) float32 at the N True positions); all of one forward."""
-        logits = self.model(x, attention, positions)
+        logits = self.model(x, attention, positions, rough=True)
         if not self.model.shifted:
             return self.hidden, logits
         # Dream predicts position i at i - 1: what it knows about i stands there; nothing stands before the first

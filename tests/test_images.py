@@ -130,7 +130,7 @@ def test_guidance_in_a_rollout(tiny, scale):
     with_prompt, without = torch.randn(2, 65, generator=generator) / 2
     empty = torch.tensor(tiny.image_prompt(""))
 
-    def model(x, attention, positions):
+    def model(x, attention, positions, rough=False):
         prompted = torch.tensor([not torch.equal(row[there][: len(empty)], empty) for row, there in zip(x, attention)])
         logits = torch.where(prompted[:, None], with_prompt, without)  # (B, 65)
         return logits[:, None].expand(*positions.shape, 65)[positions]

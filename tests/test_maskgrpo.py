@@ -280,19 +280,49 @@ def test_native_models_equal_an_independent_forward_padded_or_saved(kind, reques
         assert of.eos_ids == sorted(ids(["<|endoftext|>", "<|eot_id|>"]))
 
 
-@pytest.mark.parametrize("kind, pad", [("ModernBert", 0), ("Roberta", 1)])  # Roberta counts positions from its pad's id
-def test_masked_lm_checkpoints_load_as_they_are(kind, pad, tmp_path, bpe):
+def masked_lm(kind, pad, path, bpe):
+    """A random checkpoint of transformers' own, saved."""
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     sizes |= dict(attention_dropout=0.3)
     ids = dict(eos_token_id=0, bos_token_id=0, pad_token_id=pad, cls_token_id=0, sep_token_id=0, mask_token_id=2)
     settings = getattr(transformers, f"{kind}Config")(vocab_size=len(bpe), **sizes, **ids)
-    reference = getattr(transformers, f"{kind}ForMaskedLM")(settings).eval()
-    reference.save_pretrained(tmp_path)
-    bpe.save_pretrained(tmp_path)
+    model = getattr(transformers, f"{kind}ForMaskedLM")(settings).eval()
+    model.save_pretrained(path)
+    bpe.save_pretrained(path)
+    return model
+
+
+@pytest.mark.parametrize("kind, pad", [("ModernBert", 0), ("Roberta", 1)])  # Roberta counts positions from its pad's id
+def test_masked_lm_checkpoints_load_as_they_are(kind, pad, tmp_path, bpe):
+    reference = masked_lm(kind, pad, tmp_path, bpe)
     model, at = load(tmp_path, trainable=True).train(), torch.arange(9)[None] > 1  # train(): dropout is off
     left = lambda v, fill: torch.cat([torch.full((1, 5), fill), v], 1)  # padded
     got, expected = model(left(X, pad), left(ALL, False), left(at, False)), reference(input_ids=X).logits[0, 2:]
     torch.testing.assert_close(no_masks(got, model), no_masks(expected, model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llada", "dream", "Roberta", "ModernBert"])
+def test_bf16_weights_have_the_log_ratios_of_float32(kind, request, bpe, tmp_path):
+    """Of one update at 3e-6, which the rounding of bf16, as in a rollout's `rough` forward, would replace."""
+    pytest.importorskip("peft")
+    if kind[0].isupper():
+        masked_lm(kind, 0, tmp_path, bpe)
+    path = tmp_path if kind[0].isupper() else request.getfixturevalue(kind)
+    narrow, plain = (load(path, trainable=True, lora=4, bf16=bf16) for bf16 in (True, False))
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16, torch.float32}
+    optimizer = torch.optim.AdamW([p for p in narrow.parameters() if p.requires_grad], lr=3e-6)
+    ell = lambda model, **how: no_masks(model(X, ALL, ALL, **how).log_softmax(-1), model)
+
+    def all_three():
+        plain.load_state_dict(narrow.state_dict())
+        with torch.autocast("cpu", torch.bfloat16):  # as Accelerate wraps the policy
+            return torch.stack([ell(plain), ell(narrow), ell(narrow, rough=True)])
+
+    old = all_three()
+    old[1, :, 5].sum().backward()
+    optimizer.step()
+    exact, here, rough = (all_three() - old).detach()
+    assert (here - exact).std() < 0.05 * exact.std() and (rough - exact).std() > 0.5 * exact.std()
 
 
 def test_lora_starts_as_the_base_and_the_reference_is_without_it(llada):
