@@ -58,6 +58,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -428,7 +429,7 @@ TEMPLATES = (  # the story of a problem and its two operations: (a op1 b) op2 c
     ("{name} fills {a} bags, {b} {item} each, sells {c}. How many?", "*", "-"),
     ("{name} fills {a} bags, {b} {item} each, buys {c}. How many?", "*", "+"),
 )
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 LARGEST = 20  # of all numbers in a problem: some 250 different sums, differences and products
 
 
@@ -442,9 +443,8 @@ def generate_gsm8k(rng: random.Random, split: str) -> Problem | None:
     question = story.format(name=rng.choice(NAMES), item=rng.choice(ITEMS), a=a, b=b, c=c)
     first, second = f"{a} {op1} {b}", f"{middle} {op2} {c}"
     small = 1 <= middle <= LARGEST and 1 <= result <= LARGEST
-    if not small or part_of(question, first, second) != split:
-        return None
-    return {"question": question, "answer": f"{first} = {middle}\n{second} = {result}\n#### {result}"}
+    if small and part_of(question, first, second) == split:
+        return {"question": question, "answer": f"{first} = {middle}\n{second} = {result}\n#### {result}"}
 
 
 def check_gsm8k(row: dict, where: str) -> Problem:
@@ -460,9 +460,8 @@ def gold_number(answer: str) -> Fraction | None:
     return parse_number(answer.rpartition("####")[2])
 
 
-def worked(text: str) -> bool:
-    """Whether something stands there besides tags: an empty reasoning earns no format reward."""
-    return re.search(r"[^\W_]", re.sub(r"<[^<>\n]{0,20}>", "", text)) is not None
+# Something besides tags: an empty reasoning earns no format reward.
+WORKED = re.compile(r"(?:<[^<>\n]{0,20}>|[\W_])*+[^\W_]")
 
 
 def gsm8k_verdict(completion: str, problem: Problem) -> Verdict:
@@ -473,8 +472,8 @@ def gsm8k_verdict(completion: str, problem: Problem) -> Verdict:
     if answer is None:
         return Verdict(None, {"correctness": 0.0, "format": 0.0}, 0.0)
     working, _, last = END.split(completion, maxsplit=1)[0].strip().rpartition("\n")
-    in_form = worked(working) and re.fullmatch(r"#### \S[^\n]{0,40}", last.strip()) is not None
-    right, form = answer == gold_number(problem["answer"]), 0.5 * (answer.denominator == 1) + 0.5 * in_form
+    in_form = WORKED.match(working) and re.fullmatch(r"#### \S[^\n]{0,40}", last.strip())
+    right, form = answer == gold_number(problem["answer"]), 0.5 * (answer.denominator == 1) + 0.5 * bool(in_form)
     return Verdict(answer, {"correctness": 2.0 * right, "format": form}, float(right))
 
 
@@ -494,9 +493,8 @@ def generate_math500(rng: random.Random, split: str) -> Problem | None:
     notation = "{p}" if value.denominator == 1 else NOTATIONS.get(x, "\\frac{{{p}}}{{{q}}}")
     answer = notation.format(p=value.numerator, q=value.denominator)
     question = rng.choice(EQUATIONS).format(a=a, b=b, c=right + b, x=x)
-    if part_of(question, f"{right + b} - {b}", f"{right} / {a}") != split:
-        return None
-    return {"question": question, "answer": answer, "solution": f"{a} {x} = {right}\n\\boxed{{{answer}}}"}
+    if part_of(question, f"{right + b} - {b}", f"{right} / {a}") == split:
+        return {"question": question, "answer": answer, "solution": f"{a} {x} = {right}\n\\boxed{{{answer}}}"}
 
 
 def check_math500(row: dict, where: str) -> Problem:
@@ -518,8 +516,8 @@ def math500_verdict(completion: str, problem: Problem) -> Verdict:
     if answer is None:
         return Verdict(None, {"correctness": 0.0, "format": 0.0}, 0.0)
     found, right = boxes(text), same_answer(answer, problem["answer"], problem["question"])
-    in_form = len(found) == 1 and worked(text[: found[0][0]])
-    return Verdict(answer, {"correctness": 2.0 * right, "format": 0.5 + 0.5 * in_form}, float(right))
+    in_form = len(found) == 1 and WORKED.match(text[: found[0][0]])
+    return Verdict(answer, {"correctness": 2.0 * right, "format": 0.5 + 0.5 * bool(in_form)}, float(right))
 
 
 # --- MBPP: small functions and their tests ----------------------------------------------------------------------------
@@ -545,7 +543,6 @@ def generate_mbpp(rng: random.Random, split: str) -> Problem | None:
     code = f"def {name}(x):\n return {body.format(a=a, b=b)}"
     if part_of(question, f"{a} f {b}") == split:
         return {"question": question, "answer": code, "tests": tests, "imports": "", "setup": ""}
-    return None
 
 
 def check_mbpp(row: dict, where: str) -> Problem:
@@ -588,46 +585,38 @@ def extract_code(completion: str) -> str | None:
     return None
 
 
-class Outsiders(ast.NodeTransformer):
-    """Replaces the largest sub-expressions that only the program can evaluate, its calls, by names _0, _1, ..."""
+class Calls(ast.NodeTransformer):
+    """Replaces the program's calls in a test by names _0, _1, ..., and keeps their texts in `found`."""
 
     def __init__(self, names: set[str]):
         self.names, self.found = names, []
 
-    def visit(self, node: ast.AST) -> ast.AST:
-        """The node, or the placeholder of what the program's own names come to in it."""
-        root = node
-        while isinstance(root, ast.Call | ast.Attribute | ast.Subscript):
-            root = root.func if isinstance(root, ast.Call) else root.value
-        loops = isinstance(root, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp)
-        inside = ast.walk(root) if loops else [root]  # what binds names of its own is not taken apart
-        if self.names.isdisjoint(part.id for part in inside if isinstance(part, ast.Name)):
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """The call, or the placeholder of what it comes to; the outermost counts."""
+        if not isinstance(node.func, ast.Name) or node.func.id not in self.names:
             return self.generic_visit(node)
         self.found.append(ast.unparse(node))
         return ast.Name(f"_{len(self.found) - 1}", ast.Load())
 
 
 def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], str]]]:
-    """(imports for the judge, (pieces, condition) of each test). SyntaxError or ValueError for what is no test.
+    """(imports for the judge, (calls, condition) of each test). SyntaxError or ValueError for what is no test.
 
-    `assert set(f(3)) == {1, 2}` becomes the piece "f(3)", which the program's process takes, and the condition
+    `assert set(f(3)) == {1, 2}` becomes the call "f(3)", which the program's process takes, and the condition
     "set(_0) == {1, 2}", which that process never sees.
     """
     code = ast.parse(f"{problem['answer']}\n{problem['imports']}").body
     imports = [node for node in code if isinstance(node, ast.Import | ast.ImportFrom)]
     known = {*dir(builtins), *(alias.asname or alias.name for node in imports for alias in node.names)}
-    defined = {
-        function or variable for function, variable in DEFINES.findall(f"{problem['answer']}\n{problem['setup']}")
-    }
+    known -= {function for function, _ in DEFINES.findall(problem["answer"])}
     tests = []
     for test in problem["tests"]:
         (tree,) = ast.parse(test.strip()).body
-        called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and hasattr(node.func, "id")}
-        outsiders = Outsiders(called - known | defined)
-        condition = outsiders.visit(tree.test) if isinstance(tree, ast.Assert) else None
-        if not outsiders.found:
+        calls = Calls({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - known)
+        condition = calls.visit(tree.test) if isinstance(tree, ast.Assert) else None
+        if not calls.found:
             raise ValueError(f"it asserts nothing of the program: {test[:80]}")
-        tests.append((tuple(outsiders.found), ast.unparse(condition)))
+        tests.append((tuple(calls.found), ast.unparse(condition)))
     return "\n".join(map(ast.unparse, imports)), tests
 
 
@@ -650,7 +639,7 @@ def mbpp_verdict(completion: str, problem: Problem) -> Verdict:
     if program is None:
         return Verdict(None, {"tests": 0.0, "format": 0.0}, 0.0)
     imports, tests = split_tests(problem)
-    found = run_program(problem["imports"], program, problem["setup"], tuple(pieces for pieces, _ in tests))
+    found = run_program(problem["imports"], program, problem["setup"], tuple(calls for calls, _ in tests))
     passes = [holds(imports, condition, values) for (_, condition), values in zip(tests, found)]
     passed, form = sum(passes) / len(tests), 0.5 + 0.5 * (re.search(FENCE, completion) is not None)
     return Verdict(program, {"tests": 2.0 * passed, "format": form}, float(passed == 1))
@@ -723,8 +712,10 @@ os._exit(0)
 '''
 
 
-def bubblewrap() -> list[str]:
-    """The command that starts the interpreter in an empty file system, without network and other processes."""
+@functools.cache
+def separation() -> tuple[str, ...]:
+    """The command in front of the interpreter: bubblewrap, in an empty file system, without network and other
+    processes; () where that does not work; probed once. DataError where programs cannot be run at all."""
     # root needs no user namespace, in which it would stay root; it becomes a user that nobody else is
     rights = "--cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID" if os.geteuid() == 0 else "--unshare-user"
     command = f"bwrap --unshare-ipc --unshare-pid --unshare-net --unshare-uts --die-with-parent {rights}".split()
@@ -734,63 +725,48 @@ def bubblewrap() -> list[str]:
             command += ["--perms", "0755", "--dir", str(parent)]
         command += ["--ro-bind-try", path, path]
     box = f"--perms 1777 --size {DISK} --tmpfs /box --dev-bind /dev/null /dev/null --remount-ro / --chdir /box"
-    return [*command, *box.split()]
-
-
-@functools.cache
-def separation() -> tuple[str, ...]:
-    """The command in front of the interpreter, () where there is no bubblewrap that works; probed once. DataError
-    where programs cannot be run at all."""
-    for command in [tuple(bubblewrap())] * (shutil.which("bwrap") is not None) + [()]:
-        if run_program("import collections, csv, decimal", "", "", (("1 + 1",),), command) == [["2"]]:
-            return command
+    for front in [(*command, *box.split()), ()] if shutil.which("bwrap") else [()]:
+        if run_program("import collections, csv, decimal", "", "", (("1 + 1",),), front) == [["2"]]:
+            return front
     raise DataError("programs cannot be run here: install bubblewrap, or be a user whom the system lets start Python")
 
 
 def protections() -> str:
     """One line: how programs are run on this system, and what is not separated."""
+    alone = "bubblewrap: no network, no files but the interpreter's, no other processes, no environment"
+    shared = "limits only, NOT separated: network, files, processes (apt-get install bubblewrap)"
     limits = f"{SECONDS} s of CPU, {WALL} s at most, {MEMORY >> 20} MiB, no further process"
-    if separation():
-        return f"bubblewrap: no network, no files but the interpreter's, no other processes, no environment; {limits}"
-    return f"limits only: {limits}; NOT separated: network, files, processes (apt-get install bubblewrap)"
+    return f"{alone if separation() else shared}; {limits}"
 
 
 @functools.lru_cache(maxsize=4096)  # a group of rollouts often holds the same program twice
 def run_program(imports: str, program: str, setup: str, tests: tuple, command: tuple | None = None) -> list:
-    """What the tests' pieces, see `split_tests`, come to beside a program: their texts per test, None where it failed.
+    """What the tests' calls, see `split_tests`, come to beside a program: their texts per test, None where it failed.
     command: see `separation`. Raises DataError unless code execution was allowed."""
     if not code_execution_allowed:
         raise DataError(CODE_REFUSED.format("mbpp"))
-    command = separation() if command is None else command
-    # Without a file system of its own a program writes no files, which could fill the disk, and has no folder for them.
-    limits = {"CPU": SECONDS, "AS": MEMORY, "FSIZE": FILE_SIZE if command else 0, "NOFILE": 64, "CORE": 0, "NPROC": 1}
+    limits = {"CPU": SECONDS, "AS": MEMORY, "FSIZE": FILE_SIZE, "NOFILE": 64, "CORE": 0, "NPROC": 1}
     job = {"imports": imports, "program": program, "setup": setup, "tests": tests, "limits": limits}
     job["user"] = 60_000 + next(USERS) % 5000  # users that a container knows as well
     # as isolated as -I, but for the environment: this one is ours, and -I would ignore its hash seed
     env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    argv, text = [*command, sys.executable, "-s", "-c", INSIDE], ""
-    process = subprocess.Popen(argv, cwd="/", env=env, start_new_session=True, **pipes)
-    timer = threading.Timer(WALL, process.kill)  # behind bubblewrap, all that it started ends with it
-    timer.start()
-    try:
-        with process.stdout, process.stdin:
-            process.stdin.write(json.dumps(job).encode())
-            process.stdin.close()
-            text = process.stdout.read(FILE_SIZE).decode(errors="replace")
-    except OSError:  # it ended before it read its job
-        pass
-    finally:
+    argv = [*(separation() if command is None else command), sys.executable, "-s", "-c", INSIDE]
+    with tempfile.TemporaryFile() as file:  # the limit on files ends endless output, too
+        places = {"stdin": subprocess.PIPE, "stdout": file, "stderr": subprocess.DEVNULL, "cwd": "/", "env": env}
+        process = subprocess.Popen(argv, start_new_session=True, **places)
+        timer = threading.Timer(WALL, process.kill)  # behind bubblewrap, all that it started ends with it
+        timer.start()
+        process.communicate(json.dumps(job).encode())
         timer.cancel()
-        process.kill()
-        process.wait()
-    values = [*map(read, text.split("\n")), *[None] * len(tests)][: len(tests)]  # what is no list of texts was forged
+        file.seek(0)
+        lines = file.read().decode(errors="replace").split("\n")
+    values = [*map(read, lines), *[None] * len(tests)][: len(tests)]  # what is no list of texts was forged
     return [of if isinstance(of, list) and all(isinstance(text, str) for text in of) else None for of in values]
 
 
 # --- Countdown: make the target of all the numbers. Expressions are parsed here, never run ----------------------------
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
 @generator
@@ -803,7 +779,6 @@ def generate_countdown(rng: random.Random, split: str) -> Problem | None:
     key = " ".join(map(str, sorted(numbers)))  # the same numbers in another order are the same problem
     if 1 <= target <= 2 * LARGEST and part_of(f"{key} {target}", key) == split:
         return countdown_problem(numbers, target) | {"answer": f"{a} {op1} {b} {op2} {c}"}
-    return None
 
 
 def countdown_problem(numbers: list[int], target: int) -> Problem:
@@ -833,8 +808,7 @@ def ways_to_make(numbers: tuple[tuple[Fraction, str], ...]) -> Iterator[tuple[Fr
         rest = tuple(pair for k, pair in enumerate(numbers) if k not in (i, j))
         for op in "+-*/" if i < j else "-/":  # x + y is y + x
             if op != "/" or y != 0:
-                value = x / y if op == "/" else OPERATIONS[op](x, y)
-                yield from ways_to_make((*rest, (value, f"({left} {op} {right})")))
+                yield from ways_to_make((*rest, (OPERATIONS[op](x, y), f"({left} {op} {right})")))
 
 
 def countdown_target(problem: Problem) -> str:
@@ -854,7 +828,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
             return Fraction(node.value)
         if isinstance(node, ast.UnaryOp):
             return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
-        return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        return OPERATIONS[SIGNS[type(node.op)]](value(node.left), value(node.right))
 
     try:
         if len(expression) > LONGEST or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
@@ -912,7 +886,7 @@ def generate_sudoku(rng: random.Random, split: str) -> Problem | None:
 def check_sudoku(row: dict, where: str) -> Problem:
     """a CSV file with the header Puzzle,Solution: 16 digits each, row by row, 0 for empty; the puzzle may stand in a
     sentence, and may have other solutions."""
-    text, solution = (pick_text(row, names, where) for names in (("puzzle", *QUESTION), ("solution", *GOLD)))
+    text, solution = (pick_text(row, names, where) for names in (QUESTION, GOLD))
     digits = re.search("[0-4]{8,16}", text)
     puzzle = digits[0].zfill(SIDE * SIDE) if digits else ""  # a spreadsheet drops the zeros that a puzzle begins with
     if EMPTY not in puzzle or solution not in solutions(puzzle):
@@ -1027,9 +1001,8 @@ def t2i_verdict(completion: str, problem: Problem) -> Verdict:
         return Verdict(codes, {"geneval": 0.0, "fidelity": 0.0}, 0.0)
     things, broken = find_things(codes)
     matching = [[t for t in things if t.shape == shape and c in (None, t.colour)] for shape, c, _ in scene.wanted]
-    shown = all(matching)
-    if scene.category == "counting":
-        shown = len(matching[0]) == scene.wanted[0][2]
+    enough = operator.eq if scene.category == "counting" else operator.ge
+    shown = all(enough(len(found), n) for found, (*_, n) in zip(matching, scene.wanted))
     if scene.relation:
         shown = any(RELATIONS[scene.relation](a, b) for a in matching[0] for b in matching[1])
     fidelity = 0.25 * (bool(things) and not broken)
@@ -1151,7 +1124,7 @@ def zebra_problem(question: str, header: list[str], rows: list[list[str]]) -> Pr
 def check_zebra(row: dict, where: str) -> Problem:
     """lines {"puzzle": "...", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ...]}}; the solution
     may be JSON text."""
-    question, table = pick_text(row, ("puzzle", *QUESTION), where), pick(row, ("solution", *GOLD))
+    question, table = pick_text(row, QUESTION, where), pick(row, GOLD)
     try:
         table = read(table) if isinstance(table, str) else table
         header, rows = table["header"], [list(map(str, entries)) for entries in table["rows"]]
@@ -1221,9 +1194,7 @@ class Task(NamedTuple):
         """Problems from a file in the published format, or the published split by `datasets` where path is None."""
         expected = self.check.__doc__.split(";")[0]
         if path is None and self.name not in HUB:
-            raise DataError(
-                f"{self.name} has no published data to download: give --data FILE, {expected}, or generated"
-            )
+            raise DataError(f"{self.name} cannot be downloaded: give --data FILE, {expected}, or --data generated")
         if path is not None:
             rows = read_rows(path)
         else:
@@ -1264,9 +1235,9 @@ TASKS = {
     ),
     "t2i": Task(
         *("t2i", generate_t2i, check_t2i, t2i_verdict),
+        category=operator.itemgetter("tag"),
         codebook=CODEBOOK,
         render=render,
-        category=operator.itemgetter("tag"),
     ),
     "zebra": Task("zebra", generate_zebra, check_zebra, zebra_verdict),
 }
@@ -1294,13 +1265,13 @@ def splits(task: Task, cfg, generated: bool) -> dict[str, list[Problem]]:
     published test split, else every tenth problem of --data, and never trains; validation is the last tenth of the
     rest, 256 at most; there is no unseen split. --eval_only needs no more than a test split.
     """
+    none = {split: [] for split in SPLITS}
     if cfg.eval_only and (cfg.eval_data or not (generated or cfg.data)):
-        test = task.load(cfg.eval_data, "test")[: cfg.eval_n or None]
-        return {"train": [], "validation": [], "test": test, "unseen": []}
+        return none | {"test": task.load(cfg.eval_data, "test")[: cfg.eval_n or None]}
     if generated:
-        n, held_out = cfg.eval_n or 1000, {"validation": task.generate("validation", 256, 0)}
-        held_out |= {split: task.generate(split, n, task.test_draw) for split in ("test", "unseen")}
-        return {"train": task.generate("train", 20_000, cfg.seed)} | held_out
+        seeds, n = {"train": cfg.seed, "validation": 0}, {"train": 20_000, "validation": 256}
+        draw = lambda split: task.generate(split, n.get(split, cfg.eval_n or 1000), seeds.get(split, task.test_draw))
+        return {split: draw(split) for split in SPLITS}
     train = task.load(cfg.data, "train")
     test = task.load(cfg.eval_data, "test") if cfg.eval_data or cfg.data is None else train[9::10]
     held_out = {problem["question"] for problem in test}
@@ -1308,7 +1279,7 @@ def splits(task: Task, cfg, generated: bool) -> dict[str, list[Problem]]:
     held = min(256, len(train) // 10)
     if not test or not held:
         raise DataError(f"{cfg.data}: {len(train)} problems are too few to hold some out; give 20, or --eval_data")
-    return {"train": train[:-held], "validation": train[-held:], "test": test[: cfg.eval_n or None], "unseen": []}
+    return none | {"train": train[:-held], "validation": train[-held:], "test": test[: cfg.eval_n or None]}
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------
@@ -1347,20 +1318,22 @@ def paired_p(before: list[float], after: list[float]) -> float:
 def figures(phases: dict[str, list[dict]], k: int) -> dict[str, Any]:
     """The figures of a run under their names in results.json, None where there is nothing to report. phases: name ->
     judged completions, with split, sample (None: greedy), score, terms, category; k: samples per problem."""
-    found, greedy = {}, lambda rows, split: [r for r in rows if r["split"] == split and r["sample"] is None]
+    found, pairs = {}, {"test": [], "unseen": []}
     scores, of = lambda rows: [row["score"] for row in rows], lambda rows: accuracy(scores(rows)) if rows else None
     for phase, rows in phases.items():
-        parts = {split: greedy(rows, split) for split in ("test", "unseen")}
+        parts = {split: [r for r in rows if r["split"] == split and r["sample"] is None] for split in pairs}
         sampled = scores([row for row in rows if row["sample"] is not None])
         groups = [sampled[i : i + k] for i in range(0, len(sampled), k or 1)]
         kinds = dict.fromkeys(row["category"] for row in parts["test"])
         by_kind = {kind: of([row for row in parts["test"] if row["category"] == kind]) for kind in kinds}
-        best = {n: round(pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k}
-        terms = {split: mean_of([row["terms"] for row in part]) for split, part in parts.items() if part}
-        found |= {phase: of(parts["test"]), f"{phase}_unseen": of(parts["unseen"]), f"{phase}_pass_at": best or None}
-        found |= {f"{phase}_rewards": terms, f"{phase}_categories": None if None in kinds else by_kind}
+        found |= {phase: of(parts["test"]), f"{phase}_unseen": of(parts["unseen"])}
+        found[f"{phase}_pass_at"] = {n: round(pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k} or None
+        found[f"{phase}_rewards"] = {
+            split: mean_of([r["terms"] for r in part]) for split, part in parts.items() if part
+        }
+        found[f"{phase}_categories"] = None if None in kinds else by_kind
+        pairs = {split: [*pairs[split], scores(part)] for split, part in parts.items()}
     if len(phases) == 2:
-        pairs = {split: [scores(greedy(rows, split)) for rows in phases.values()] for split in ("test", "unseen")}
         found["paired_p"] = {split: paired_p(*pair) for split, pair in pairs.items() if pair[0]}
     return found
 
@@ -1386,12 +1359,9 @@ def table(results: dict[str, Any], phases: list[str]) -> str:
 def clip_score(where: str, device: str | torch.device) -> Callable[[Tensor, list[str]], list[float]]:
     """CLIP from a folder or the hub, as (images, prompts) -> 100 max(0, cosine) of each pair, prompts cut at CLIP's 77
     tokens, after Hessel et al. (arXiv 2104.08718, eq. 1), who have 2.5 for 100. The official scale has 1."""
-    try:
-        from transformers import CLIPModel, CLIPProcessor  # slow to import, and the other rewards do without
+    from transformers import CLIPModel, CLIPProcessor  # slow to import, and the other rewards do without
 
-        model, processor = CLIPModel.from_pretrained(where).to(device).eval(), CLIPProcessor.from_pretrained(where)
-    except Exception as error:  # what a broken checkpoint raises has no common class
-        raise DataError(f"CLIP {where}: cannot be loaded ({first_line(error)}); it needs Pillow, too") from None
+    model, processor = CLIPModel.from_pretrained(where).to(device).eval(), CLIPProcessor.from_pretrained(where)
 
     @torch.no_grad()
     def score(images: Tensor, prompts: list[str]) -> list[float]:
@@ -1407,25 +1377,25 @@ def remote_score(images: Tensor, prompts: list[str], url: str, timeout: float = 
     """Scores by a reward model that the user serves (HPSv3, UnifiedReward ...): it gets a POST of JSON {"name": ...,
     "prompts": [...], "images": [base64 of a PNG, ...]} and answers {"scores": [...]}, one finite number per image. It
     is asked three times before DataError says what is wrong."""
-    for pause in (1, 5, 0):
-        try:
-            from PIL import Image
+    from PIL import Image
 
-            files = [io.BytesIO() for _ in prompts]
-            for image, file in zip(images.cpu().numpy(), files):
-                Image.fromarray(image).save(file, "PNG")
-            pngs = [base64.b64encode(file.getvalue()).decode() for file in files]
-            body = json.dumps({"name": url.rpartition("/")[2], "prompts": prompts, "images": pngs}).encode()
-            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    files = [io.BytesIO() for _ in prompts]
+    for image, file in zip(images.cpu().numpy(), files):
+        Image.fromarray(image).save(file, "PNG")
+    pngs = [base64.b64encode(file.getvalue()).decode() for file in files]
+    body = json.dumps({"name": url.rpartition("/")[2], "prompts": prompts, "images": pngs}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    for pause in (1, 5, None):
+        try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
                 scores = json.load(response)["scores"]
             if len(scores) == len(prompts) and all(type(x) in (int, float) and math.isfinite(x) for x in scores):
                 return scores
-            reason = f"expected {len(prompts)} finite numbers in scores"
+            raise ValueError(f"expected {len(prompts)} finite numbers in scores")
         except Exception as error:  # what a scorer and the way to it can do has no common class
-            reason = first_line(error)
-        time.sleep(pause)
-    raise DataError(f"{url}: {reason}; is the scorer running there?")
+            if pause is None:
+                raise DataError(f"{url}: {first_line(error)}; is the scorer running there?") from None
+            time.sleep(pause)
 
 
 class PixelReward:
@@ -1437,16 +1407,13 @@ class PixelReward:
     def __init__(self, decode: Callable, text: str, device: str | torch.device = "cpu", verified: bool = False):
         self.decode, self.verified, self.weights, self.scorers = decode, verified, {}, {}
         for term in map(str.strip, text.split(",")):
-            where, _, weight = term.rpartition("=")
-            kind, _, rest = where.partition(":")
-            name = "clip" if kind == "clip" else rest.rpartition("/")[2]
-            known = kind in ("clip", "http", "https") and name and name not in self.weights
-            if not known or not re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", weight):
+            match = re.fullmatch(r"(?:(clip)(?::(.+))?|(https?://\S+/([\w.-]+)))=([-+]?\d*\.?\d+(?:e[-+]?\d+)?)", term)
+            name = match and (match[1] or match[4])
+            if not match or name in self.weights:
                 raise DataError(f"reward {term!r}: not clip=1, clip:PATH=1 or http://HOST:PORT/NAME=1, each name once")
-            self.weights[name] = float(weight)
-            official = "openai/clip-vit-large-patch14"
-            remote = functools.partial(remote_score, url=where)
-            self.scorers[name] = clip_score(rest or official, device) if kind == "clip" else remote
+            clip = match[2] or "openai/clip-vit-large-patch14"  # the official code's
+            self.weights[name] = float(match[5])
+            self.scorers[name] = functools.partial(remote_score, url=match[3]) if match[3] else clip_score(clip, device)
 
     def __call__(self, codes: Tensor, prompts: list[str]) -> list[Reward]:
         """The weighed terms of each of the B images, by name. Raises DataError."""
@@ -1467,7 +1434,7 @@ def score_file(task: Task, path: str) -> dict[str, Any]:
         texts = texts if isinstance(texts, list) else [texts]
         if not all(isinstance(text, str) for text in texts):
             raise DataError(f'{where}: no completion; expected a text in "completion" (or {", ".join(COMPLETION[1:])})')
-        problem = task.check({"question": "(not given)"} | row if pick(row, QUESTION) is None else row, where)
+        problem = task.check(row if pick(row, QUESTION) else {"question": "(not given)"} | row, where)
         verdicts = [task.verdict(text, problem) for text in texts]
         of = lambda v: {"accuracy": v.score, "mean_reward": sum(v.terms.values()), "no_answer": v.answer is None}
         return list(map(of, verdicts))
@@ -1489,9 +1456,9 @@ def show(task: Task) -> None:
         target = task.target(problem)
         print(f"{split:<11} {problem['question']}\n" + textwrap.indent(target, " " * 12 + "| ") + "\n")
     tries = [target, target[: len(target) // 2], f"{target}\n#### 99", ""]
-    if not task.runs_code or code_execution_allowed:
-        for text, (terms, score) in zip(tries, judge_all(task, tries, [problem] * len(tries))):
-            print(f"{repr(text)[:58]:<60}", *(f"{term} {x:.2f} " for term, x in (terms | {"score": score}).items()))
+    for text in tries if not task.runs_code or code_execution_allowed else []:
+        _, terms, score = task.verdict(text, problem)
+        print(f"{repr(text)[:58]:<60}", *(f"{name} {x:.2f} " for name, x in (terms | {"score": score}).items()))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1510,9 +1477,8 @@ def main(argv: list[str] | None = None) -> int:
         if flags.score:
             found = score_file(TASKS[flags.task], flags.score)
             print(json.dumps(found) if flags.json else "\n".join(f"{key:<12} {value}" for key, value in found.items()))
-        else:
-            for name in [flags.task] if flags.task else TASKS:
-                show(TASKS[name])
+        for name in [] if flags.score else [flags.task] if flags.task else TASKS:
+            show(TASKS[name])
         sys.stdout.flush()
     except (DataError, argparse.ArgumentError) as error:
         print(f"rewards.py: error: {error}", file=sys.stderr)

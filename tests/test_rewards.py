@@ -23,7 +23,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPModel, CLIPProcessor
 
 import rewards
 from rewards import TASKS, DataError
@@ -123,9 +122,8 @@ def test_splits_are_disjoint_and_repeat_from_their_seed(name):
     task, state = TASKS[name], random.getstate()
     problems = {s: task.generate(s, 1000 if s == "train" else 200, 0) for s in rewards.SPLITS}
     again = task.generate("train", 1000, 1)
-    assert (
-        task.generate("test", 200, 0) == problems["test"] and again != problems["train"] and random.getstate() == state
-    )
+    assert task.generate("test", 200, 0) == problems["test"] and random.getstate() == state
+    assert again != problems["train"]
     asked = {s: {p["question"] for p in problems[s]} for s in problems}
     asked["train"] |= {p["question"] for p in again}
     assert all(asked[a].isdisjoint(asked[b]) for a, b in itertools.combinations(asked, 2))
@@ -146,10 +144,8 @@ def test_splits_are_disjoint_and_repeat_from_their_seed(name):
 def test_what_a_run_holds_out(data_file, tmp_path):
     """It never trains: generated, by no run's seed; published, not even where --data and --eval_data share it."""
     none = {"data": None, "eval_data": None, "eval_n": 0, "eval_only": False, "seed": 0}
-    splits_of = lambda name, generated=False, **cfg: rewards.splits(
-        TASKS[name], SimpleNamespace(**none | cfg), generated
-    )
-    runs = [splits_of("gsm8k", generated=True, eval_n=300, seed=seed) for seed in (1, 2)]
+    splits_of = lambda name, made=False, **cfg: rewards.splits(TASKS[name], SimpleNamespace(**none | cfg), made)
+    runs = [splits_of("gsm8k", made=True, eval_n=300, seed=seed) for seed in (1, 2)]
     trained = {p["question"] for run in runs for p in run["train"]}
     assert runs[0]["train"] != runs[1]["train"] and [len(run["train"]) for run in runs] == [20_000, 20_000]
     for split, count in (("validation", 256), ("test", 300), ("unseen", 300)):
@@ -349,7 +345,6 @@ CHEATS = [
 ]
 CODE = """\
 import math
-class Pair: a = 3
 def f(x): return [x, x]
 def sum(a, b): return a * b
 def doubled(x): return map(lambda a: 2 * a, x)
@@ -357,7 +352,7 @@ def doubled(x): return map(lambda a: 2 * a, x)
 HOLD = [
     "f(2) == [2, 2]", "(f(2)) == ([2, 2]), 'a message'", "set(f(2)) == set([2])", "f(f(1)) == [[1, 1], [1, 1]]",
     "len(f(2)) == 2 and f(1)[0] == 1", "math.isclose(f(2)[0], 2.0000001, rel_tol=0.001)", "sum(2, 3) == 6",
-    "Pair().a == 3", "f(root) == [7, 7]", "sorted(f(2), key=lambda x: -x) == [2, 2]", "tuple(doubled([1])) == (2,)",
+    "f(root) == [7, 7]", "sorted(f(2), key=lambda x: -x) == [2, 2]", "tuple(doubled([1])) == (2,)",
 ]  # fmt: skip
 ENDLESS = {  # what the wall-clock limit ends
     "a sleep": "time.sleep(1000)",
@@ -411,15 +406,7 @@ def judged(completion, **changed):
 
 def test_terms_of_programs(sandbox, monkeypatch):
     half, none = "```\ndef f(x): return 2\n```", "```\ng = 2\n```"
-    nothing = [
-        "",
-        "```python\ndef f(x) return 2\n```",
-        "I cannot",
-        "1 + 1",
-        "```\n```",
-        "x = (" * 40_000,
-        "```\n>>> f = abs\n```",
-    ]
+    nothing = ["", "```python\ndef f(x) return 2\n```", "I cannot", "1 + 1", "```\n```", "x = (" * 40_000]
     table = {(2, 1): RIGHT, (2, 0.5): [DEF], (1, 1): [half], (0, 1): [none], (0, 0): nothing}
     for (tests, form), completions in table.items():
         for text in completions:
@@ -457,7 +444,7 @@ def test_honest_programs(either):
     found = run(f"values = {values!r}", *(f"values[{i}]" for i in range(len(values))))
     assert found == values and list(map(type, found)) == list(map(type, values))
     assert either == "limits only" or run("import os\ndef f(x): return os.listdir('.')") == [[]]
-    modules = "import collections, math, re, heapq, datetime, csv, decimal"
+    modules = "import collections, math, re, typing, heapq, datetime, csv, decimal"
     assert run(f"{modules}\ndef f(x): return collections.Counter('aab')") == [{"a": 2, "b": 1}]
     assert run("def f(x): return x", "f(1)", "f()", "f(3)") == [1, None, 3]
 
@@ -477,7 +464,7 @@ def test_cheats_do_not_pass_and_what_is_expected_stays_outside(sandbox, monkeypa
 
 def test_how_tests_are_split(sandbox):
     """Each kind of assertion, with a program that satisfies it and one that does not."""
-    row, other = {"text": "?", "code": CODE, "test_setup_code": "root = 7"}, "def f(x): return 0\nsum, Pair = max, abs"
+    row, other = {"text": "?", "code": CODE, "test_setup_code": "root = 7"}, "def f(x): return 0\nsum = max"
     for test in [*HOLD, "f(2) != [2, 2]", "not f(2)", "doubled([1]) == [2]"]:
         problem = TASKS["mbpp"].check(row | {"test_list": [f"assert {test}"]}, "here")
         assert judged(CODE, **problem)[1] == (test in HOLD), test
@@ -612,7 +599,7 @@ IMAGES = (IMAGES * torch.linspace(0, 1, 9)[:, None, None, None]).to(torch.uint8)
 
 def random_clip(path):
     """A CLIP in the official format: images of 8 x 8 in patches of 4, 16 text positions, letters as tokens."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPTokenizer
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     torch.manual_seed(0)
     tokens = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
@@ -627,6 +614,7 @@ def random_clip(path):
     images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     tokenizer = CLIPTokenizer(vocab=vocab, merges=[], unk_token="<|endoftext|>", model_max_length=16)
     CLIPProcessor(images, tokenizer).save_pretrained(path)
+    return model.eval(), CLIPProcessor(images, tokenizer)
 
 
 @pytest.fixture
@@ -659,17 +647,12 @@ def server():
 def test_pixel_reward(server, tmp_path, monkeypatch):
     """CLIP's term is the cosine of transformers' own features; a scorer's comes past a failure."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    random_clip(tmp_path / "clip")
+    model, processor = random_clip(tmp_path / "clip")
     prompts = ["a cat", "two dogs on a mat in the sun with a hat", "z", "", "red", "\u00e9\u2028", "bb", "q r s", "x y"]
-    decode, calls, scorers = (
-        lambda codes: calls.append(codes) or IMAGES,
-        [],
-        f"clip:{tmp_path}/clip=0.5,{server.url}flaky=-2",
-    )
-    reward = rewards.PixelReward(decode, scorers)
+    calls, text = [], f"clip:{tmp_path}/clip=0.5,{server.url}flaky=-2"
+    reward = rewards.PixelReward(lambda codes: calls.append(codes) or IMAGES, text)
     scores = reward(torch.zeros(9, 4, dtype=torch.long), prompts)
     assert len(calls) == 1 and reward.weights == {"clip": 0.5, "flaky": -2}
-    model, processor = CLIPModel.from_pretrained(tmp_path / "clip"), CLIPProcessor.from_pretrained(tmp_path / "clip")
     for image, prompt, of in zip(IMAGES, prompts, scores, strict=True):
         inputs = processor(text=prompt, images=image.numpy(), return_tensors="pt", truncation=True, max_length=16)
         with torch.no_grad():
@@ -692,11 +675,9 @@ def test_scorers_that_fail(server, monkeypatch):
             rewards.remote_score(IMAGES[:2], ["a", "b"], url, timeout=0.3 if "slow" in url else 10)
 
 
-def test_rewards_that_are_not_understood(tmp_path):
+def test_rewards_that_are_not_understood():
     urls = ["http://127.0.0.1:8000/hpsv3", "https://host/a/reward.v2"]
     assert rewards.PixelReward(None, f"{urls[0]}=0.5, {urls[1]}=-2e-1").weights == {"hpsv3": 0.5, "reward.v2": -0.2}
     for text in ("", "clip", "clip=nan", "http://a/b=1,", "http://a/b=1,http://c/b=2", "clips=1", "file:///a=1"):
         with pytest.raises(DataError, match="^reward [^\n]*$"):
             rewards.PixelReward(None, text)
-    with pytest.raises(DataError, match="CLIP .*none: cannot be loaded"):
-        rewards.PixelReward(None, f"clip:{tmp_path}/none=1")
