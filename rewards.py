@@ -379,8 +379,8 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
 
 def usable(name: str, check: Callable, rows: Iterator[tuple[str, dict]], none: str, expected: str) -> tuple[list, int]:
     """(check(row, where) of each row that it does not refuse, how many it refuses); these are named on stderr.
-    DataError if none is left: the first refusal, or `none`, and what was expected; and for MATH's
-    published answers where the library that compares them is missing."""
+    DataError if none is left: the first refusal, or `none`, and what was expected; also where the library is missing
+    that compares MATH's published answers."""
     if name == "math500" and not importlib.util.find_spec("math_verify"):
         raise DataError("MATH's published answers are compared by math-verify: pip install math-verify")
     kept, refused = [], []
@@ -572,10 +572,8 @@ def extract_code(completion: str) -> str | None:
     A fence within a docstring is a part of it: where the blocks are none, all from the first fence to the last is.
     """
     text = END.split(completion, maxsplit=1)[0].replace("\r\n", "\n")[:LONGEST_PROGRAM]
-    short, long = (
-        re.findall(FENCE + inside, text, re.DOTALL) for inside in (r"(.*?)(?:```|~~~|\Z)", "(.*)(?:```|~~~)")
-    )
-    for parts in (short, long, [text]):
+    fenced = lambda inside: re.findall(FENCE + inside, text, re.DOTALL)
+    for parts in (fenced(r"(.*?)(?:```|~~~|\Z)"), fenced("(.*)(?:```|~~~)"), [text]):
         blocks = [textwrap.dedent(part).strip("\n").rstrip() for part in parts]
         blocks = [block for block in blocks if read(block, ast.parse) is not NotImplemented]
         while len(blocks) > 1 and not re.search(r"^(?:(?:async )?def|class)\s", blocks[-1], re.MULTILINE):
@@ -608,8 +606,7 @@ def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], str]
     code = ast.parse(f"{problem['answer']}\n{problem['imports']}").body
     imports = [node for node in code if isinstance(node, ast.Import | ast.ImportFrom)]
     known = {*dir(builtins), *(alias.asname or alias.name for node in imports for alias in node.names)}
-    known -= {function for function, _ in DEFINES.findall(problem["answer"])}
-    tests = []
+    known, tests = known - {function for function, _ in DEFINES.findall(problem["answer"])}, []
     for test in problem["tests"]:
         (tree,) = ast.parse(test.strip()).body
         calls = Calls({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - known)
@@ -879,8 +876,8 @@ def generate_sudoku(rng: random.Random, split: str) -> Problem | None:
     solution = rng.choice(solved_grids())
     clues = set(rng.sample(range(SIDE * SIDE), rng.randint(5, 8)))  # a unique puzzle has 4 at least
     puzzle = "".join(digit if cell in clues else EMPTY for cell, digit in enumerate(solution))
-    fits = part_of(puzzle, solution) == split and len(solutions(puzzle)) == 1
-    return {"question": puzzle, "answer": solution} if fits else None
+    if part_of(puzzle, solution) == split and len(solutions(puzzle)) == 1:
+        return {"question": puzzle, "answer": solution}
 
 
 def check_sudoku(row: dict, where: str) -> Problem:
@@ -937,12 +934,9 @@ WIDTH, TILE = 8, 8  # codes along an image's side; pixels along a code's
 # An object is four codes, 2 x 2, row by row: the k-th kind has 1 + 4 k + PARTS. Code 0 is the background.
 PARTS = np.arange(4).reshape(2, 2)
 CODEBOOK = 1 + len(KINDS) * PARTS.size
-RELATIONS = {  # where a is of b: they share no column (no row) on the way from one to the other
-    "left of": lambda a, b: b.column - a.column >= 2,
-    "right of": lambda a, b: a.column - b.column >= 2,
-    "above": lambda a, b: b.row - a.row >= 2,
-    "below": lambda a, b: a.row - b.row >= 2,
-}
+# The way from a to b, in rows and columns. They share no column (no row): at least the 2 of an object lie between.
+RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
+stands = lambda way, a, b: way[0] * (b.row - a.row) + way[1] * (b.column - a.column) >= 2
 # An object, by its upper left part; what a prompt asks for: (shape, colour or None for any, how many) each, and the
 # relation between two, if any.
 Thing = NamedTuple("Thing", [("shape", str), ("colour", str), ("row", int), ("column", int)])
@@ -1004,7 +998,7 @@ def t2i_verdict(completion: str, problem: Problem) -> Verdict:
     enough = operator.eq if scene.category == "counting" else operator.ge
     shown = all(enough(len(found), n) for found, (*_, n) in zip(matching, scene.wanted))
     if scene.relation:
-        shown = any(RELATIONS[scene.relation](a, b) for a in matching[0] for b in matching[1])
+        shown = any(stands(RELATIONS[scene.relation], a, b) for a in matching[0] for b in matching[1])
     fidelity = 0.25 * (bool(things) and not broken)
     return Verdict(codes, {"geneval": float(shown), "fidelity": fidelity}, float(shown))
 
@@ -1016,7 +1010,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> list[Thing]:
     while True:
         things = [Thing(row=place(), column=place(), shape=s, colour=colour or any_colour()) for s, colour in asked]
         apart = len({(thing.row, thing.column) for thing in things}) == len(things)
-        if apart and (scene.relation is None or RELATIONS[scene.relation](*things)):
+        if apart and (scene.relation is None or stands(RELATIONS[scene.relation], *things)):
             return things
 
 
@@ -1402,7 +1396,7 @@ class PixelReward:
     """Codes and prompts -> the terms of a reward on pixels. decode: (B, L) long codes -> (B, H, W, 3) uint8. text: the
     rewards and their weights, "clip=1,http://127.0.0.1:8000/hpsv3=0.5", a URL's last part being the name, or
     clip:FOLDER=1; the official mixture is clip=0.01, and 0.2 for each of HPSv3 and UnifiedReward. verified: the task's
-    own verifier says what is right, and this only rewards. DataError."""
+    own verifier says what is right, and this only rewards. Raises DataError for a text that it does not understand."""
 
     def __init__(self, decode: Callable, text: str, device: str | torch.device = "cpu", verified: bool = False):
         self.decode, self.verified, self.weights, self.scorers = decode, verified, {}, {}
@@ -1434,7 +1428,7 @@ def score_file(task: Task, path: str) -> dict[str, Any]:
         texts = texts if isinstance(texts, list) else [texts]
         if not all(isinstance(text, str) for text in texts):
             raise DataError(f'{where}: no completion; expected a text in "completion" (or {", ".join(COMPLETION[1:])})')
-        problem = task.check(row if pick(row, QUESTION) else {"question": "(not given)"} | row, where)
+        problem = task.check(row if pick(row, QUESTION) else row | {"question": "(not given)"}, where)
         verdicts = [task.verdict(text, problem) for text in texts]
         of = lambda v: {"accuracy": v.score, "mean_reward": sum(v.terms.values()), "no_answer": v.answer is None}
         return list(map(of, verdicts))
