@@ -606,7 +606,8 @@ def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], str]
     code = ast.parse(f"{problem['answer']}\n{problem['imports']}").body
     imports = [node for node in code if isinstance(node, ast.Import | ast.ImportFrom)]
     known = {*dir(builtins), *(alias.asname or alias.name for node in imports for alias in node.names)}
-    known, tests = known - {function for function, _ in DEFINES.findall(problem["answer"])}, []
+    known -= {function for function, _ in DEFINES.findall(problem["answer"])}
+    tests = []
     for test in problem["tests"]:
         (tree,) = ast.parse(test.strip()).body
         calls = Calls({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - known)
@@ -1379,9 +1380,10 @@ def remote_score(images: Tensor, prompts: list[str], url: str, timeout: float = 
     pngs = [base64.b64encode(file.getvalue()).decode() for file in files]
     body = json.dumps({"name": url.rpartition("/")[2], "prompts": prompts, "images": pngs}).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: a process of the user's own
     for pause in (1, 5, None):
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
+            with opener.open(request, timeout=timeout) as response:
                 scores = json.load(response)["scores"]
             if len(scores) == len(prompts) and all(type(x) in (int, float) and math.isfinite(x) for x in scores):
                 return scores
@@ -1439,6 +1441,7 @@ def score_file(task: Task, path: str) -> dict[str, Any]:
     rows, skipped = usable(task.name, judge, read_rows(path), f"{path}: no completions", expected)
     rows = list(itertools.chain(*rows))
     means = {key: round(value, 6) for key, value in mean_of(rows).items()}
+    means |= {"sandbox": protections()} if task.runs_code else {}
     return {"task": task.name, "n": len(rows), "skipped": skipped} | means
 
 
@@ -1453,6 +1456,7 @@ def show(task: Task) -> None:
     for text in tries if not task.runs_code or code_execution_allowed else []:
         _, terms, score = task.verdict(text, problem)
         print(f"{repr(text)[:58]:<60}", *(f"{name} {x:.2f} " for name, x in (terms | {"score": score}).items()))
+    print()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1471,8 +1475,9 @@ def main(argv: list[str] | None = None) -> int:
         if flags.score:
             found = score_file(TASKS[flags.task], flags.score)
             print(json.dumps(found) if flags.json else "\n".join(f"{key:<12} {value}" for key, value in found.items()))
-        for name in [] if flags.score else [flags.task] if flags.task else TASKS:
-            show(TASKS[name])
+        else:
+            for name in [flags.task] if flags.task else TASKS:
+                show(TASKS[name])
         sys.stdout.flush()
     except (DataError, argparse.ArgumentError) as error:
         print(f"rewards.py: error: {error}", file=sys.stderr)
