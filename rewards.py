@@ -275,8 +275,8 @@ def same_by_math_verify(answer: str, gold: str, question: str) -> bool:
         from math_verify import parse, verify
 
         parsed = [parse(f"${text}$", parsing_timeout=limit) for text in (gold, answer)]
-        read = all(p and squeeze(p[-1]) == squeeze(text) for p, text in zip(parsed, (gold, answer)))
-        return bool(read and verify(*parsed, float_rounding=15, timeout_seconds=limit))
+        all_of_it = all(p and squeeze(p[-1]) == squeeze(text) for p, text in zip(parsed, (gold, answer)))
+        return bool(all_of_it and verify(*parsed, float_rounding=15, timeout_seconds=limit))
     except Exception:  # sympy's errors have no common class
         return False
 
@@ -650,7 +650,6 @@ def mbpp_verdict(completion: str, problem: Problem) -> Verdict:
 
 SECONDS, WALL = 5, 20  # of CPU time per program; of wall-clock time, for a right program on a busy machine
 MEMORY, FILE_SIZE, DISK = 2**30, 2**20, 2**24  # bytes: address space; one file, and what comes back; all files
-USERS = itertools.count()
 CODE_REFUSED = "--task {} runs programs that a model wrote: add --allow_code_execution if you want that"
 code_execution_allowed = False
 
@@ -686,9 +685,10 @@ if os.geteuid() == 0:  # root has no limit on processes
     if os.path.isdir("/proc/self/fd"):  # the way to the interpreter's modules may be closed to the user it becomes
         folders = filter(os.path.isdir, sys.path)
         sys.path[:] = ["/proc/self/fd/%d" % os.open(folder, os.O_RDONLY) for folder in folders]
+    user = 60_000 + os.getpid() % 5000  # of those that a container knows as well
     os.setgroups([])
-    os.setresgid(job["user"], job["user"], job["user"])
-    os.setresuid(job["user"], job["user"], job["user"])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
 for name, most in job["limits"].items():
     try:
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
@@ -745,7 +745,6 @@ def run_program(imports: str, program: str, setup: str, tests: tuple, command: t
         raise DataError(CODE_REFUSED.format("mbpp"))
     limits = {"CPU": SECONDS, "AS": MEMORY, "FSIZE": FILE_SIZE, "NOFILE": 64, "CORE": 0, "NPROC": 1}
     job = {"imports": imports, "program": program, "setup": setup, "tests": tests, "limits": limits}
-    job["user"] = 60_000 + next(USERS) % 5000  # users that a container knows as well
     # as isolated as -I, but for the environment: this one is ours, and -I would ignore its hash seed
     env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     argv = [*(separation() if command is None else command), sys.executable, "-s", "-c", INSIDE]
@@ -1187,7 +1186,7 @@ class Task(NamedTuple):
 
     def load(self, path: str | None, split: str) -> list[Problem]:
         """Problems from a file in the published format, or the published split by `datasets` where path is None."""
-        expected = self.check.__doc__.split(";")[0]
+        expected = self.check.__doc__.split(";")[0]  # what a file looks like
         if path is None and self.name not in HUB:
             raise DataError(f"{self.name} cannot be downloaded: give --data FILE, {expected}, or --data generated")
         if path is not None:
@@ -1424,25 +1423,24 @@ class PixelReward:
 def score_file(task: Task, path: str) -> dict[str, Any]:
     """The figures of a file of completions: accuracy, mean reward, the share without an answer, rows skipped."""
 
-    def judge(row: dict, where: str) -> list[dict[str, float]]:
-        """The figures of each completion of a row; DataError where one cannot be judged."""
+    def judge(row: dict, where: str) -> list[Verdict]:
+        """The verdict of each completion of a row; DataError where one cannot be judged."""
         texts = pick(row, COMPLETION) or row.get("completion")  # the latter may be ""
         texts = texts if isinstance(texts, list) else [texts]
         if not all(isinstance(text, str) for text in texts):
             raise DataError(f'{where}: no completion; expected a text in "completion" (or {", ".join(COMPLETION[1:])})')
         problem = task.check(row if pick(row, QUESTION) else row | {"question": "(not given)"}, where)
-        verdicts = [task.verdict(text, problem) for text in texts]
-        of = lambda v: {"accuracy": v.score, "mean_reward": sum(v.terms.values()), "no_answer": v.answer is None}
-        return list(map(of, verdicts))
+        return [task.verdict(text, problem) for text in texts]
 
     if task.runs_code and not code_execution_allowed:
         raise DataError(CODE_REFUSED.format(task.name))
     expected = 'lines {"prompt": ..., "completion": ..., "answer": ...}'
     rows, skipped = usable(task.name, judge, read_rows(path), f"{path}: no completions", expected)
-    rows = list(itertools.chain(*rows))
-    means = {key: round(value, 6) for key, value in mean_of(rows).items()}
-    means |= {"sandbox": protections()} if task.runs_code else {}
-    return {"task": task.name, "n": len(rows), "skipped": skipped} | means
+    verdicts = list(itertools.chain(*rows))
+    mean = lambda figure: round(sum(map(figure, verdicts)) / len(verdicts), 6)
+    found = {"accuracy": mean(lambda v: v.score), "mean_reward": mean(lambda v: sum(v.terms.values()))}
+    found |= {"no_answer": mean(lambda v: v.answer is None)} | ({"sandbox": protections()} if task.runs_code else {})
+    return {"task": task.name, "n": len(verdicts), "skipped": skipped} | found
 
 
 def show(task: Task) -> None:
