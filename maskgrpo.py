@@ -1242,7 +1242,8 @@ def main(argv: list[str] | None = None) -> None:
         pictures = lambda codes: torch.stack([torch.from_numpy(run.task.render(row)) for row in codes.tolist()])
         with in_one_line("--decoder"):
             decode = pictures if cfg.tiny() else load_magvit(cfg.decoder, run.device).pixels
-        run.pixels = rewards.PixelReward(decode, cfg.rewards, run.device, verified=cfg.tiny())
+        with in_one_line("--rewards"):
+            run.pixels = rewards.PixelReward(decode, cfg.rewards, run.device, verified=cfg.tiny())
     if cfg.eval_only:
         base = load_model(cfg.model, cfg, trainable=False)
         base.check_solution(run.task, data["test"])

@@ -46,6 +46,7 @@ import base64
 import builtins
 import csv
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -57,6 +58,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -93,6 +95,15 @@ class DataError(ValueError):
 def first_line(error: Exception) -> str:
     """What an exception says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def read(text: str, parse: Callable = json.loads) -> Any:
+    """What a text stands for in JSON, or to another parser, such as Python's; NotImplemented where it is none."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # "\d" in a program is no concern of ours
+            return parse(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return NotImplemented
 
 
 # --- Verdicts: what a completion announces as its answer --------------------------------------------------------------
@@ -182,9 +193,9 @@ NUMBER = re.compile(
 )
 
 
-def plain(text: str) -> str:
+def plain(text: str, spellings: tuple = SPELLINGS) -> str:
     """A text with its LaTeX's layout and spellings made plain."""
-    for pattern, spelling in SPELLINGS:
+    for pattern, spelling in spellings:
         text = re.sub(pattern, spelling, text)
     return text.strip()
 
@@ -224,27 +235,12 @@ NAME = re.compile(r"\s*([a-zA-Z](?:_\w)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z]))\s*
 
 def tidy(text: str) -> str:
     """An expression in one of the spellings that mean the same."""
-    text = plain(re.sub(UNITS, "", text.translate(UNICODE)))
-    for pattern, spelling in TIDY:
-        text = re.sub(pattern, spelling, text)
-    return text.strip(" ,")
+    return plain(plain(re.sub(UNITS, "", text.translate(UNICODE))), TIDY).strip(" ,")
 
 
 def squeeze(text: str) -> str:
-    """A text without its spaces."""
-    return "".join(text.split())
-
-
-@functools.cache
-def math_verify(needed: bool = False):
-    """The module math_verify, or None where it is not installed; DataError there for published problems."""
-    try:
-        import math_verify as module
-    except ImportError:
-        if needed:
-            raise DataError("MATH's published answers are compared by math-verify: pip install math-verify") from None
-        return None
-    return module
+    """A text without its spaces, but for those between digits: 3 4 is not 34."""
+    return re.sub(r"(?<![\d\s])\s+|\s+(?![\d\s])", "", text)
 
 
 # All that may stand in an expression for math-verify, which skips what it cannot read: "8 a.m.", 0.\overline{3}, 42_5.
@@ -263,24 +259,25 @@ OUTLINE = (r"[<>]|\\[lg][et](?![a-z])", "=", r"\\neq?", r"\\in(?![a-z])", ",", r
 
 
 def same_by_math_verify(answer: str, gold: str, question: str) -> bool:
-    """Whether math-verify finds two tidied expressions equal, of which it can read all. An answer may have no variable
-    that the gold lacks, and may not repeat the question: "Factor x^2 - 1" is not answered by x^2 - 1."""
-    module, both = math_verify(), f"{gold} , {answer}"
-    if module is None or len(both) > 300 or WILD.search(both) or not (READ.fullmatch(answer) and READ.fullmatch(gold)):
+    """Whether math-verify finds two tidied expressions equal, of which it can read all; False where it is not
+    installed. An answer may have no variable that the gold lacks, and may not repeat the question: "Factor x^2 - 1" is
+    not answered by x^2 - 1."""
+    both = f"{gold} , {answer}"
+    if len(both) > 300 or WILD.search(both) or not (READ.fullmatch(answer) and READ.fullmatch(gold)):
         return False
     letters = [set("".join(re.findall(r"(?<![a-zA-Z\\])[a-zA-Z]+", text))) for text in (answer, gold)]
     outlines = [[len(re.findall(sign, text)) for sign in OUTLINE] for text in (answer, gold)]
-    if not letters[0] <= letters[1] | {"e", "i"} or outlines[0] != outlines[1]:
-        return False
-    if re.search(r"\W", squeeze(answer)) and squeeze(answer) in squeeze(tidy(question[:10_000])):
+    repeats = re.search(r"\W", squeeze(answer)) and squeeze(answer) in squeeze(tidy(question[:10_000]))
+    if repeats or not letters[0] <= letters[1] | {"e", "i"} or outlines[0] != outlines[1]:
         return False
     # its time limit is an alarm signal, which only the main thread can set
     limit = 3 if threading.current_thread() is threading.main_thread() else None
     try:
-        with warnings.catch_warnings(action="ignore"):
-            parsed = [module.parse(f"${text}$", parsing_timeout=limit) for text in (gold, answer)]
-            read = all(p and squeeze(p[-1]) == squeeze(text) for p, text in zip(parsed, (gold, answer)))
-            return bool(read and module.verify(*parsed, float_rounding=15, timeout_seconds=limit))
+        from math_verify import parse, verify
+
+        parsed = [parse(f"${text}$", parsing_timeout=limit) for text in (gold, answer)]
+        all_of_it = all(p and squeeze(p[-1]) == squeeze(text) for p, text in zip(parsed, (gold, answer)))
+        return bool(all_of_it and verify(*parsed, float_rounding=15, timeout_seconds=limit))
     except Exception:  # sympy's errors have no common class
         return False
 
@@ -295,9 +292,9 @@ def same_answer(answer: str, gold: str, question: str) -> bool:
     numbers = [parse_number(text) for text in texts]
     if None not in numbers:
         return numbers[0] == numbers[1]
-    squeezed, apart = [squeeze(text) for text in texts], [bool(re.search(r"\d\s+\d", text)) for text in texts]
+    squeezed = [squeeze(text) for text in texts]
     words = squeezed[0].isalpha() and squeezed[0].casefold() == squeezed[1].casefold()
-    if (squeezed[0] == squeezed[1] or words) and apart[0] == apart[1]:  # 3 4 is not 34
+    if squeezed[0] == squeezed[1] or words:
         return True
     return same_by_math_verify(*texts, question)
 
@@ -307,30 +304,30 @@ def same_answer(answer: str, gold: str, question: str) -> bool:
 SPLITS = ("train", "validation", "test", "unseen")
 
 
-def crc(text: str) -> int:
-    """A hash of text that no run, machine or version changes."""
-    return zlib.crc32(text.encode())
-
-
 def part_of(key: str, *pairs: str) -> str | None:
     """The one split that may hold the problem with this key: "unseen" for an eighth of all its first pairs, which as
-    second pairs are in no split, None."""
+    second pairs are in no split, None. By a hash that no run, machine or version changes."""
+    crc = lambda text: zlib.crc32(text.encode())
     reserved = [crc(pair) % 8 == 0 for pair in pairs]
     if any(reserved):
         return "unseen" if reserved[0] else None
     return {0: "test", 1: "validation"}.get(crc(key) % 16, "train")
 
 
-def generate(task: str, draw: Callable, split: str, n: int, seed: int) -> list[Problem]:
-    """n different problems of a split, from a seed. draw(rng, split) -> a problem, or None if not of the split."""
-    rng = random.Random(f"{task} {split} {seed}")
-    problems: dict[str, Problem] = {}
-    for _ in range(1000 * n + 100_000):
-        if len(problems) == n:
-            return list(problems.values())
-        if problem := draw(rng, split):
-            problems[problem["question"]] = problem
-    raise DataError(f"the generator has fewer than {n} different {task} problems in its {split} split")
+def generator(draw: Callable) -> Callable[[str, int, int], list[Problem]]:
+    """From draw(rng, split) -> a problem, or None if not of the split: (split, n, seed) -> n different problems."""
+    task = draw.__name__.removeprefix("generate_")
+
+    def generate(split: str, n: int, seed: int) -> list[Problem]:
+        rng, problems = random.Random(f"{task} {split} {seed}"), {}
+        for _ in range(1000 * n + 100_000):
+            if len(problems) == n:
+                return list(problems.values())
+            if problem := draw(rng, split):
+                problems[problem["question"]] = problem
+        raise DataError(f"the generator has fewer than {n} different {task} problems in its {split} split")
+
+    return generate
 
 
 QUESTION = ("question", "problem", "text", "prompt", "puzzle", "prompt_input", "input")
@@ -352,57 +349,41 @@ def pick_text(row: dict, names: tuple[str, ...], where: str) -> str:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict]]:
-    """(where, row) of each row of a file: JSONL; JSON, a list or an object with one list in it; CSV with a header; any
-    other text has one prompt per line. A text in place of an object is a prompt.
+    """(where, row) of each row of a file, names of fields in small letters: .csv with a header; JSON, a list or an
+    object with a list of objects in it, as d1 writes; .txt, a prompt per line; else JSONL. A text is a prompt.
 
     DataError for what is none of these, and for a lone surrogate, which no tokenizer takes.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.lower().endswith(".csv"):
-                table = csv.DictReader(file)
-                table.fieldnames = [name.strip().lower() for name in table.fieldnames or []]
-                rows = [(f"line {table.line_num}", row) for row in table if any(row.values())]
-            else:
-                rows = json_rows(path, file.read())
+            table = csv.DictReader(file) if path.lower().endswith(".csv") else ()
+            rows = [(f"line {table.line_num}", row) for row in table if any(row.values())]
+            text = file.read()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
+    whole = read(text)
+    if isinstance(whole, dict) and pick(whole, QUESTION) is None:
+        whole = next((of for of in whole.values() if isinstance(of, list) and of and isinstance(of[0], dict)), whole)
+    if isinstance(whole, list):
+        rows = [(f"item {number}", row) for number, row in enumerate(whole, 1)]
+    elif not rows:
+        value = str.strip if path.endswith(".txt") else read
+        rows = [(f"line {number}", value(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     for place, row in rows:
         row = {"prompt": row} if isinstance(row, str) else row
         if not isinstance(row, dict) or None in row:
             raise DataError(f"{path}, {place}: expected a JSON object, or as many fields as the header has")
         if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
             raise DataError(f"{path}, {place}: holds half a character (a lone surrogate); write it as valid Unicode")
-        yield f"{path}, {place}", row
+        yield f"{path}, {place}", {name.strip().lower(): value for name, value in row.items()}
 
 
-def json_rows(path: str, text: str) -> list[tuple[str, Any]]:
-    """(place, value) of each row of JSON or JSONL, or of each line of a text that is neither."""
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
-        whole = None
-    if isinstance(whole, dict):  # d1's {"generations": [...], "metrics": ...}, or one row
-        lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        if len(lists) != 1 or pick(whole, QUESTION) is not None:
-            return [("line 1", whole)]
-        whole = lists[0]
-    if isinstance(whole, list):
-        return [(f"item {number}", row) for number, row in enumerate(whole, 1)]
-    prompts = not path.endswith((".json", ".jsonl")) and not text.lstrip().startswith("{")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            if line := line.strip():
-                rows.append((f"line {number}", line if prompts else json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}); expected one object per line") from None
-    return rows
-
-
-def usable(check: Callable, rows: Iterator[tuple[str, dict]], nothing: str, expected: str) -> tuple[list, int]:
+def usable(name: str, check: Callable, rows: Iterator[tuple[str, dict]], none: str, expected: str) -> tuple[list, int]:
     """(check(row, where) of each row that it does not refuse, how many it refuses); these are named on stderr.
-    DataError if none is left: the first refusal, or `nothing`, and what was expected."""
+    DataError if none is left: the first refusal, or `none`, and what was expected; also where the library is missing
+    that compares MATH's published answers."""
+    if name == "math500" and not importlib.util.find_spec("math_verify"):
+        raise DataError("MATH's published answers are compared by math-verify: pip install math-verify")
     kept, refused = [], []
     for where, row in rows:
         try:
@@ -410,29 +391,10 @@ def usable(check: Callable, rows: Iterator[tuple[str, dict]], nothing: str, expe
         except DataError as error:
             refused.append(error)
     if not kept:
-        raise DataError(f"{[*refused, nothing][0]}; expected {expected}")
+        raise DataError(f"{[*refused, none][0]}; expected {expected}")
     if refused:
         print(f"warning: {len(refused)} rows skipped; the first: {refused[0]}", file=sys.stderr)
     return kept, len(refused)
-
-
-def load_rows(name: str, check: Callable, path: str | None = None, split: str = "train") -> list[Problem]:
-    """Problems from a file in the published format, or by `datasets` where path is None."""
-    math_verify(needed=name == "math500")
-    if path is None and name not in HUB:
-        raise DataError(f"{name} has no published data to download: give --data FILE, {EXAMPLES[name]}, or generated")
-    if path is not None:
-        rows = read_rows(path)
-    else:
-        *source, part = HUB[name][split == "test"]
-        try:
-            from datasets import load_dataset
-
-            path, found = source[0], load_dataset(*source, split=part)
-        except Exception as error:  # the hub's errors have no common class; without `datasets` this is an ImportError
-            raise DataError(f"{source[0]}: `datasets` cannot load it ({first_line(error)}); give --data FILE") from None
-        rows = ((f"{path} {part}, row {i}", row) for i, row in enumerate(found))
-    return usable(check, rows, f"{path}: no problems", EXAMPLES[name])[0]
 
 
 HUB = {  # task -> its training split and its test split, as (name, configuration, split) of `datasets`
@@ -441,15 +403,6 @@ HUB = {  # task -> its training split and its test split, as (name, configuratio
     "mbpp": tuple(("google-research-datasets/mbpp", "full", part) for part in ("train", "test")),
     # one split: its last 1,024 problems are held out
     "countdown": tuple(("Jiayi-Pan/Countdown-Tasks-3to4", None, f"train[{part}]") for part in (":-1024", "-1024:")),
-}
-EXAMPLES = {  # task -> what a file of its problems looks like
-    "gsm8k": 'lines {"question": "...", "answer": "... #### 42"}',
-    "math500": 'lines {"problem": "...", "solution": "... \\boxed{42}"}',
-    "mbpp": 'lines {"text": "...", "code": "...", "test_list": ["assert ..."]}',
-    "countdown": 'lines {"nums": [3, 8, 5], "target": 6} or {"input": "3,8,5", "output": "6"}',
-    "sudoku": "a CSV file with the header Puzzle,Solution: 16 digits each, row by row, 0 for empty",
-    "zebra": 'lines {"puzzle": "...", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ...]}}',
-    "t2i": "prompts, one per line, or GenEval's metadata .jsonl",
 }
 INSTRUCTIONS = {
     "gsm8k": "Solve the problem step by step. Write the final answer on a last line of its own, "
@@ -477,11 +430,12 @@ TEMPLATES = (  # the story of a problem and its two operations: (a op1 b) op2 c
     ("{name} fills {a} bags, {b} {item} each, sells {c}. How many?", "*", "-"),
     ("{name} fills {a} bags, {b} {item} each, buys {c}. How many?", "*", "+"),
 )
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 LARGEST = 20  # of all numbers in a problem: some 250 different sums, differences and products
 
 
-def draw_gsm8k(rng: random.Random, split: str) -> Problem | None:
+@generator
+def generate_gsm8k(rng: random.Random, split: str) -> Problem | None:
     """One grade-school word problem with a worked solution, in GSM8K's format; None if its split is another."""
     story, op1, op2 = rng.choice(TEMPLATES)
     a, b, c = rng.randint(2, 9 if op1 == "*" else LARGEST), rng.randint(2, 9), rng.randint(2, 9)
@@ -490,35 +444,25 @@ def draw_gsm8k(rng: random.Random, split: str) -> Problem | None:
     question = story.format(name=rng.choice(NAMES), item=rng.choice(ITEMS), a=a, b=b, c=c)
     first, second = f"{a} {op1} {b}", f"{middle} {op2} {c}"
     small = 1 <= middle <= LARGEST and 1 <= result <= LARGEST
-    if not small or part_of(question, first, second) != split:
-        return None
-    return {"question": question, "answer": f"{first} = {middle}\n{second} = {result}\n#### {result}"}
+    if small and part_of(question, first, second) == split:
+        return {"question": question, "answer": f"{first} = {middle}\n{second} = {result}\n#### {result}"}
 
 
 def check_gsm8k(row: dict, where: str) -> Problem:
-    """question and answer: a worked solution with a last line `#### 42`, or the number alone."""
+    """lines {"question": "...", "answer": "... #### 42"}; the answer may be the number alone."""
     question, answer = (pick_text(row, names, where) for names in (QUESTION, GOLD))
-    problem = {"question": question, "answer": f"#### {answer}" if parse_number(answer) is not None else answer}
-    if gold_answer(problem) is None:
+    if gold_number(answer) is None:
         raise DataError(f"{where}: the answer ends in no number, such as #### 42: {answer[-40:]!r}")
-    return problem
+    return {"question": question, "answer": answer if "####" in answer else f"#### {answer}"}
 
 
-def gold_answer(problem: Problem) -> Fraction | None:
-    """The number of a published answer: behind its last `####`, or what it announces in another way, or all of it."""
-    _, hashes, last = problem["answer"].rpartition("####")
-    texts = [last] if hashes else announced(last) or [last]
-    return parse_number(texts[0]) if len(texts) == 1 else None
+def gold_number(answer: str) -> Fraction | None:
+    """The number of a published answer: what stands behind its last `####`, or all of it."""
+    return parse_number(answer.rpartition("####")[2])
 
 
-def gsm8k_target(problem: Problem) -> str:
-    """The solution that SFT trains on: the worked answer without its calculator marks."""
-    return re.sub(r"<<[^<>\n]*>>", "", problem["answer"])
-
-
-def worked(text: str) -> bool:
-    """Whether something stands there besides tags: an empty reasoning earns no format reward."""
-    return re.search(r"[^\W_]", re.sub(r"<[^<>\n]{0,20}>", "", text)) is not None
+# Something besides tags: an empty reasoning earns no format reward.
+WORKED = re.compile(r"(?:<[^<>\n]{0,20}>|[\W_])*+[^\W_]")
 
 
 def gsm8k_verdict(completion: str, problem: Problem) -> Verdict:
@@ -529,8 +473,8 @@ def gsm8k_verdict(completion: str, problem: Problem) -> Verdict:
     if answer is None:
         return Verdict(None, {"correctness": 0.0, "format": 0.0}, 0.0)
     working, _, last = END.split(completion, maxsplit=1)[0].strip().rpartition("\n")
-    in_form = worked(working) and re.fullmatch(r"#### \S[^\n]{0,40}", last.strip()) is not None
-    right, form = answer == gold_answer(problem), 0.5 * (answer.denominator == 1) + 0.5 * in_form
+    in_form = WORKED.match(working) and re.fullmatch(r"#### \S[^\n]{0,40}", last.strip())
+    right, form = answer == gold_number(problem["answer"]), 0.5 * (answer.denominator == 1) + 0.5 * bool(in_form)
     return Verdict(answer, {"correctness": 2.0 * right, "format": form}, float(right))
 
 
@@ -542,20 +486,20 @@ EQUATIONS = ("Solve {a} {x} + {b} = {c}.", "Solve {b} + {a} {x} = {c}.", "Find {
 NOTATIONS = {"z": "\\dfrac{{{p}}}{{{q}}}", "k": "{p}/{q}", "m": "\\tfrac{{{p}}}{{{q}}}"}
 
 
-def draw_math500(rng: random.Random, split: str) -> Problem | None:
+@generator
+def generate_math500(rng: random.Random, split: str) -> Problem | None:
     r"""One linear equation with a worked solution that ends in \boxed{}, as in MATH; None if its split is another."""
     x, a, b, right = rng.choice(UNKNOWNS), rng.randint(2, 9), rng.randint(1, LARGEST), rng.randint(1, LARGEST)
     value = Fraction(right, a)
     notation = "{p}" if value.denominator == 1 else NOTATIONS.get(x, "\\frac{{{p}}}{{{q}}}")
     answer = notation.format(p=value.numerator, q=value.denominator)
     question = rng.choice(EQUATIONS).format(a=a, b=b, c=right + b, x=x)
-    if part_of(question, f"{right + b} - {b}", f"{right} / {a}") != split:
-        return None
-    return {"question": question, "answer": answer, "solution": f"{a} {x} = {right}\n\\boxed{{{answer}}}"}
+    if part_of(question, f"{right + b} - {b}", f"{right} / {a}") == split:
+        return {"question": question, "answer": answer, "solution": f"{a} {x} = {right}\n\\boxed{{{answer}}}"}
 
 
 def check_math500(row: dict, where: str) -> Problem:
-    r"""problem, answer, solution; the answer is the solution's last \boxed{} where the row has none of its own."""
+    r"""lines {"problem": "...", "solution": "... \boxed{42}"}; or an answer beside it. Of boxes the last counts."""
     question, text = (pick_text(row, names, where) for names in (QUESTION, GOLD))
     found = boxes(text)
     if not found and pick(row, GOLD[:-1]) is None:
@@ -573,8 +517,8 @@ def math500_verdict(completion: str, problem: Problem) -> Verdict:
     if answer is None:
         return Verdict(None, {"correctness": 0.0, "format": 0.0}, 0.0)
     found, right = boxes(text), same_answer(answer, problem["answer"], problem["question"])
-    in_form = len(found) == 1 and worked(text[: found[0][0]])
-    return Verdict(answer, {"correctness": 2.0 * right, "format": 0.5 + 0.5 * in_form}, float(right))
+    in_form = len(found) == 1 and WORKED.match(text[: found[0][0]])
+    return Verdict(answer, {"correctness": 2.0 * right, "format": 0.5 + 0.5 * bool(in_form)}, float(right))
 
 
 # --- MBPP: small functions and their tests ----------------------------------------------------------------------------
@@ -590,7 +534,8 @@ FORMULAS = {
 FUNCTIONS = ("f", "g", "h", "change", "result", "value", "compute", "apply", "answer", "number", "solve", "update")
 
 
-def draw_mbpp(rng: random.Random, split: str) -> Problem | None:
+@generator
+def generate_mbpp(rng: random.Random, split: str) -> Problem | None:
     """One function to write and three tests of it; None if its split is another."""
     words, (body, formula) = rng.choice(list(FORMULAS.items()))
     name, a, b = rng.choice(FUNCTIONS), rng.randint(1, LARGEST), rng.randint(1, LARGEST)
@@ -599,43 +544,26 @@ def draw_mbpp(rng: random.Random, split: str) -> Problem | None:
     code = f"def {name}(x):\n return {body.format(a=a, b=b)}"
     if part_of(question, f"{a} f {b}") == split:
         return {"question": question, "answer": code, "tests": tests, "imports": "", "setup": ""}
-    return None
 
 
 def check_mbpp(row: dict, where: str) -> Problem:
-    """text or prompt, code, test_list, test_imports, test_setup_code; challenge tests are left out, as in MBPP's own
-    evaluation. DataError also for a test that `split_tests` cannot split."""
-    tests = pick(row, ("test_list", "tests", "test"))
-    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-        raise DataError(f'{where}: field "test_list" is missing or no list of texts')
-    problem = {"question": pick_text(row, QUESTION, where), "tests": tests}
+    """lines {"text": "...", "code": "...", "test_list": ["assert ..."]}; test_imports and test_setup_code, too.
+    Challenge tests are left out, as in MBPP's own evaluation. DataError for a test that `split_tests` cannot split."""
+    problem = {"question": pick_text(row, QUESTION, where)}
     for name, published in (("answer", "code"), ("imports", "test_imports"), ("setup", "test_setup_code")):
         value = pick(row, (published, name)) or ""
         problem[name] = "\n".join(value) if isinstance(value, list) else str(value)
     try:
+        problem["tests"] = list(pick(row, ("test_list", "tests", "test")))
         split_tests(problem)
-    except (SyntaxError, ValueError) as error:
-        raise DataError(f"{where}: a test is not a Python assertion of the program's results ({error})") from None
+    except (SyntaxError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{where}: a test is not an assertion of the program's results ({error})") from None
     return problem
 
 
 LONGEST_PROGRAM = 100_000  # characters
-FENCE = re.compile(r"(?i)(?:```|~~~)(?:[ \t]*(?:python|py)\d?(?=\s)|[ \t]*[\w+#.-]*[ \t]*(?=\n))?")
+FENCE = r"(?i:(?:```|~~~)(?:[ \t]*(?:python|py)\d?(?=\s)|[ \t]*[\w+#.-]*[ \t]*(?=\n))?)"
 DEFINES = re.compile(r"^(?:(?:async )?def|class)\s+(\w+)|^(\w+)\s*=", re.MULTILINE)
-
-
-def program_of(text: str) -> str | None:
-    """A text that is Python, or the doctest lines (>>> ...) of one that is not; None where both are none."""
-    text = textwrap.dedent(text).strip("\n").rstrip()
-    prompted = "\n".join(re.findall(r"^(?:>>>|\.\.\.) ?(.*)", text, re.MULTILINE))
-    for source in filter(None, (text, prompted)):
-        try:
-            with warnings.catch_warnings(action="ignore"):  # "\d" in a program is no concern of ours
-                ast.parse(source)
-            return source
-        except (SyntaxError, ValueError, MemoryError, RecursionError):
-            pass
-    return None
 
 
 def extract_code(completion: str) -> str | None:
@@ -644,91 +572,61 @@ def extract_code(completion: str) -> str | None:
 
     A fence within a docstring is a part of it: where the blocks are none, all from the first fence to the last is.
     """
-    text = END.split(completion, maxsplit=1)[0].replace("\r\n", "\n")
-    if len(text) > LONGEST_PROGRAM:
-        return None
-    block, all_of_it = r"(.*?)(?:```|~~~|\Z)", "(.*)(?:```|~~~)"
-    short, long = (re.findall(FENCE.pattern + inside, text, re.DOTALL) for inside in (block, all_of_it))
-    for parts in (short, long, [text]):
-        blocks = [program for part in parts if (program := program_of(part))]
+    text = END.split(completion, maxsplit=1)[0].replace("\r\n", "\n")[:LONGEST_PROGRAM]
+    fenced = lambda inside: re.findall(FENCE + inside, text, re.DOTALL)
+    for parts in (fenced(r"(.*?)(?:```|~~~|\Z)"), fenced("(.*)(?:```|~~~)"), [text]):
+        blocks = [textwrap.dedent(part).strip("\n").rstrip() for part in parts]
+        blocks = [block for block in blocks if read(block, ast.parse) is not NotImplemented]
         while len(blocks) > 1 and not re.search(r"^(?:(?:async )?def|class)\s", blocks[-1], re.MULTILINE):
             blocks.pop()  # how to use it
-        program = program_of("\n\n".join(blocks))
-        if program and DEFINES.search(program):
+        if DEFINES.search(program := "\n\n".join(blocks)):
             return program
     return None
 
 
-def free_names(node: ast.AST, known: set[str]) -> set[str]:
-    """The names in a piece of a test that are the program's: not known, and not bound in the piece itself."""
-    names = [name for name in ast.walk(node) if isinstance(name, ast.Name)]
-    bound = {name.id for name in names if isinstance(name.ctx, ast.Store)}
-    return {name.id for name in names} - bound - {of.arg for of in ast.walk(node) if isinstance(of, ast.arg)} - known
+class Calls(ast.NodeTransformer):
+    """Replaces the program's calls in a test by names _0, _1, ..., and keeps their texts in `found`."""
+
+    def __init__(self, names: set[str]):
+        self.names, self.found = names, []
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """The call, or the placeholder of what it comes to; the outermost counts."""
+        if not isinstance(node.func, ast.Name) or node.func.id not in self.names:
+            return self.generic_visit(node)
+        self.found.append(ast.unparse(node))
+        return ast.Name(f"_{len(self.found) - 1}", ast.Load())
 
 
-class Outsiders(ast.NodeTransformer):
-    """Replaces the largest sub-expressions that only the program can evaluate by names _0, _1, ..."""
+def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], str]]]:
+    """(imports for the judge, (calls, condition) of each test). SyntaxError or ValueError for what is no test.
 
-    def __init__(self, known: set[str]):
-        self.known, self.found = known, []
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        """The node, or the placeholder of what the program's own names come to in it."""
-        root = node
-        while isinstance(root, ast.Call | ast.Attribute | ast.Subscript):
-            root = root.func if isinstance(root, ast.Call) else root.value
-        loops = isinstance(root, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp)
-        if (loops or isinstance(root, ast.Name)) and free_names(root, self.known):
-            self.found.append(ast.unparse(node))
-            return ast.Name(f"_{len(self.found) - 1}", ast.Load())
-        # what binds names of its own is not taken apart
-        return node if loops or isinstance(node, ast.Lambda) else self.generic_visit(node)
-
-
-def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], list[str]]]]:
-    """(imports for the judge, (pieces, conditions) of each test). SyntaxError or ValueError for what is no test.
-
-    `assert set(f(3)) == {1, 2}` becomes the piece "f(3)", which the program's process takes, and the condition
-    "set(_0) == {1, 2}", which that process never sees. Statements around it are pieces without a value; a test that
-    cannot be taken apart, such as a loop of assertions, runs in there as a whole.
+    `assert set(f(3)) == {1, 2}` becomes the call "f(3)", which the program's process takes, and the condition
+    "set(_0) == {1, 2}", which that process never sees.
     """
     code = ast.parse(f"{problem['answer']}\n{problem['imports']}").body
     imports = [node for node in code if isinstance(node, ast.Import | ast.ImportFrom)]
-    known = {*dir(builtins), *(alias.asname or alias.name.split(".")[0] for node in imports for alias in node.names)}
-    known -= {function or variable for function, variable in DEFINES.findall(problem["answer"])}
+    known = {*dir(builtins), *(alias.asname or alias.name for node in imports for alias in node.names)}
+    known -= {function for function, _ in DEFINES.findall(problem["answer"])}
     tests = []
-    for tree in map(ast.parse, map(str.strip, problem["tests"])):
-        if not free_names(tree, known) or not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
-            raise ValueError(f"it asserts nothing of the program: {ast.unparse(tree)[:80]}")
-        outsiders, pieces, conditions = Outsiders(known), [], []
-        for node in tree.body:
-            before = len(outsiders.found)
-            if isinstance(node, ast.Assert):
-                conditions.append(ast.unparse(outsiders.visit(node.test)))
-                pieces += outsiders.found[before:]
-            else:
-                pieces.append(f"{ast.unparse(node)}\npass")  # no expression, so that it has no value
-        whole = (f"{ast.unparse(tree)}\npass", "True"), ["_0 == True"]
-        tests.append((tuple(pieces), conditions) if outsiders.found else whole)
+    for test in problem["tests"]:
+        (tree,) = ast.parse(test.strip()).body
+        calls = Calls({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - known)
+        condition = calls.visit(tree.test) if isinstance(tree, ast.Assert) else None
+        if not calls.found:
+            raise ValueError(f"it asserts nothing of the program: {test[:80]}")
+        tests.append((tuple(calls.found), ast.unparse(condition)))
     return "\n".join(map(ast.unparse, imports)), tests
-
-
-def literal(text: str) -> Any:
-    """The value of a literal of Python, plain data; NotImplemented for any other text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return NotImplemented
 
 
 def holds(imports: str, condition: str, values: list | None) -> bool:
     """Whether a condition holds of the values that came out of a sandbox, texts of plain data; what is none, or forged,
     holds nowhere. Equality with a literal is decided here; anything else in a second sandbox, without the program."""
-    found, (name, _, expected) = [literal(text) for text in values or []], condition.partition(" == ")
-    if not found or any(value is NotImplemented for value in found):
+    found, (name, _, expected) = [read(text, ast.literal_eval) for text in values or [""]], condition.partition(" == ")
+    if NotImplemented in found:
         return False
-    if re.fullmatch(r"_\d+", name) and literal(expected) is not NotImplemented:
-        return found[int(name[1:]) :][:1] == [literal(expected)]
+    if name == "_0" and read(expected, ast.literal_eval) is not NotImplemented:
+        return found == [read(expected, ast.literal_eval)]
     named = "\n".join(f"_{i} = {text}" for i, text in enumerate(values))
     return run_program(f"{imports}\n{named}", "", "", ((f"bool({condition})",),))[0] == ["True"]
 
@@ -740,10 +638,9 @@ def mbpp_verdict(completion: str, problem: Problem) -> Verdict:
     if program is None:
         return Verdict(None, {"tests": 0.0, "format": 0.0}, 0.0)
     imports, tests = split_tests(problem)
-    found = run_program(problem["imports"], program, problem["setup"], tuple(pieces for pieces, _ in tests))
-    passes = [all(holds(imports, c, values) for c in conditions) for (_, conditions), values in zip(tests, found)]
-    passed = sum(passes) / len(tests)
-    form = 0.5 + 0.5 * (FENCE.search(completion) is not None)
+    found = run_program(problem["imports"], program, problem["setup"], tuple(calls for calls, _ in tests))
+    passes = [holds(imports, condition, values) for (_, condition), values in zip(tests, found)]
+    passed, form = sum(passes) / len(tests), 0.5 + 0.5 * (re.search(FENCE, completion) is not None)
     return Verdict(program, {"tests": 2.0 * passed, "format": form}, float(passed == 1))
 
 
@@ -754,7 +651,6 @@ def mbpp_verdict(completion: str, problem: Problem) -> Verdict:
 
 SECONDS, WALL = 5, 20  # of CPU time per program; of wall-clock time, for a right program on a busy machine
 MEMORY, FILE_SIZE, DISK = 2**30, 2**20, 2**24  # bytes: address space; one file, and what comes back; all files
-USERS = itertools.count()
 CODE_REFUSED = "--task {} runs programs that a model wrote: add --allow_code_execution if you want that"
 code_execution_allowed = False
 
@@ -767,7 +663,7 @@ def allow_code_execution() -> None:
 
 # The sandbox's process: read a job, give up rights and time, run the program, write what each test comes to: one line.
 INSIDE = r'''
-import json, os, resource, sys, types
+import collections.abc, json, os, resource, sys, types
 
 def plain(value):
     """A value without classes of its own; what can only be gone through becomes a tuple."""
@@ -790,9 +686,10 @@ if os.geteuid() == 0:  # root has no limit on processes
     if os.path.isdir("/proc/self/fd"):  # the way to the interpreter's modules may be closed to the user it becomes
         folders = filter(os.path.isdir, sys.path)
         sys.path[:] = ["/proc/self/fd/%d" % os.open(folder, os.O_RDONLY) for folder in folders]
+    user = 60_000 + os.getpid() % 5000  # of those that a container knows as well
     os.setgroups([])
-    os.setresgid(job["user"], job["user"], job["user"])
-    os.setresuid(job["user"], job["user"], job["user"])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
 for name, most in job["limits"].items():
     try:
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
@@ -805,14 +702,8 @@ try:
 except BaseException:  # also SystemExit: the program is to define something, not to leave
     os._exit(0)
 for pieces in job["tests"]:
-    values = []
     try:
-        for piece in pieces:
-            try:
-                values.append(repr(plain(eval(piece, scope))))
-            except SyntaxError:  # it is no expression
-                exec(piece, scope)
-        line = json.dumps(values)
+        line = json.dumps([repr(plain(eval(piece, scope))) for piece in pieces])
     except BaseException:
         line = "null"
     os.write(results, (line if len(line) < 60_000 else "null").encode() + b"\n")
@@ -820,92 +711,64 @@ os._exit(0)
 '''
 
 
-def bubblewrap() -> list[str]:
-    """The command that starts the interpreter in an empty file system, without network and other processes."""
-    command = "bwrap --unshare-ipc --unshare-pid --unshare-net --unshare-uts --die-with-parent".split()
+@functools.cache
+def separation() -> tuple[str, ...]:
+    """The command in front of the interpreter: bubblewrap, in an empty file system, without network and other
+    processes; () where that does not work; probed once. DataError where programs cannot be run at all."""
     # root needs no user namespace, in which it would stay root; it becomes a user that nobody else is
-    root = "--cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID".split()
-    command += root if os.geteuid() == 0 else ["--unshare-user"]
-    places = ("/usr", sys.prefix, sys.base_prefix)
+    rights = "--cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID" if os.geteuid() == 0 else "--unshare-user"
+    command = f"bwrap --unshare-ipc --unshare-pid --unshare-net --unshare-uts --die-with-parent {rights}".split()
+    places = ("/usr", "/lib", "/lib64", sys.prefix, sys.base_prefix)
     for path in sorted({*map(os.path.abspath, places), *map(os.path.realpath, places)}):
         for parent in [*Path(path).parents][-2::-1]:
             command += ["--perms", "0755", "--dir", str(parent)]
-        command += ["--ro-bind", path, path]
-    for path in ("/lib", "/lib64"):
-        command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
-    box = ["--perms", "1777", "--size", str(DISK), "--tmpfs", "/box", "--dev-bind", "/dev/null", "/dev/null"]
-    return [*command, *box, "--remount-ro", "/", "--chdir", "/box"]
-
-
-@functools.cache
-def separation() -> tuple[str, ...]:
-    """The command in front of the interpreter, () where there is no bubblewrap that works; probed once. DataError
-    where programs cannot be run at all."""
-    job = {"imports": "import collections, csv, decimal", "program": "def f(x): return x", "setup": ""}
-    for command in [tuple(bubblewrap())] * (shutil.which("bwrap") is not None) + [()]:
-        if run_sandbox(job | {"tests": [["f(2)"]]}, command)[0] == ["2"]:
-            return command
+        command += ["--ro-bind-try", path, path]
+    box = f"--perms 1777 --size {DISK} --tmpfs /box --dev-bind /dev/null /dev/null --remount-ro / --chdir /box"
+    for front in [(*command, *box.split()), ()] if shutil.which("bwrap") else [()]:
+        if run_program("import collections, csv, decimal", "", "", (("1 + 1",),), front) == [["2"]]:
+            return front
     raise DataError("programs cannot be run here: install bubblewrap, or be a user whom the system lets start Python")
 
 
 def protections() -> str:
     """One line: how programs are run on this system, and what is not separated."""
+    alone = "bubblewrap: no network, no files but the interpreter's, no other processes, no environment"
+    shared = "limits only, NOT separated: network, files, processes (apt-get install bubblewrap)"
     limits = f"{SECONDS} s of CPU, {WALL} s at most, {MEMORY >> 20} MiB, no further process"
-    if separation():
-        return f"bubblewrap: no network, no files but the interpreter's, no other processes, no environment; {limits}"
-    why = "does not work here" if shutil.which("bwrap") else "is not installed: apt-get install bubblewrap"
-    return f"limits only: {limits}; NOT separated: network, files, processes (bubblewrap {why})"
+    return f"{alone if separation() else shared}; {limits}"
 
 
 @functools.lru_cache(maxsize=4096)  # a group of rollouts often holds the same program twice
-def run_program(imports: str, program: str, setup: str, tests: tuple) -> list[list | None]:
-    """What the tests' expressions come to beside a program: their texts per test, None where it failed.
-
-    tests: pieces per test; see `split_tests`. Raises DataError unless code execution was allowed.
-    """
+def run_program(imports: str, program: str, setup: str, tests: tuple, command: tuple | None = None) -> list:
+    """What the tests' calls, see `split_tests`, come to beside a program: their texts per test, None where it failed.
+    command: see `separation`. Raises DataError unless code execution was allowed."""
     if not code_execution_allowed:
         raise DataError(CODE_REFUSED.format("mbpp"))
-    return run_sandbox({"imports": imports, "program": program, "setup": setup, "tests": tests}, separation())
-
-
-def run_sandbox(job: dict, command: tuple[str, ...]) -> list[list | None]:
-    """As `run_program`, of one job and behind one command."""
-    # Without a file system of its own a program writes no files, which could fill the disk, and has no folder for them.
-    limits = {"CPU": SECONDS, "AS": MEMORY, "FSIZE": FILE_SIZE if command else 0, "NOFILE": 64, "CORE": 0, "NPROC": 1}
-    job = job | {"limits": limits, "user": 60_000 + next(USERS) % 5000}  # users that a container knows as well
+    limits = {"CPU": SECONDS, "AS": MEMORY, "FSIZE": FILE_SIZE, "NOFILE": 64, "CORE": 0, "NPROC": 1}
+    job = {"imports": imports, "program": program, "setup": setup, "tests": tests, "limits": limits}
     # as isolated as -I, but for the environment: this one is ours, and -I would ignore its hash seed
     env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    argv = [*command, sys.executable, "-s", "-c", INSIDE]
-    process = subprocess.Popen(argv, cwd="/", env=env, start_new_session=True, **pipes)
-    timer, lines = threading.Timer(WALL, process.kill), []  # behind bubblewrap, all that it started ends with it
-    timer.start()
-    try:
-        with process.stdout, process.stdin:
-            process.stdin.write(json.dumps(job).encode())
-            process.stdin.close()
-            lines = process.stdout.read(FILE_SIZE).decode(errors="replace").split("\n")
-    except OSError:  # it ended before it read its job
-        pass
-    finally:
+    argv = [*(separation() if command is None else command), sys.executable, "-s", "-c", INSIDE]
+    with tempfile.TemporaryFile() as file:  # the limit on files ends endless output, too
+        places = {"stdin": subprocess.PIPE, "stdout": file, "stderr": subprocess.DEVNULL, "cwd": "/", "env": env}
+        process = subprocess.Popen(argv, start_new_session=True, **places)
+        timer = threading.Timer(WALL, process.kill)  # behind bubblewrap, all that it started ends with it
+        timer.start()
+        process.communicate(json.dumps(job).encode())
         timer.cancel()
-        process.kill()
-        process.wait()
-    values: list[list | None] = [None] * len(job["tests"])
-    for i, line in enumerate(lines[: len(values)]):  # JSON's texts; what is none, or forged, is no value
-        try:
-            values[i] = [text + "" for text in json.loads(line)]
-        except (ValueError, TypeError, RecursionError):
-            pass
-    return values
+        file.seek(0)
+        lines = file.read().decode(errors="replace").split("\n")
+    values = [*map(read, lines), *[None] * len(tests)][: len(tests)]  # what is no list of texts was forged
+    return [of if isinstance(of, list) and all(isinstance(text, str) for text in of) else None for of in values]
 
 
 # --- Countdown: make the target of all the numbers. Expressions are parsed here, never run ----------------------------
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
-def draw_countdown(rng: random.Random, split: str) -> Problem | None:
+@generator
+def generate_countdown(rng: random.Random, split: str) -> Problem | None:
     """Three numbers in any order, a target, and one way to make it; None if its split is another."""
     a, b, c = (rng.randint(1, LARGEST) for _ in range(3))
     op1, op2 = rng.choice("+-*"), rng.choice("+-")
@@ -914,7 +777,6 @@ def draw_countdown(rng: random.Random, split: str) -> Problem | None:
     key = " ".join(map(str, sorted(numbers)))  # the same numbers in another order are the same problem
     if 1 <= target <= 2 * LARGEST and part_of(f"{key} {target}", key) == split:
         return countdown_problem(numbers, target) | {"answer": f"{a} {op1} {b} {op2} {c}"}
-    return None
 
 
 def countdown_problem(numbers: list[int], target: int) -> Problem:
@@ -924,8 +786,8 @@ def countdown_problem(numbers: list[int], target: int) -> Problem:
 
 
 def check_countdown(row: dict, where: str) -> Problem:
-    """A question in our or d1's words; else input and output of d1's file, nums and target of the published set, or
-    d1's ground_truth, [[3, 8, 5], 6]."""
+    """lines {"nums": [3, 8, 5], "target": 6} or {"input": "3,8,5", "output": "6"}; or a question in our or d1's words,
+    or d1's ground_truth, [[3, 8, 5], 6]."""
     said = re.search(r"numbers: \[?([\d, ]+)\]?\W+target: (\d+)", str(pick(row, ("question", "prompt"))), re.IGNORECASE)
     fields = pick(row, ("input", "nums")), pick(row, ("output", "target"))
     given = str(said.groups() if said else row.get("ground_truth") if None in fields else fields)
@@ -944,8 +806,7 @@ def ways_to_make(numbers: tuple[tuple[Fraction, str], ...]) -> Iterator[tuple[Fr
         rest = tuple(pair for k, pair in enumerate(numbers) if k not in (i, j))
         for op in "+-*/" if i < j else "-/":  # x + y is y + x
             if op != "/" or y != 0:
-                value = x / y if op == "/" else OPERATIONS[op](x, y)
-                yield from ways_to_make((*rest, (value, f"({left} {op} {right})")))
+                yield from ways_to_make((*rest, (OPERATIONS[op](x, y), f"({left} {op} {right})")))
 
 
 def countdown_target(problem: Problem) -> str:
@@ -965,7 +826,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
             return Fraction(node.value)
         if isinstance(node, ast.UnaryOp):
             return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
-        return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        return OPERATIONS[SIGNS[type(node.op)]](value(node.left), value(node.right))
 
     try:
         if len(expression) > LONGEST or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
@@ -1012,14 +873,15 @@ def solutions(puzzle: str) -> list[str]:
     return re.findall(puzzle.replace(EMPTY, "."), "\n".join(solved_grids()))
 
 
-def draw_sudoku(rng: random.Random, split: str) -> Problem | None:
+@generator
+def generate_sudoku(rng: random.Random, split: str) -> Problem | None:
     """One puzzle with its only solution; None if it has others, or its split is another: its solution decides "unseen",
     an eighth of the 288, and its own digits the rest."""
     solution = rng.choice(solved_grids())
     clues = set(rng.sample(range(SIDE * SIDE), 8))
     puzzle = "".join(digit if cell in clues else EMPTY for cell, digit in enumerate(solution))
-    fits = part_of(puzzle, solution) == split and len(solutions(puzzle)) == 1
-    return {"question": puzzle, "answer": solution} if fits else None
+    if part_of(puzzle, solution) == split and len(solutions(puzzle)) == 1:
+        return {"question": puzzle, "answer": solution}
 
 
 def spelled_sudoku(problem: Problem, index: int) -> Problem:
@@ -1035,9 +897,9 @@ def spelled_sudoku(problem: Problem, index: int) -> Problem:
 
 
 def check_sudoku(row: dict, where: str) -> Problem:
-    """A puzzle, alone or in a sentence, with a solution of it, which need not be the only one."""
-    row = {name.lower(): value for name, value in row.items()}
-    text, solution = (pick_text(row, names, where) for names in (("puzzle", *QUESTION), ("solution", *GOLD)))
+    """a CSV file with the header Puzzle,Solution: 16 digits each, row by row, 0 for empty; the puzzle may stand in a
+    sentence, and may have other solutions."""
+    text, solution = (pick_text(row, names, where) for names in (QUESTION, GOLD))
     digits = re.search("[0-4]{8,16}", text)
     puzzle = digits[0].zfill(SIDE * SIDE) if digits else ""  # a spreadsheet drops the zeros that a puzzle begins with
     if EMPTY not in puzzle or solution not in solutions(puzzle):
@@ -1088,29 +950,13 @@ WIDTH, TILE = 8, 8  # codes along an image's side; pixels along a code's
 # An object is four codes, 2 x 2, row by row: the k-th kind has 1 + 4 k + PARTS. Code 0 is the background.
 PARTS = np.arange(4).reshape(2, 2)
 CODEBOOK = 1 + len(KINDS) * PARTS.size
-RELATIONS = {  # where a is of b: they share no column (no row) on the way from one to the other
-    "left of": lambda a, b: b.column - a.column >= 2,
-    "right of": lambda a, b: a.column - b.column >= 2,
-    "above": lambda a, b: b.row - a.row >= 2,
-    "below": lambda a, b: a.row - b.row >= 2,
-}
-
-
-class Thing(NamedTuple):
-    """An object: its shape, its colour, and the row and column of its upper left part."""
-
-    shape: str
-    colour: str
-    row: int
-    column: int
-
-
-class Scene(NamedTuple):
-    """What a prompt asks for. wanted: (shape, colour or None for any, how many) each; relation: between the two."""
-
-    category: str
-    wanted: tuple[tuple[str, str | None, int], ...]
-    relation: str | None = None
+# The way from a to b, in rows and columns. They share no column (no row): at least the 2 of an object lie between.
+RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
+stands = lambda way, a, b: way[0] * (b.row - a.row) + way[1] * (b.column - a.column) >= 2
+# An object, by its upper left part; what a prompt asks for: (shape, colour or None for any, how many) each, and the
+# relation between two, if any.
+Thing = NamedTuple("Thing", [("shape", str), ("colour", str), ("row", int), ("column", int)])
+Scene = NamedTuple("Scene", [("category", str), ("wanted", tuple), ("relation", str | None)])
 
 
 @functools.cache
@@ -1119,16 +965,16 @@ def scene_table() -> dict[str, Scene]:
     all its wordings."""
     pairs, numbers = list(itertools.permutations(SHAPES, 2)), ((2, "two"), (3, "three"), (4, "four"))
     dressed = itertools.product(pairs, itertools.product(COLOURS, repeat=2))
-    some = lambda shape, colour=None, n=1: (shape, colour, n)
+    one = lambda shape, colour=None: (shape, colour, 1)
     scenes = [
-        *((f"a {a}", Scene("single_object", (some(a),))) for a in SHAPES),
-        *((f"a {a} and a {b}", Scene("two_object", (some(a), some(b)))) for a, b in pairs),
-        *((f"{w} {a}s", Scene("counting", (some(a, None, n),))) for a in SHAPES for n, w in numbers),
-        *((f"a {c} {a}", Scene("colors", (some(a, c),))) for a, c in KINDS),
-        *((f"a {a} {r} a {b}", Scene("position", (some(a), some(b)), r)) for a, b in pairs for r in RELATIONS),
-        *((f"a {s} {a} and a {t} {b}", Scene("color_attr", (some(a, s), some(b, t)))) for (a, b), (s, t) in dressed),
+        *((f"a {a}", ("single_object", (one(a),), None)) for a in SHAPES),
+        *((f"a {a} and a {b}", ("two_object", (one(a), one(b)), None)) for a, b in pairs),
+        *((f"{words} {a}s", ("counting", ((a, None, n),), None)) for a in SHAPES for n, words in numbers),
+        *((f"a {c} {a}", ("colors", (one(a, c),), None)) for a, c in KINDS),
+        *((f"a {a} {r} a {b}", ("position", (one(a), one(b)), r)) for a, b in pairs for r in RELATIONS),
+        *((f"a {s} {a} and a {t} {b}", ("color_attr", (one(a, s), one(b, t)), None)) for (a, b), (s, t) in dressed),
     ]
-    return {f"{opening} {words}": scene for words, scene in scenes for opening in OPENINGS}
+    return {f"{opening} {words}": Scene(*scene) for words, scene in scenes for opening in OPENINGS}
 
 
 def paint(things: list[Thing]) -> list[int]:
@@ -1156,27 +1002,21 @@ def find_things(codes: list[int]) -> tuple[list[Thing], int]:
     return found, np.count_nonzero(grid) - PARTS.size * len(found)
 
 
-def geneval(things: list[Thing], scene: Scene) -> bool:
-    """GenEval's strict verdict: everything that was asked for is there, all at once. A count is exact; other objects
-    may be there besides, as in GenEval."""
-    wanted = scene.wanted
-    matching = [[t for t in things if t.shape == shape and colour in (None, t.colour)] for shape, colour, _ in wanted]
-    if scene.category == "counting":
-        return len(matching[0]) == wanted[0][2]
-    if scene.relation:
-        return any(RELATIONS[scene.relation](a, b) for a in matching[0] for b in matching[1])
-    return all(matching)
-
-
 def t2i_verdict(completion: str, problem: Problem) -> Verdict:
-    """geneval: 1 if the image shows what the prompt asks for; fidelity: 0.25 if it shows objects and none is broken.
-    Nothing for an image or a prompt that is not the miniature's."""
+    """geneval: 1 if the image shows all that the prompt asks for, GenEval's strict verdict; a count is exact, and other
+    objects may be there besides. fidelity: 0.25 if it shows objects and none is broken. Nothing for an image or a
+    prompt that is not the miniature's."""
     codes, scene = image_codes(completion), scene_table().get(problem["question"])
     if codes is None or scene is None:
         return Verdict(codes, {"geneval": 0.0, "fidelity": 0.0}, 0.0)
     things, broken = find_things(codes)
-    shown = float(geneval(things, scene))
-    return Verdict(codes, {"geneval": shown, "fidelity": 0.25 * (bool(things) and not broken)}, shown)
+    matching = [[t for t in things if t.shape == shape and c in (None, t.colour)] for shape, c, _ in scene.wanted]
+    enough = operator.eq if scene.category == "counting" else operator.ge
+    shown = all(enough(len(found), n) for found, (*_, n) in zip(matching, scene.wanted))
+    if scene.relation:
+        shown = any(stands(RELATIONS[scene.relation], a, b) for a in matching[0] for b in matching[1])
+    fidelity = 0.25 * (bool(things) and not broken)
+    return Verdict(codes, {"geneval": float(shown), "fidelity": fidelity}, float(shown))
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> list[Thing]:
@@ -1186,7 +1026,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> list[Thing]:
     while True:
         things = [Thing(row=place(), column=place(), shape=s, colour=colour or any_colour()) for s, colour in asked]
         apart = len({(thing.row, thing.column) for thing in things}) == len(things)
-        if apart and (scene.relation is None or RELATIONS[scene.relation](*things)):
+        if apart and (scene.relation is None or stands(RELATIONS[scene.relation], *things)):
             return things
 
 
@@ -1216,7 +1056,8 @@ def generate_t2i(split: str, n: int, seed: int) -> list[Problem]:
 
 
 def check_t2i(row: dict, where: str) -> Problem:
-    """A prompt, with what GenEval's metadata says of it, {"include": [...], "exclude": [...]} as JSON, and its tag."""
+    """prompts, one per line of a .txt file, or GenEval's metadata .jsonl; the answer is what that says of a prompt,
+    {"include": [...], "exclude": [...]} as JSON."""
     prompt = pick_text(row, ("prompt", "question", "text"), where)
     scene = {field: row[field] for field in ("include", "exclude") if field in row}
     return {"question": prompt, "answer": json.dumps(scene) if scene else "", "tag": str(row.get("tag") or "")}
@@ -1231,57 +1072,54 @@ def render(codes: list[int]) -> np.ndarray:
         "triangle": (y <= 0.85) & (abs(x) <= (y + 1) / 2),
         "star": np.sqrt(abs(x)) + np.sqrt(abs(y)) <= 1.1,
     }
-    book = np.full((CODEBOOK, TILE, TILE, 3), 245, np.uint8)  # the codebook as pictures
-    for kind, (shape, colour) in enumerate(KINDS):
-        picture = np.where(inside[shape][..., None], np.uint8(COLOURS[colour]), np.uint8(245))  # (16, 16, 3)
-        book[1 + PARTS.size * kind + PARTS] = picture.reshape(2, TILE, 2, TILE, 3).swapaxes(1, 2)  # (2, 2, 8, 8, 3)
-    grid = book[np.array(codes).reshape(WIDTH, WIDTH)]  # (8, 8, 8, 8, 3)
-    return grid.swapaxes(1, 2).reshape(WIDTH * TILE, WIDTH * TILE, 3)
+    image = np.full((WIDTH, TILE, WIDTH, TILE, 3), 245, np.uint8)
+    for cell, code in enumerate(codes):
+        kind, part = divmod(code - 1, PARTS.size)
+        if code:
+            shape, colour = KINDS[kind]
+            tile = inside[shape].reshape(2, TILE, 2, TILE)[part // 2, :, part % 2]  # (8, 8): this part of the object
+            image[cell // WIDTH, :, cell % WIDTH][tile] = COLOURS[colour]
+    return image.reshape(WIDTH * TILE, WIDTH * TILE, 3)
 
 
 # --- Zebra: houses and their attributes -------------------------------------------------------------------------------
 
 HOUSES, ATTRIBUTES = (1, 2, 3), {"Color": ("red", "green", "blue"), "Name": ("Tom", "Ann", "Sam")}
 ENTRIES = [entry for entries in ATTRIBUTES.values() for entry in entries]
+# Every way to put the entries into the houses, entry -> house: 36 of them.
+ORDERS = itertools.product(itertools.permutations(HOUSES), repeat=len(ATTRIBUTES))
+ARRANGEMENTS = [dict(zip(ENTRIES, itertools.chain(*order))) for order in ORDERS]
 
 
 @functools.cache
-def arrangements() -> tuple[dict[str, int], ...]:
-    """Every way to put the entries into the houses: entry -> house; 36 of them."""
-    orders = itertools.product(itertools.permutations(HOUSES), repeat=len(ATTRIBUTES))
-    return tuple(dict(zip(ENTRIES, itertools.chain(*order))) for order in orders)
-
-
-@functools.cache
-def clues() -> dict[str, int]:
-    """Every clue, of kinds that a tiny model can learn -> the set of arrangements that it allows, one bit each."""
-    made: dict[str, Callable[[dict[str, int]], bool]] = {}
-    for a, house in itertools.product(ENTRIES, HOUSES):
-        made[f"{a} is in house {house}."] = lambda at, a=a, house=house: at[a] == house
+def clues() -> dict[str, set[int]]:
+    """Every clue, of kinds that a tiny model can learn -> the arrangements that it allows, by number."""
+    holds = {f"{a} is in house {house}.": lambda at, a=a, h=house: at[a] == h for a in ENTRIES for house in HOUSES}
     for a, b in itertools.permutations(ENTRIES, 2):
-        made[f"{a} is directly left of {b}."] = lambda at, a=a, b=b: at[a] == at[b] - 1
+        holds[f"{a} is directly left of {b}."] = lambda at, a=a, b=b: at[a] == at[b] - 1
         if ENTRIES.index(a) < ENTRIES.index(b):
-            made[f"{a} lives with {b}."] = lambda at, a=a, b=b: at[a] == at[b]
-    bits = {text: sum(1 << i for i, at in enumerate(arrangements()) if clue(at)) for text, clue in made.items()}
-    return {text: allowed for text, allowed in bits.items() if allowed}
+            holds[f"{a} lives with {b}."] = lambda at, a=a, b=b: at[a] == at[b]
+    allowed = {text: {i for i, at in enumerate(ARRANGEMENTS) if clue(at)} for text, clue in holds.items()}
+    return {text: numbers for text, numbers in allowed.items() if numbers}
 
 
-def draw_zebra(rng: random.Random, split: str) -> Problem | None:
+@generator
+def generate_zebra(rng: random.Random, split: str) -> Problem | None:
     """A puzzle with one solution and no clue to spare; None if its split is another. The solution decides "unseen"."""
-    chosen = rng.randrange(len(arrangements()))
-    if (crc(f"arrangement {chosen}") % 8 == 0) != (split == "unseen"):
+    chosen = rng.randrange(len(ARRANGEMENTS))
+    if (part_of("", f"arrangement {chosen}") == "unseen") != (split == "unseen"):
         return None
-    true = [text for text, allowed in clues().items() if allowed >> chosen & 1]
-    picked, left = [], -1
+    true = [text for text, allowed in clues().items() if chosen in allowed]
+    picked, left = [], set(range(len(ARRANGEMENTS)))
     for text in rng.sample(true, len(true)):
-        if left & clues()[text] != left:  # it says something new
+        if not left <= clues()[text]:  # it says something new
             picked.append(text)
-            left &= clues()[text]
+            left = left & clues()[text]
     for text in list(picked):
         rest = [other for other in picked if other != text]
-        if functools.reduce(operator.and_, map(clues().get, rest), -1) == 1 << chosen:
+        if rest and set.intersection(*map(clues().get, rest)) == {chosen}:
             picked = rest
-    rows = [[str(house), *(e for e in ENTRIES if arrangements()[chosen][e] == house)] for house in HOUSES]
+    rows = [[str(house), *(e for e in ENTRIES if ARRANGEMENTS[chosen][e] == house)] for house in HOUSES]
     listed = " ".join(f"{name}: {', '.join(entries)}." for name, entries in ATTRIBUTES.items())
     question = f"Houses: {', '.join(map(str, HOUSES))}. {listed} {' '.join(picked)}"
     return zebra_problem(question, ["House", *ATTRIBUTES], rows) if split in ("unseen", part_of(question)) else None
@@ -1294,12 +1132,13 @@ def zebra_problem(question: str, header: list[str], rows: list[list[str]]) -> Pr
 
 
 def check_zebra(row: dict, where: str) -> Problem:
-    """puzzle and solution, as ZebraLogic has them, the solution also as JSON text."""
-    question, table = pick_text(row, ("puzzle", *QUESTION), where), pick(row, ("solution", *GOLD))
+    """lines {"puzzle": "...", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ...]}}; the solution
+    may be JSON text."""
+    question, table = pick_text(row, QUESTION, where), pick(row, GOLD)
     try:
-        table = json.loads(table) if isinstance(table, str) else table
+        table = read(table) if isinstance(table, str) else table
         header, rows = table["header"], [list(map(str, entries)) for entries in table["rows"]]
-    except (ValueError, TypeError, LookupError):
+    except (TypeError, LookupError):
         header, rows = [], []
     if not rows or any(not 2 <= len(entries) == len(header) or "___" in entries for entries in rows):
         raise DataError(f"{where}: the solution is no table, or blank (___) as in ZebraLogic's public copy")
@@ -1309,18 +1148,15 @@ def check_zebra(row: dict, where: str) -> Problem:
 def zebra_verdict(completion: str, problem: Problem) -> Verdict:
     """entries: the share of the table's entries that are right, in the header's order.
 
-    They are read from lines "1: red, Tom" or "House 1: red, Tom", or from JSON as ZebraLogic asks for it. Without them,
-    or where a house has two different rows, nothing."""
+    They are read from lines "1: red, Tom" or "House 1: red, Tom", or from JSON's "House 1": {"Color": "red", ...}, as
+    ZebraLogic asks for. Without them, or where a house has two different rows, nothing."""
     text, names = written(completion), problem["header"][1:]
     text = "\n".join(TAGGED.findall(text)) or text
     lines = re.findall(r"^[ \t]*(?:House )?(\d{1,2}):(.*)", text, re.MULTILINE)
     rows = [(house, line.split(",")) for house, line in lines if line.count(",") == len(names) - 1]
-    try:  # {"solution": {"House 1": {"Color": "red", "Name": "Tom"}, ...}}, or the inner object alone
-        houses = json.loads(text[text.find("{") : text.rfind("}") + 1])
-        houses = houses.get("solution", houses).items()
-        rows = [(house.removeprefix("House "), [str(of.get(name, "")) for name in names]) for house, of in houses]
-    except (ValueError, RecursionError, AttributeError):
-        pass
+    for house, inside in re.findall(r'"House (\d{1,2})"\s*:\s*\{([^{}]*)\}', text):
+        of = dict(re.findall(r'"([^"]+)"\s*:\s*"([^"]*)"', inside))
+        rows.append((house, [of.get(name, "") for name in names]))
     rows = [(house, [entry.strip(" .*").casefold() for entry in entries]) for house, entries in rows]
     found = dict(rows)
     if not all(found[house] == entries for house, entries in rows):
@@ -1331,18 +1167,18 @@ def zebra_verdict(completion: str, problem: Problem) -> Verdict:
     return Verdict(found or None, {"entries": share}, share)
 
 
-# --- The table of tasks, their splits, and figures --------------------------------------------------------------------
+# --- The table of tasks, and their splits -----------------------------------------------------------------------------
 
 
 class Task(NamedTuple):
     """One task, as callables on text."""
 
+    name: str
     generate: Callable[[str, int, int], list[Problem]]  # (split, n, seed) -> n different problems
     check: Callable[[dict, str], Problem]  # (row of a published file, where it stands) -> problem
-    load: Callable[[str | None, str], list[Problem]]  # (file, or None for the published data; split)
-    messages: Callable[[Problem], list[dict[str, str]]]  # what the model is asked, for a chat template
-    target: Callable[[Problem], str]  # what SFT teaches it to write
     verdict: Callable[[str, Problem], Verdict]  # (completion, problem) -> answer, reward, score
+    ask: Callable[[Problem], str] = operator.itemgetter("question")  # what the model reads below the instruction
+    target: Callable[[Problem], str] = operator.itemgetter("answer")  # what SFT teaches it to write
     blanks: Callable[[Problem], str] | None = None  # the target with other characters where it is to be filled in
     ceiling: Callable[[Problem], float] | None = None  # the best expected score of one who knows all but the answer
     codebook: int = 0  # how many codes there are, where the completion is an image
@@ -1352,10 +1188,6 @@ class Task(NamedTuple):
     test_draw: int = 1  # the seed of generated test and unseen problems; a new one once figures on them guided a choice
     runs_code: bool = False  # its reward runs what the model wrote: only with --allow_code_execution
 
-    def answer(self, completion: str, problem: Problem) -> Any:
-        """The answer that is scored; None: there is none, or several."""
-        return self.verdict(completion, problem).answer
-
     def reward(self, completion: str, problem: Problem) -> Reward:
         """Its reward's named terms; the reward is their sum."""
         return self.verdict(completion, problem).terms
@@ -1364,32 +1196,48 @@ class Task(NamedTuple):
         """How much of the problem it solves, 0 to 1."""
         return self.verdict(completion, problem).score
 
+    def messages(self, problem: Problem) -> list[dict[str, str]]:
+        """What the model is asked, for a chat template."""
+        system = [{"role": "system", "content": text} for name, text in INSTRUCTIONS.items() if name == self.name]
+        return [*system, {"role": "user", "content": self.ask(problem)}]
 
-def task(name: str, draw, check, verdict, ask=operator.itemgetter("question"), **row) -> Task:
-    """A row of TASKS. ask: problem -> what the model reads below the task's instruction."""
+    def load(self, path: str | None, split: str) -> list[Problem]:
+        """Problems from a file in the published format, or the published split by `datasets` where path is None."""
+        expected = self.check.__doc__.split(";")[0]  # what a file looks like
+        if path is None and self.name not in HUB:
+            raise DataError(f"{self.name} cannot be downloaded: give --data FILE, {expected}, or --data generated")
+        if path is not None:
+            rows = read_rows(path)
+        else:
+            path, configuration, part = HUB[self.name][split == "test"]
+            try:
+                from datasets import load_dataset
 
-    def messages(problem: Problem) -> list[dict[str, str]]:
-        system = [{"role": "system", "content": INSTRUCTIONS[name]}] if name in INSTRUCTIONS else []
-        return [*system, {"role": "user", "content": ask(problem)}]
-
-    row = {"generate": functools.partial(generate, name, draw), "target": operator.itemgetter("answer")} | row
-    loader = functools.partial(load_rows, name, check)
-    return Task(check=check, load=loader, messages=messages, verdict=verdict, **row)
+                found = load_dataset(path, configuration, split=part)
+            except Exception as error:  # the hub's errors have no common class; without `datasets` an ImportError
+                raise DataError(f"{path}: `datasets` cannot load it ({first_line(error)}); give --data FILE") from None
+            rows = ((f"{path} {part}, row {i}", row) for i, row in enumerate(found))
+        return usable(self.name, self.check, rows, f"{path}: no problems", expected)[0]
 
 
 TASKS = {
-    "gsm8k": task("gsm8k", draw_gsm8k, check_gsm8k, gsm8k_verdict, target=gsm8k_target),
-    "math500": task("math500", draw_math500, check_math500, math500_verdict, target=operator.itemgetter("solution")),
-    "mbpp": task(
-        *("mbpp", draw_mbpp, check_mbpp, mbpp_verdict),
+    "gsm8k": Task(
+        *("gsm8k", generate_gsm8k, check_gsm8k, gsm8k_verdict),
+        target=lambda problem: re.sub(r"<<[^<>\n]*>>", "", problem["answer"]),  # without its calculator marks
+    ),
+    "math500": Task(
+        "math500", generate_math500, check_math500, math500_verdict, target=operator.itemgetter("solution")
+    ),
+    "mbpp": Task(
+        *("mbpp", generate_mbpp, check_mbpp, mbpp_verdict),
         # one test shows the function's name and arguments
         ask=lambda problem: f"{problem['question']}\n{problem['tests'][0]}",
         target=lambda problem: f"```python\n{problem['answer']}\n```",
         runs_code=True,
     ),
-    "countdown": task("countdown", draw_countdown, check_countdown, countdown_verdict, target=countdown_target),
-    "sudoku": task(
-        *("sudoku", draw_sudoku, check_sudoku, sudoku_verdict),
+    "countdown": Task("countdown", generate_countdown, check_countdown, countdown_verdict, target=countdown_target),
+    "sudoku": Task(
+        *("sudoku", generate_sudoku, check_sudoku, sudoku_verdict),
         ask=lambda problem: "Sudoku:",  # the clues stand in the completion itself
         target=lambda problem: grid_text(problem["answer"]),
         blanks=lambda problem: grid_text(problem["question"]),
@@ -1397,34 +1245,28 @@ TASKS = {
         corpus=spelled_sudoku,
         test_draw=3,
     ),
-    "t2i": task(
-        *("t2i", None, check_t2i, t2i_verdict),
-        generate=generate_t2i,
+    "t2i": Task(
+        *("t2i", generate_t2i, check_t2i, t2i_verdict),
+        category=operator.itemgetter("tag"),
         codebook=CODEBOOK,
         render=render,
-        category=operator.itemgetter("tag"),
     ),
-    "zebra": task("zebra", draw_zebra, check_zebra, zebra_verdict),
+    "zebra": Task("zebra", generate_zebra, check_zebra, zebra_verdict),
 }
-# the verdicts by name
-gsm8k_correct, sudoku_score, zebra_score = (TASKS[name].score for name in ("gsm8k", "sudoku", "zebra"))
-countdown_reward, t2i_reward = (TASKS[name].reward for name in ("countdown", "t2i"))
+gsm8k_correct, t2i_reward = TASKS["gsm8k"].score, TASKS["t2i"].reward  # by name
 
 
 def judge_all(task: Task, completions: list[str], problems: list[Problem], pixels=None) -> list[tuple[Reward, float]]:
     """(the terms of its reward, which is their sum; its score) of each completion. Programs run side by side. pixels, a
     PixelReward: images are judged by it, and those without a verifier score what they earn."""
-    judge = lambda text, problem: task.verdict(text, problem)[1:]  # without its answer
     if pixels is not None and completions:
         codes = torch.tensor([[int(code) for code in text.split()] for text in completions])
-        found = pixels(codes, [problem["question"] for problem in problems])
-        terms = [{name: pixels.weights[name] * found[name][i] for name in found} for i in range(len(completions))]
-        verdicts = map(task.score, completions, problems) if pixels.verified else [sum(of.values()) for of in terms]
-        return list(zip(terms, verdicts))
-    if not task.runs_code:
-        return list(map(judge, completions, problems))
+        terms = pixels(codes, [problem["question"] for problem in problems])
+        scores = map(task.score, completions, problems) if pixels.verified else [sum(of.values()) for of in terms]
+        return list(zip(terms, scores))
     with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
-        return list(pool.map(judge, completions, problems))
+        verdicts = (pool.map if task.runs_code else map)(task.verdict, completions, problems)
+        return [(terms, score) for _, terms, score in verdicts]
 
 
 def splits(task: Task, cfg, generated: bool) -> dict[str, list[Problem]]:
@@ -1435,13 +1277,13 @@ def splits(task: Task, cfg, generated: bool) -> dict[str, list[Problem]]:
     published test split, else every tenth problem of --data, and never trains; validation is the last tenth of the
     rest, 256 at most; there is no unseen split. --eval_only needs no more than a test split.
     """
+    none = {split: [] for split in SPLITS}
     if cfg.eval_only and (cfg.eval_data or not (generated or cfg.data)):
-        test = task.load(cfg.eval_data, "test")[: cfg.eval_n or None]
-        return {"train": [], "validation": [], "test": test, "unseen": []}
+        return none | {"test": task.load(cfg.eval_data, "test")[: cfg.eval_n or None]}
     if generated:
-        n, held_out = cfg.eval_n or 1000, {"validation": task.generate("validation", 256, 0)}
-        held_out |= {split: task.generate(split, n, task.test_draw) for split in ("test", "unseen")}
-        return {"train": task.generate("train", 20_000, cfg.seed)} | held_out
+        seeds, n = {"train": cfg.seed, "validation": 0}, {"train": 20_000, "validation": 256}
+        draw = lambda split: task.generate(split, n.get(split, cfg.eval_n or 1000), seeds.get(split, task.test_draw))
+        return {split: draw(split) for split in SPLITS}
     train = task.load(cfg.data, "train")
     test = task.load(cfg.eval_data, "test") if cfg.eval_data or cfg.data is None else train[9::10]
     held_out = {problem["question"] for problem in test}
@@ -1449,7 +1291,7 @@ def splits(task: Task, cfg, generated: bool) -> dict[str, list[Problem]]:
     held = min(256, len(train) // 10)
     if not test or not held:
         raise DataError(f"{cfg.data}: {len(train)} problems are too few to hold some out; give 20, or --eval_data")
-    return {"train": train[:-held], "validation": train[-held:], "test": test[: cfg.eval_n or None], "unseen": []}
+    return none | {"train": train[:-held], "validation": train[-held:], "test": test[: cfg.eval_n or None]}
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------
@@ -1488,20 +1330,22 @@ def paired_p(before: list[float], after: list[float]) -> float:
 def figures(phases: dict[str, list[dict]], k: int) -> dict[str, Any]:
     """The figures of a run under their names in results.json, None where there is nothing to report. phases: name ->
     judged completions, with split, sample (None: greedy), score, terms, category; k: samples per problem."""
-    found, greedy = {}, lambda rows, split: [r for r in rows if r["split"] == split and r["sample"] is None]
+    found, pairs = {}, {"test": [], "unseen": []}
     scores, of = lambda rows: [row["score"] for row in rows], lambda rows: accuracy(scores(rows)) if rows else None
     for phase, rows in phases.items():
-        parts = {split: greedy(rows, split) for split in ("test", "unseen")}
+        parts = {split: [r for r in rows if r["split"] == split and r["sample"] is None] for split in pairs}
         sampled = scores([row for row in rows if row["sample"] is not None])
         groups = [sampled[i : i + k] for i in range(0, len(sampled), k or 1)]
         kinds = dict.fromkeys(row["category"] for row in parts["test"])
         by_kind = {kind: of([row for row in parts["test"] if row["category"] == kind]) for kind in kinds}
-        best = {n: round(pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k}
-        terms = {split: mean_of([row["terms"] for row in part]) for split, part in parts.items() if part}
-        found |= {phase: of(parts["test"]), f"{phase}_unseen": of(parts["unseen"]), f"{phase}_pass_at": best or None}
-        found |= {f"{phase}_rewards": terms, f"{phase}_categories": None if None in kinds else by_kind}
+        found |= {phase: of(parts["test"]), f"{phase}_unseen": of(parts["unseen"])}
+        found[f"{phase}_pass_at"] = {n: round(pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k} or None
+        found[f"{phase}_rewards"] = {
+            split: mean_of([r["terms"] for r in part]) for split, part in parts.items() if part
+        }
+        found[f"{phase}_categories"] = None if None in kinds else by_kind
+        pairs = {split: [*pairs[split], scores(part)] for split, part in parts.items()}
     if len(phases) == 2:
-        pairs = {split: [scores(greedy(rows, split)) for rows in phases.values()] for split in ("test", "unseen")}
         found["paired_p"] = {split: paired_p(*pair) for split, pair in pairs.items() if pair[0]}
     return found
 
@@ -1523,157 +1367,111 @@ def table(results: dict[str, Any], phases: list[str]) -> str:
 
 # --- Pixels: images -> numbers, by CLIP and by scorers that the user serves -------------------------------------------
 
-CLIP = "openai/clip-vit-large-patch14"  # the one that the official code takes
-SCORER = re.compile(
-    r"(?:(clip)(?::(.+))?|(https?://[\w.-]+(?::\d+)?/(?:\S*/)?([\w.-]+)(?:\?\S*)?))=([-+]?\d*\.?\d+(?:e[-+]?\d+)?)"
-)
 
-
-def parse_scorers(text: str) -> list[tuple[str, float, str]]:
-    """(name, weight, where) of the rewards that a flag names: "clip=1,http://127.0.0.1:8000/hpsv3=0.5"; a URL's last
-    part is the name, and a weight of 0 only reports. The official mixture of its three scales: clip=0.01, and 0.2 for
-    each of HPSv3 and UnifiedReward. DataError."""
-    found = {}
-    for term in map(str.strip, text.split(",")):
-        match = SCORER.fullmatch(term)
-        name = match and (match[1] or match[4])
-        if not match or name in found:
-            raise DataError(f"reward {term!r}: expected clip=1, clip:PATH=1 or http://HOST:PORT/NAME=1, each name once")
-        found[name] = (name, float(match[5]), match[3] or match[2] or CLIP)
-    return list(found.values())
-
-
-def load_clip(where: str = CLIP, device: str | torch.device = "cpu") -> tuple:
-    """(CLIPModel, CLIPProcessor) of transformers, from a folder or a hub id. Raises DataError."""
+def clip_score(where: str, device: str | torch.device) -> Callable[[Tensor, list[str]], list[float]]:
+    """CLIP from a folder or the hub, as (images, prompts) -> 100 max(0, cosine) of each pair, prompts cut at CLIP's 77
+    tokens, after Hessel et al. (arXiv 2104.08718, eq. 1), who have 2.5 for 100. The official scale has 1."""
     from transformers import CLIPModel, CLIPProcessor  # slow to import, and the other rewards do without
 
-    try:
-        return CLIPModel.from_pretrained(where).to(device).eval(), CLIPProcessor.from_pretrained(where)
-    except Exception as error:  # what a broken checkpoint raises has no common class
-        raise DataError(f"CLIP {where}: cannot be loaded ({first_line(error)}); it needs Pillow, too") from None
+    model, processor = CLIPModel.from_pretrained(where).to(device).eval(), CLIPProcessor.from_pretrained(where)
+
+    @torch.no_grad()
+    def score(images: Tensor, prompts: list[str]) -> list[float]:
+        settings = {"return_tensors": "pt", "padding": True, "truncation": True}
+        out = model(**processor(text=prompts, images=list(images.cpu().numpy()), **settings).to(device))
+        cosine = (out.image_embeds * out.text_embeds).sum(-1)  # (B,), both of length 1
+        return (100 * cosine.clamp(min=0)).tolist()
+
+    return score
 
 
-@torch.no_grad()
-def clip_score(images: Tensor, prompts: list[str], model, processor) -> list[float]:
-    """100 max(0, cosine) of each image (B, H, W, 3) uint8 with its prompt, cut at CLIP's 77 tokens, after Hessel et
-    al. (arXiv 2104.08718, eq. 1), who have 2.5 for 100. For the official code's scale weigh by 0.01."""
-    settings = {"return_tensors": "pt", "padding": True, "truncation": True}
-    out = model(**processor(text=prompts, images=list(images.cpu().numpy()), **settings).to(model.device))
-    cosine = (out.image_embeds * out.text_embeds).sum(-1)  # (B,), both of length 1
-    return (100 * cosine.clamp(min=0)).tolist()
+def remote_score(images: Tensor, prompts: list[str], url: str, timeout: float = 120) -> list[float]:
+    """Scores by a reward model that the user serves (HPSv3, UnifiedReward ...): it gets a POST of JSON {"name": ...,
+    "prompts": [...], "images": [base64 of a PNG, ...]} and answers {"scores": [...]}, one finite number per image. It
+    is asked three times before DataError says what is wrong."""
+    from PIL import Image
 
-
-def png(image: Tensor) -> bytes:
-    """A PNG file of an image (H, W, 3) uint8."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError("a scorer gets its images as PNG, which Pillow writes: pip install pillow") from None
-    file = io.BytesIO()
-    Image.fromarray(image.cpu().numpy()).save(file, "PNG")
-    return file.getvalue()
-
-
-def remote_score(images, prompts, url: str, timeout=120.0, retries=3, pause=1.0, batch=32) -> list[float]:
-    """Scores of images (B, H, W, 3) uint8 by a reward model that the user serves (HPSv3, UnifiedReward ...).
-
-    Request: POST of JSON {"name": ..., "prompts": [...], "images": [base64 of a PNG, ...]}. Answer within `timeout`
-    seconds: JSON {"scores": [...]}, one finite number per image. A failure is asked again `retries` times, after
-    `pause` seconds, doubled each time; then DataError says whether it is down, slow or answers nonsense."""
-    scores, opener = [], urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a process of the user's own
-    for start in range(0, len(prompts), batch):
-        asked = prompts[start : start + batch]
-        pngs = [base64.b64encode(png(image)).decode() for image in images[start : start + batch]]
-        body = json.dumps({"name": url.rpartition("/")[2], "prompts": asked, "images": pngs}).encode()
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        for attempt in range(retries + 1):
-            time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
-            try:
-                with opener.open(request, timeout=timeout) as response:
-                    found = json.load(response)["scores"]
-                if len(found) != len(asked) or not all(type(x) in (int, float) and math.isfinite(x) for x in found):
-                    raise ValueError(f"expected {len(asked)} finite numbers in scores")
-                break
-            except Exception as error:  # what a scorer and the way to it can do has no common class
-                slow = isinstance(getattr(error, "reason", error), TimeoutError)  # urllib wraps some of them
-                kind = "slow" if slow else "down" if isinstance(error, OSError) else "nonsense"
-                reason = f"{url}: {kind}: {first_line(error)}; {retries + 1} attempts of {timeout:g} s"
-        else:
-            raise DataError(f"{reason}; is the scorer running there?")
-        scores += map(float, found)
-    return scores
+    files = [io.BytesIO() for _ in prompts]
+    for image, file in zip(images.cpu().numpy(), files):
+        Image.fromarray(image).save(file, "PNG")
+    pngs = [base64.b64encode(file.getvalue()).decode() for file in files]
+    body = json.dumps({"name": url.rpartition("/")[2], "prompts": prompts, "images": pngs}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: a process of the user's own
+    for pause in (1, 5, None):
+        try:
+            with opener.open(request, timeout=timeout) as response:
+                scores = json.load(response)["scores"]
+            if len(scores) == len(prompts) and all(type(x) in (int, float) and math.isfinite(x) for x in scores):
+                return scores
+            raise ValueError(f"expected {len(prompts)} finite numbers in scores")
+        except Exception as error:  # what a scorer and the way to it can do has no common class
+            if pause is None:
+                raise DataError(f"{url}: {first_line(error)}; is the scorer running there?") from None
+            time.sleep(pause)
 
 
 class PixelReward:
-    """Codes and prompts -> the terms of a reward on pixels. decode: (B, L) long codes -> (B, H, W, 3) uint8. text: see
-    `parse_scorers`. verified: the task's own verifier says what is right, and this only rewards. remote: settings of
-    `remote_score`, such as timeout and retries. weights: term -> its weight."""
+    """Codes and prompts -> the terms of a reward on pixels. decode: (B, L) long codes -> (B, H, W, 3) uint8. text: the
+    rewards and their weights, "clip=1,http://127.0.0.1:8000/hpsv3=0.5", a URL's last part being the name, or
+    clip:FOLDER=1; the official mixture is clip=0.01, and 0.2 for each of HPSv3 and UnifiedReward. verified: the task's
+    own verifier says what is right, and this only rewards. Raises DataError for a text that it does not understand."""
 
-    def __init__(self, decode: Callable, text: str, device: str | torch.device = "cpu", verified=False, **remote):
+    def __init__(self, decode: Callable, text: str, device: str | torch.device = "cpu", verified: bool = False):
         self.decode, self.verified, self.weights, self.scorers = decode, verified, {}, {}
-        for name, weight, where in parse_scorers(text):
-            self.weights[name] = weight
-            if where.startswith("http"):
-                self.scorers[name] = functools.partial(remote_score, url=where, **remote)
-            else:
-                model, processor = load_clip(where, device)
-                self.scorers[name] = functools.partial(clip_score, model=model, processor=processor)
+        for term in map(str.strip, text.split(",")):
+            match = re.fullmatch(r"(?:(clip)(?::(.+))?|(https?://\S+/([\w.-]+)))=([-+]?\d*\.?\d+(?:e[-+]?\d+)?)", term)
+            name = match and (match[1] or match[4])
+            if not match or name in self.weights:
+                raise DataError(f"reward {term!r}: not clip=1, clip:PATH=1 or http://HOST:PORT/NAME=1, each name once")
+            clip = match[2] or "openai/clip-vit-large-patch14"  # the official code's
+            self.weights[name] = float(match[5])
+            self.scorers[name] = functools.partial(remote_score, url=match[3]) if match[3] else clip_score(clip, device)
 
-    def __call__(self, codes: Tensor, prompts: list[str]) -> dict[str, list[float]]:
-        """Each term's B scores, not yet weighed, by name. Raises DataError."""
+    def __call__(self, codes: Tensor, prompts: list[str]) -> list[Reward]:
+        """The weighed terms of each of the B images, by name. Raises DataError."""
         images = self.decode(codes)
-        return {name: scorer(images, prompts) for name, scorer in self.scorers.items()}
+        found = {name: scorer(images, prompts) for name, scorer in self.scorers.items()}
+        return [{name: self.weights[name] * found[name][i] for name in found} for i in range(len(prompts))]
 
 
 # --- Files of completions -> figures; the command line ----------------------------------------------------------------
 
-SCALE = (  # measured on published LLaDA-8B generations
-    "The papers' scale is another: on the same LLaDA outputs of 256 tokens these verdicts give 2.6 points more on MATH "
-    "and 1.0 more on GSM8K than d1's parser, which is also the MaskGRPO paper's."
-)
 
-
-def score_file(name: str, path: str) -> dict[str, Any]:
+def score_file(task: Task, path: str) -> dict[str, Any]:
     """The figures of a file of completions: accuracy, mean reward, the share without an answer, rows skipped."""
-    task = TASKS[name]
-    math_verify(needed=name == "math500")
-    if task.runs_code and not code_execution_allowed:
-        raise DataError(CODE_REFUSED.format(name))
 
-    def judge(row: dict, where: str) -> list[dict[str, float]]:
-        """The figures of each completion of a row; DataError where one cannot be judged."""
-        row = {field.lower(): value for field, value in row.items()}
+    def judge(row: dict, where: str) -> list[Verdict]:
+        """The verdict of each completion of a row; DataError where one cannot be judged."""
         texts = pick(row, COMPLETION) or row.get("completion")  # the latter may be ""
         texts = texts if isinstance(texts, list) else [texts]
         if not all(isinstance(text, str) for text in texts):
             raise DataError(f'{where}: no completion; expected a text in "completion" (or {", ".join(COMPLETION[1:])})')
-        if pick(row, QUESTION) is None:
-            row["question"] = "(not given)"
-        problem = task.check(row, where)
-        verdicts = [task.verdict(text, problem) for text in texts]
-        of = lambda v: {"accuracy": v.score, "mean_reward": sum(v.terms.values()), "no_answer": v.answer is None}
-        return list(map(of, verdicts))
+        problem = task.check(row if pick(row, QUESTION) else row | {"question": "(not given)"}, where)
+        return [task.verdict(text, problem) for text in texts]
 
+    if task.runs_code and not code_execution_allowed:
+        raise DataError(CODE_REFUSED.format(task.name))
     expected = 'lines {"prompt": ..., "completion": ..., "answer": ...}'
-    rows, skipped = usable(judge, read_rows(path), f"{path}: no completions", expected)
-    rows = list(itertools.chain(*rows))
-    figures = {key: round(value, 6) for key, value in mean_of(rows).items()}
-    figures |= {"sandbox": protections()} if task.runs_code else {}
-    return {"task": name, "n": len(rows), "skipped": skipped} | figures
+    rows, skipped = usable(task.name, judge, read_rows(path), f"{path}: no completions", expected)
+    verdicts = list(itertools.chain(*rows))
+    mean = lambda figure: round(sum(map(figure, verdicts)) / len(verdicts), 6)
+    found = {"accuracy": mean(lambda v: v.score), "mean_reward": mean(lambda v: sum(v.terms.values()))}
+    found |= {"no_answer": mean(lambda v: v.answer is None)} | ({"sandbox": protections()} if task.runs_code else {})
+    return {"task": task.name, "n": len(verdicts), "skipped": skipped} | found
 
 
-def show(name: str) -> None:
+def show(task: Task) -> None:
     """A problem of each split, and what a few completions of the last one earn."""
-    task = TASKS[name]
-    print(f"{name}\n" + "-" * len(name))
+    print(f"{task.name}\n" + "-" * len(task.name))
     for split in SPLITS:
         problem = task.generate(split, 1, 0)[0]
         target = task.target(problem)
         print(f"{split:<11} {problem['question']}\n" + textwrap.indent(target, " " * 12 + "| ") + "\n")
     tries = [target, target[: len(target) // 2], f"{target}\n#### 99", ""]
-    if not task.runs_code or code_execution_allowed:
-        for text, (terms, score) in zip(tries, judge_all(task, tries, [problem] * len(tries))):
-            print(f"{repr(text)[:58]:<60}", *(f"{term} {x:.2f} " for term, x in (terms | {"score": score}).items()))
+    for text in tries if not task.runs_code or code_execution_allowed else []:
+        _, terms, score = task.verdict(text, problem)
+        print(f"{repr(text)[:58]:<60}", *(f"{name} {x:.2f} " for name, x in (terms | {"score": score}).items()))
     print()
 
 
@@ -1690,13 +1488,12 @@ def main(argv: list[str] | None = None) -> int:
             raise DataError("--score needs --task, and --json needs --score")
         if flags.allow_code_execution:
             allow_code_execution()
-        if flags.score is None:
-            for name in [flags.task] if flags.task else TASKS:
-                show(name)
+        if flags.score:
+            found = score_file(TASKS[flags.task], flags.score)
+            print(json.dumps(found) if flags.json else "\n".join(f"{key:<12} {value}" for key, value in found.items()))
         else:
-            found = score_file(flags.task, flags.score)
-            lines = [f"{key.replace('_', ' '):<12} {value}" for key, value in found.items()]
-            print(json.dumps(found) if flags.json else "\n".join([*lines, SCALE]))
+            for name in [flags.task] if flags.task else TASKS:
+                show(TASKS[name])
         sys.stdout.flush()
     except (DataError, argparse.ArgumentError) as error:
         print(f"rewards.py: error: {error}", file=sys.stderr)

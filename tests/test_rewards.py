@@ -122,9 +122,8 @@ def test_splits_are_disjoint_and_repeat_from_their_seed(name):
     task, state = TASKS[name], random.getstate()
     problems = {s: task.generate(s, 1000 if s == "train" else 200, 0) for s in rewards.SPLITS}
     again = task.generate("train", 1000, 1)
-    assert (
-        task.generate("test", 200, 0) == problems["test"] and again != problems["train"] and random.getstate() == state
-    )
+    assert task.generate("test", 200, 0) == problems["test"] and random.getstate() == state
+    assert again != problems["train"]
     asked = {s: {p["question"] for p in problems[s]} for s in problems}
     asked["train"] |= {p["question"] for p in again}
     assert all(asked[a].isdisjoint(asked[b]) for a, b in itertools.combinations(asked, 2))
@@ -145,10 +144,8 @@ def test_splits_are_disjoint_and_repeat_from_their_seed(name):
 def test_what_a_run_holds_out(data_file, tmp_path):
     """It never trains: generated, by no run's seed; published, not even where --data and --eval_data share it."""
     none = {"data": None, "eval_data": None, "eval_n": 0, "eval_only": False, "seed": 0}
-    splits_of = lambda name, generated=False, **cfg: rewards.splits(
-        TASKS[name], SimpleNamespace(**none | cfg), generated
-    )
-    runs = [splits_of("gsm8k", generated=True, eval_n=300, seed=seed) for seed in (1, 2)]
+    splits_of = lambda name, made=False, **cfg: rewards.splits(TASKS[name], SimpleNamespace(**none | cfg), made)
+    runs = [splits_of("gsm8k", made=True, eval_n=300, seed=seed) for seed in (1, 2)]
     trained = {p["question"] for run in runs for p in run["train"]}
     assert runs[0]["train"] != runs[1]["train"] and [len(run["train"]) for run in runs] == [20_000, 20_000]
     for split, count in (("validation", 256), ("test", 300), ("unseen", 300)):
@@ -230,7 +227,7 @@ def test_verdicts(library, monkeypatch):
         tables.append(("math500", "\\boxed{{{}}}", SYMBOLIC))
         assert verdict("math500", "\\boxed{x^2-1}", "(x-1)(x+1)", "Factor $x^2 - 1$.") == 0  # the question is no answer
     else:
-        monkeypatch.setattr(rewards, "math_verify", lambda needed=False: None)
+        monkeypatch.setitem(sys.modules, "math_verify", None)
     for task, form, table in tables:
         for gold, texts in table.items():
             for text, right in [(text, 1) for text in texts[0]] + [(text, 0) for text in texts[1]]:
@@ -322,7 +319,6 @@ def test_rewards_are_total_and_linear(name, monkeypatch):
         assert all(math.isfinite(value) for value in task.reward(text, problem).values())
         assert time.process_time() - began < 1, text[:40]
         assert 0 <= task.score(text, problem) <= 1
-        task.answer(text, problem)
 
 
 # --- Programs: where they stand, what the sandbox leaves them, what does not pass -------------------------------------
@@ -332,7 +328,7 @@ P = {"question": "?", "answer": "", "imports": "", "setup": "", "tests": ["asser
 DEF = "def f(x):\n    return x + 1"
 RIGHT = [
     f"```python\n{DEF}\n```", f"Here it is:\n```py\n{DEF}\n```\nIt works.", f"~~~\n{DEF}\n~~~",
-    f"```Python\n{DEF}", "```python def f(x): return x + 1```", "```python\n>>> def f(x):\n...     return x + 1\n```",
+    f"```Python\n{DEF}", "```python def f(x): return x + 1```",
     "```python\nimport math\n```\nand\n```python\ndef f(x): return int(math.floor(x + 1.5))\n```",
     '```python\ndef f(x):\n    """Adds.\n\n    ```\n    f(1)\n    ```\n    """\n    return x + 1\n```',
     f"```bash\npip install numpy\n```\n```python\n{DEF}\n```\nUse it:\n```python\nprint(undefined)\n```<|eot_id|>",
@@ -349,7 +345,6 @@ CHEATS = [
 ]
 CODE = """\
 import math
-class Pair: a = 3
 def f(x): return [x, x]
 def sum(a, b): return a * b
 def doubled(x): return map(lambda a: 2 * a, x)
@@ -357,7 +352,7 @@ def doubled(x): return map(lambda a: 2 * a, x)
 HOLD = [
     "f(2) == [2, 2]", "(f(2)) == ([2, 2]), 'a message'", "set(f(2)) == set([2])", "f(f(1)) == [[1, 1], [1, 1]]",
     "len(f(2)) == 2 and f(1)[0] == 1", "math.isclose(f(2)[0], 2.0000001, rel_tol=0.001)", "sum(2, 3) == 6",
-    "Pair().a == 3", "f(root) == [7, 7]", "sorted(f(2), key=lambda x: -x) == [2, 2]", "tuple(doubled([1])) == (2,)",
+    "f(root) == [7, 7]", "sorted(f(2), key=lambda x: -x) == [2, 2]", "tuple(doubled([1])) == (2,)",
 ]  # fmt: skip
 ENDLESS = {  # what the wall-clock limit ends
     "a sleep": "time.sleep(1000)",
@@ -449,27 +444,27 @@ def test_honest_programs(either):
     found = run(f"values = {values!r}", *(f"values[{i}]" for i in range(len(values))))
     assert found == values and list(map(type, found)) == list(map(type, values))
     assert either == "limits only" or run("import os\ndef f(x): return os.listdir('.')") == [[]]
-    modules = "import collections, math, re, heapq, datetime, csv, decimal"
+    modules = "import collections, math, re, typing, heapq, datetime, csv, decimal"
     assert run(f"{modules}\ndef f(x): return collections.Counter('aab')") == [{"a": 2, "b": 1}]
     assert run("def f(x): return x", "f(1)", "f()", "f(3)") == [1, None, 3]
 
 
 def test_cheats_do_not_pass_and_what_is_expected_stays_outside(sandbox, monkeypatch):
     """Each program runs once for all its tests; a second process without it decides what is no plain equality."""
-    jobs, run_sandbox = [], rewards.run_sandbox
+    jobs, run_program = [], rewards.run_program
     monkeypatch.setattr(rewards, "SECONDS", 2)
-    monkeypatch.setattr(rewards, "run_sandbox", lambda *job: jobs.append(job[0]) or run_sandbox(*job))
+    monkeypatch.setattr(rewards, "run_program", lambda *job: jobs.append(job) or run_program(*job))
     tests = [f"assert f(5) == {SECRET}", f"assert math.isclose(f(6), {SECRET})", f"assert {{f(7)}} == {{{SECRET}}}"]
     problem, texts = P | {"tests": tests, "imports": "import math"}, [f"def f(x): return {SECRET - 1} + 1", *CHEATS]
     rows = rewards.judge_all(TASKS["mbpp"], texts, [problem] * len(texts))
     assert [(terms["tests"], score) for terms, score in rows] == [(2, 1)] + [(0, 0)] * len(CHEATS)
-    programs = [job for job in jobs if job["program"]]
-    assert len(programs) == len(texts) and str(SECRET) not in json.dumps(programs)
+    programs = [job for job in jobs if job[1]]
+    assert len(programs) == len(texts) and str(SECRET) not in repr(programs)
 
 
 def test_how_tests_are_split(sandbox):
     """Each kind of assertion, with a program that satisfies it and one that does not."""
-    row, other = {"text": "?", "code": CODE, "test_setup_code": "root = 7"}, "def f(x): return 0\nsum, Pair = max, abs"
+    row, other = {"text": "?", "code": CODE, "test_setup_code": "root = 7"}, "def f(x): return 0\nsum = max"
     for test in [*HOLD, "f(2) != [2, 2]", "not f(2)", "doubled([1]) == [2]"]:
         problem = TASKS["mbpp"].check(row | {"test_list": [f"assert {test}"]}, "here")
         assert judged(CODE, **problem)[1] == (test in HOLD), test
@@ -500,7 +495,7 @@ BAD = [
     ("--task gsm8k --score none.jsonl", "", "none.jsonl: cannot be read"),
     ("--task gsm8k --score FILE", "\udcff", "file.jsonl: cannot be read"),
     ("--task gsm8k --score FILE", "", "file.jsonl: no completions; expected lines"),
-    ("--task gsm8k --score FILE", GOOD + '{"completion": "a"', "file.jsonl, line 2: not JSON"),
+    ("--task gsm8k --score FILE", GOOD + '{"completion": "a"', "file.jsonl, line 2: expected a JSON object"),
     ("--task gsm8k --score FILE", GOOD + "\n[1]", "file.jsonl, line 3: expected a JSON object"),
     ("--task gsm8k --score FILE", GOOD + '{"completion": "\\ud800"}', "file.jsonl, line 2: holds half a character"),
     ("--task gsm8k --score FILE", '{"completion": 3, "answer": 1}', "file.jsonl, line 1: no completion"),
@@ -557,7 +552,7 @@ def test_scoring_by_hand(tmp_path, capsys):
     assert "2 rows skipped" in err and "file.json, item 1" in err and err.count("\n") == 1
     assert rewards.main(["--task", "gsm8k", "--score", str(file)]) == 0
     shown = capsys.readouterr().out
-    assert "accuracy     0.5" in shown and "skipped      2" in shown and "2.6 points more on MATH" in shown
+    assert "accuracy     0.5" in shown and "skipped      2" in shown
 
 
 def test_other_files(tmp_path):
@@ -575,6 +570,7 @@ def test_other_files(tmp_path):
     assert [p["question"] for p in load("t2i", file)] == ["a red cube", "two dogs", "a\u2028b"]
     file.write_text('["a red cube",\n "two dogs"]')
     assert load("t2i", file) == [{"question": of, "answer": "", "tag": ""} for of in ("a red cube", "two dogs")]
+    file = tmp_path / "geneval.jsonl"
     (row,) = load("t2i", write(file, [{"tag": "counting", "include": [{"class": "oven", "count": 3}], "prompt": "p"}]))
     assert json.loads(row["answer"]) == {"include": [{"class": "oven", "count": 3}]} and row["tag"] == "counting"
 
@@ -618,6 +614,7 @@ def random_clip(path):
     images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     tokenizer = CLIPTokenizer(vocab=vocab, merges=[], unk_token="<|endoftext|>", model_max_length=16)
     CLIPProcessor(images, tokenizer).save_pretrained(path)
+    return model.eval(), CLIPProcessor(images, tokenizer)
 
 
 @pytest.fixture
@@ -631,7 +628,7 @@ def server():
             files = [Image.open(io.BytesIO(base64.b64decode(data)), formats=["PNG"]) for data in body["images"]]
             http.seen.append(body | {"images": [*map(np.asarray, files)]})
             scores = [float(np.asarray(file).mean()) + len(prompt) for file, prompt in zip(files, body["prompts"])]
-            time.sleep(kind == "slow")
+            threading.Event().wait(float(kind == "slow"))
             self.send_response(503 if kind == "broken" or (kind == "flaky" and len(http.seen) < 3) else 200)
             self.end_headers()
             self.wfile.write(http.answers.get(kind, json.dumps({"scores": scores})).encode())
@@ -647,44 +644,40 @@ def server():
     http.server_close()
 
 
-def test_pixel_reward(server, tmp_path):
-    """CLIP's term is the cosine of transformers' own features; a scorer's comes in batches and past a failure."""
-    random_clip(tmp_path / "clip")
+def test_pixel_reward(server, tmp_path, monkeypatch):
+    """CLIP's term is the cosine of transformers' own features; a scorer's comes past a failure."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    model, processor = random_clip(tmp_path / "clip")
     prompts = ["a cat", "two dogs on a mat in the sun with a hat", "z", "", "red", "\u00e9\u2028", "bb", "q r s", "x y"]
-    calls, (model, processor) = [], rewards.load_clip(str(tmp_path / "clip"))
-    decode, scorers = lambda codes: calls.append(codes) or IMAGES, f"clip:{tmp_path}/clip=0.5,{server.url}flaky=-2"
-    reward = rewards.PixelReward(decode, scorers, pause=0, batch=4)
+    calls, text = [], f"clip:{tmp_path}/clip=0.5,{server.url}flaky=-2"
+    reward = rewards.PixelReward(lambda codes: calls.append(codes) or IMAGES, text)
     scores = reward(torch.zeros(9, 4, dtype=torch.long), prompts)
     assert len(calls) == 1 and reward.weights == {"clip": 0.5, "flaky": -2}
-    for image, prompt, by_clip, by_server in zip(IMAGES, prompts, scores["clip"], scores["flaky"], strict=True):
+    for image, prompt, of in zip(IMAGES, prompts, scores, strict=True):
         inputs = processor(text=prompt, images=image.numpy(), return_tensors="pt", truncation=True, max_length=16)
         with torch.no_grad():
             found = model.get_image_features(inputs["pixel_values"]), model.get_text_features(inputs["input_ids"])
         u, v = (np.asarray(getattr(f, "pooler_output", f)[0], dtype=float) for f in found)
-        assert by_clip == pytest.approx(100 * max(0, u @ v / math.sqrt((u @ u) * (v @ v))), abs=1e-3)
-        assert by_server == pytest.approx(image.double().mean().item() + len(prompt))
-    assert [len(body["images"]) for body in server.seen] == [4, 4, 4, 4, 1] and server.seen[0]["name"] == "flaky"
-    assert (np.concatenate([body["images"] for body in server.seen[2:]]) == IMAGES.numpy()).all()
-    with pytest.raises(DataError, match="CLIP .*none: cannot be loaded"):
-        rewards.load_clip(str(tmp_path / "none"))
+        assert of["clip"] == pytest.approx(50 * max(0, u @ v / math.sqrt((u @ u) * (v @ v))), abs=1e-3)
+        assert of["flaky"] == pytest.approx(-2 * (image.double().mean().item() + len(prompt)))
+    assert len(server.seen) == 3 and server.seen[0]["name"] == "flaky"
+    assert (np.stack(server.seen[2]["images"]) == IMAGES.numpy()).all()
 
 
-def test_scorers_that_fail(server):
+def test_scorers_that_fail(server, monkeypatch):
     """Down, slow or nonsense, in one line."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     server.answers = {"html": "<html>\nbusy", "list": "[1, 2]", "few": '{"scores": [1]}', "nan": '{"scores": [1, NaN]}'}
     server.answers |= {"bool": '{"scores": [1, true]}', "text": '{"scores": "12"}', "deep": "[" * 200_000}
-    kinds = {server.url + kind: "nonsense" for kind in server.answers}
-    kinds |= {server.url + "slow": "slow", server.url + "broken": "down", "http://127.0.0.1:9/a": "down"}
-    for url, kind in kinds.items():
-        with pytest.raises(DataError, match=f"^{re.escape(url)}: {kind}: [^\n]*2 attempts[^\n]*$"):
-            rewards.remote_score(IMAGES[:2], ["a", "b"], url, timeout=0.3 if kind == "slow" else 10, retries=1, pause=0)
+    urls = [server.url + kind for kind in (*server.answers, "slow", "broken")]
+    for url in [*urls, "http://127.0.0.1:9/a"]:
+        with pytest.raises(DataError, match=f"^{re.escape(url)}: [^\n]*is the scorer running there.$"):
+            rewards.remote_score(IMAGES[:2], ["a", "b"], url, timeout=0.3 if "slow" in url else 10)
 
 
-def test_parse_scorers():
-    urls = ["http://127.0.0.1:8000/hpsv3", "https://host/a/reward.v2?k=v"]
-    found = rewards.parse_scorers(f"clip=1, {urls[0]}=0.5,{urls[1]}=-2e-1")
-    assert found == [("clip", 1, rewards.CLIP), ("hpsv3", 0.5, urls[0]), ("reward.v2", -0.2, urls[1])]
-    assert rewards.parse_scorers("clip:some/folder=0") == [("clip", 0, "some/folder")]
-    for text in ("", "clip", "clip=1,", "clip=nan", "clip=1,clip:other=2", "clips=1", "http://host=1", "file:///a=1"):
+def test_rewards_that_are_not_understood():
+    urls = ["http://127.0.0.1:8000/hpsv3", "https://host/a/reward.v2"]
+    assert rewards.PixelReward(None, f"{urls[0]}=0.5, {urls[1]}=-2e-1").weights == {"hpsv3": 0.5, "reward.v2": -0.2}
+    for text in ("", "clip", "clip=nan", "http://a/b=1,", "http://a/b=1,http://c/b=2", "clips=1", "file:///a=1"):
         with pytest.raises(DataError, match="^reward [^\n]*$"):
-            rewards.parse_scorers(text)
+            rewards.PixelReward(None, text)
