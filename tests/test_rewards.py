@@ -328,7 +328,7 @@ P = {"question": "?", "answer": "", "imports": "", "setup": "", "tests": ["asser
 DEF = "def f(x):\n    return x + 1"
 RIGHT = [
     f"```python\n{DEF}\n```", f"Here it is:\n```py\n{DEF}\n```\nIt works.", f"~~~\n{DEF}\n~~~",
-    f"```Python\n{DEF}", "```python def f(x): return x + 1```",
+    f"```Python\n{DEF}", "```python def f(x): return x + 1```", "```python\n>>> def f(x):\n...     return x + 1\n```",
     "```python\nimport math\n```\nand\n```python\ndef f(x): return int(math.floor(x + 1.5))\n```",
     '```python\ndef f(x):\n    """Adds.\n\n    ```\n    f(1)\n    ```\n    """\n    return x + 1\n```',
     f"```bash\npip install numpy\n```\n```python\n{DEF}\n```\nUse it:\n```python\nprint(undefined)\n```<|eot_id|>",
