@@ -485,8 +485,8 @@ def show_images(log_joint: Tensor, rows: int) -> None:
             shown = " ".join(f"{n:.2f}" for n in revealed[:8]) + (" ..." if len(revealed) > 8 else "")
             print(f"{name:<11} {steps:>3} steps {distance:>7.3f} {entropy:>6.2f} bits   {shown}")
     print(
-        "\nEmerge converges to the truth as the steps grow; MaskGIT reveals one token per step at least, stops"
-        "\nchanging, and stays too sure. Total variation on larger codebooks, 8 steps: m codes spell a word."
+        "\nEmerge converges to the truth as the steps grow. MaskGIT reveals one token per step at least and stops"
+        "\nchanging; with little noise it stays too sure. Total variation on larger codebooks, 8 steps: m codes spell a word."
     )
     print(f"{'m':<24}" + "".join(f"{m:>7}" for m in (1, 8, 64)))
     for name, sampler in samplers.items():

@@ -20,8 +20,8 @@ Departures from the paper
  1. As printed the objective is A (rho - beta D): a negative advantage would reward divergence. Here
     it is A rho - beta D, and rho A is clipped as in PPO.
  2. `--ratio token`, the default, has a ratio and a D per token, as the authors' code; `--ratio sequence` is Eq. 9
-    and 10 as printed. Where the policies are equal their gradients differ only in the denominator, the number
-    of masked tokens instead of its expectation t |o|. experiments/README.md says how they compare.
+    and 10 as printed, whose interval dt is a constant that drops out. Where the policies are equal their gradients
+    differ only in the denominator, the number of masked tokens instead of its expectation t |o|.
  3. Exponentials of log ratios beyond 1 go on as tangents (`tame_exp`), which the sequence form needs.
  4. Tokens behind the first EOS do not count. Random masks hide all of them; a trace (`--method tracerl`) shows those
     that the rollout had revealed before the EOS, as the model saw them.

@@ -342,9 +342,9 @@ TASK = {"sudoku": dict(gen_length=64, block_length=16, advantage="mean")}
 # The tiny model's values, and what a task changes in them.
 TINY = {
     **dict(max_steps=350, save_every=25, bf16=False, gen_length=16, block_length=4, position_temperature=1.0, heads=4),
-    **dict(topk=3, tau=0.2, init_steps=10, init_lr=2e-3, group_size=8, batch_size=256, minibatch_size=64, mu=2, clip=0.2),
+    **dict(topk=3, init_steps=10, init_lr=2e-3, group_size=8, batch_size=256, minibatch_size=64, mu=2, clip=0.2),
     **dict(steps_per_update=0, advantage="mean", lr=2e-3, lr_decay=True, warmup=40, weight_decay=0.0, accumulation=1),
-    **dict(beta=2.4e-3, max_grad_norm=1.0, eval_n=1500, eval_every=50, eval_batch_size=1024, pass_n=200),
+    **dict(beta=2.4e-3, tau=0.2, max_grad_norm=1.0, eval_n=1500, eval_every=50, eval_batch_size=1024, pass_n=200),
 }
 TINY_TASK = {
     "mbpp": dict(max_steps=80),  # programs take time to run
