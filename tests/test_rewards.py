@@ -14,6 +14,8 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -115,6 +117,19 @@ def test_countdown_against_python():
             assert task.score(task.target(p), p) == 1
     with pytest.raises(DataError, match="No expression"):
         task.target(rewards.countdown_problem([1, 1], 7))
+
+
+def test_spelled_puzzles_are_the_same_puzzles_and_each_spelling_is_as_frequent():
+    task, seen = TASKS["sudoku"], Counter()
+    for i, problem in enumerate(task.generate("train", 500, 0)):
+        spelled = task.corpus(problem, i)
+        assert {name: unicodedata.normalize("NFKC", text) for name, text in spelled.items()} == problem
+        assert task.score(task.target(spelled), problem) == 1 and task.corpus(problem, i) == spelled
+        for cell, (a, b) in enumerate(zip(spelled["answer"], problem["answer"])):
+            dark = sum(divmod(cell, 4)) % 2  # the others stay plain, and clues are spelled as in the answer
+            assert (a == b or dark) and spelled["question"][cell] in ("0", a)
+            seen.update([next(i for i, digits in enumerate(rewards.SPELLED) if a in digits)] * dark)
+    assert sum((n - 1000) ** 2 / 1000 for n in seen.values()) < 16.3  # 4,000 draws of 4: false once in 1,000 keys
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math500", "mbpp", "countdown", "sudoku", "zebra"])

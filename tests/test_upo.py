@@ -254,6 +254,13 @@ def test_rules_by_hand():
     assert torch.allclose(score["margin"], torch.tensor([0.0, 0.28, 0.1]), atol=1e-6)
     assert torch.allclose(score["entropy"], -torch.distributions.Categorical(p).entropy(), atol=1e-5)
     assert torch.allclose(score["softmax_confidence"], torch.tensor([5.0, 4.6, 4.0]), atol=1e-5)
+    # tokens 1 and 2 are two spellings of one digit: together they are surer than token 0
+    model = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: "7\uff11\U0001d7cf2"[ids[0]]))
+    model.hf = SimpleNamespace(config=SimpleNamespace(vocab_size=4))
+    candidates = torch.tensor([[True, False, True, True]])
+    scores, sampled = upo.answer_confidence(SimpleNamespace(model=model))
+    got = scores(SimpleNamespace(candidates=candidates), p.log())
+    assert torch.allclose(got, torch.tensor([[0.5, -torch.inf, 0.46, 0.6]])) and not sampled
 
 
 # --- The head, on bases in the official formats -----------------------------------------------------------------------
