@@ -1,22 +1,26 @@
-"""The tables and pictures of upo.py on sudoku: references, ablation, curves, an order. 3 seeds each.
+"""The tables and pictures of upo.py on sudoku: orders, references, a corpus without spellings, what the order learned.
 
 python experiments/sudoku_upo.py            # runs what is not there yet, then prints and draws
+
+Seeds 0 to 2 were looked at (validation puzzles) when the settings were chosen; these were not.
 """
 
+import unicodedata
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
 from common import lines, results, run, spread, table, tidy
 
-SEEDS = (0, 1, 2)
-ORDERS = ("random", "max_confidence", "margin", "entropy", "softmax_confidence", "topk_random")
-REFERENCES = {ref: f"--ref {ref}" for ref in ("max_confidence", "softmax_confidence", "topk")}
-ABLATION = {
-    "KL, pretrained": "--ref softmax_confidence",
-    "KL, random": "--ref softmax_confidence --init random",
-    "no KL, pretrained": "--ref softmax_confidence --beta 0",
-    "no KL, random": "--ref none",
+SEEDS = (3, 4, 5, 6, 7)
+FEW = SEEDS[:3]  # of the other references and of the plain corpus
+T95 = {3: 4.303, 5: 2.776}  # the t distribution's 97.5% point by number of seeds
+ORDERS = "random max_confidence margin entropy softmax_confidence topk_random answer_confidence upo".split()
+TOPK = "--ref topk"
+OTHERS = {
+    "max_confidence": "--ref max_confidence",
+    "softmax_confidence": "--ref softmax_confidence",
+    "topk, `--corpus plain`": "--ref topk --corpus plain",
 }
 
 
@@ -26,33 +30,51 @@ def path(flags: str, seed: int) -> Path:
     return run(f"python upo.py --task sudoku {flags} --seed {seed}", f"runs/sudoku-{name}-s{seed}")
 
 
-def results_of(flags: str) -> list[dict]:
-    return [results(path(flags, seed)) for seed in SEEDS]
+def points(values: list[float]) -> str:
+    """Mean of shares in points, ± its 95% t interval over seeds."""
+    values = [100 * value for value in values]
+    return f"{mean(values):+.1f} ± {T95[len(values)] * stdev(values) / len(values) ** 0.5:.1f}"
+
+
+def solved_share(seed: int, order: str) -> float:
+    """Share of puzzles whose every cell is right."""
+    rows = [row for row in lines(path(TOPK, seed), "completions") if row["method"] == order]
+    return mean(row["score"] == 1 for row in rows)
 
 
 def orders() -> dict[str, list[str]]:
-    """Accuracy of every order; the fixed ones are the same under each reference, their base being the same."""
-    rows = {}
+    """Of each order: share of right cells by seed, of whole grids, and what upo gains over it on the same puzzles."""
+    rows, found = {}, [results(path(TOPK, seed)) for seed in SEEDS]
     for name in ORDERS:
-        values = [r["accuracy"][name]["mean"] for r in results_of(REFERENCES["topk"])]
-        rows[name] = [*(f"{v:.3f}" for v in values), spread(values), ""]
-    for ref, flags in REFERENCES.items():
-        found = results_of(flags)
-        values = [r["accuracy"]["upo"]["mean"] for r in found]
-        p = [max(r["paired"][rival]["p"] for r in found) for rival in ("max_confidence", "margin")]
-        rows[f"**UPO**, `--ref {ref}`"] = [*(f"{v:.3f}" for v in values), spread(values), f"{p[0]:.0e}, {p[1]:.0e}"]
+        values = [r["accuracy"][name]["mean"] for r in found]
+        cells = [*(f"{v:.3f}" for v in values), spread(values), spread([solved_share(seed, name) for seed in SEEDS])]
+        paired = [r["paired"][name] for r in found] if name != "upo" else []
+        gain = [points([p["difference"] for p in paired]), f"{max(p['p'] for p in paired):.0e}"] if paired else ["", ""]
+        rows[f"**{name}**" if paired == [] else name] = cells + gain
     return rows
 
 
-def ablation() -> dict[str, list[str]]:
+def references() -> dict[str, list[str]]:
+    """Of each other reference and corpus: max_confidence, upo, and upo's gain, by seed and with its interval."""
     rows = {}
-    for name, flags in ABLATION.items():
-        found = results_of(flags)
-        gains = [100 * r["paired"]["max_confidence"]["difference"] for r in found]
-        by_seed = ", ".join(f"{gain:+.1f}" for gain in gains)
-        accuracy = spread([r["accuracy"]["upo"]["mean"] for r in found])
-        rows[name] = [accuracy, f"{mean(gains):+.1f} ± {stdev(gains):.1f}", by_seed]
+    for name, flags in {"topk": TOPK, **OTHERS}.items():
+        found = [results(path(flags, seed)) for seed in (SEEDS if flags == TOPK else FEW)]
+        gains = [r["paired"]["max_confidence"]["difference"] for r in found]
+        cells = [spread([r["accuracy"][order]["mean"] for r in found]) for order in ("max_confidence", "upo")]
+        largest = max(r["paired"]["max_confidence"]["p"] for r in found)
+        rows[name] = [*cells, ", ".join(f"{100 * g:+.1f}" for g in gains), points(gains), f"{largest:.0e}"]
     return rows
+
+
+def when(order: str) -> list[str]:
+    """Mean step (of 8) at which an order reveals dark and light squares, and the share that it gets right there."""
+    shade = {True: [], False: []}
+    for seed in SEEDS:
+        for row in lines(path(TOPK, seed), "completions"):
+            for i, cell in enumerate(board(row) if row["method"] == order else ()):
+                if cell.step >= 0:
+                    shade[sum(divmod(i, 4)) % 2 == 1].append(cell)
+    return [f"{mean(c.step + 1 for c in shade[d]):.2f} {mean(c.right for c in shade[d]):.3f}" for d in (True, False)]
 
 
 def draw() -> None:
@@ -65,24 +87,16 @@ def draw() -> None:
         "group_reward_std": "std of the reward in a group",
         "entropy": "entropy of g, nats",
     }
-    for colour, (label, flags) in zip(
-        ("tab:blue", "tab:cyan", "tab:orange", "tab:red", "tab:green"),
-        [*ABLATION.items(), ("topk, KL, random", REFERENCES["topk"])],
-    ):
-        runs = [[row for row in lines(path(flags, s), "metrics") if row["phase"] == "upo"] for s in SEEDS]
+    for i, (label, flags) in enumerate({"topk": TOPK, **OTHERS}.items()):
+        runs = [[row for row in lines(path(flags, s), "metrics") if row["phase"] == "upo"] for s in FEW]
         for ax, name in zip(axes, panels):
             curves = [[row[name] for row in rows if name in row] for rows in runs]
             step = [i + 1 for i, row in enumerate(runs[0]) if name in row]
             average = [mean(values) for values in zip(*curves)]
             width = 1 if len(step) < 50 else 10  # single batches are noisy: means of 10 steps
             blocks = range(0, len(average) - width + 1, width)
-            ax.plot(
-                [step[i + width // 2] for i in blocks],
-                [mean(average[i : i + width]) for i in blocks],
-                color=colour,
-                label=label,
-                lw=1.3,
-            )
+            x, y = [step[i + width // 2] for i in blocks], [mean(average[i : i + width]) for i in blocks]
+            ax.plot(x, y, color=f"C{i}", label=label.replace("`", ""), lw=1.3)
     for ax, title in zip(axes, panels.values()):
         ax.set(xlabel="RL steps", title=title)
         ax.title.set_fontsize(9)
@@ -118,7 +132,7 @@ def solved(cells: list[str]) -> list[str] | None:
 
 def board(row: dict) -> list[Cell]:
     """The sixteen cells of a line of completions.jsonl. The tiny tokenizer has a token per digit and per line break."""
-    digits = row["completion"].split()
+    digits = unicodedata.normalize("NFKC", row["completion"]).split()
     steps = [step for i, step in enumerate(row["steps"]) if i % 5 < 4][:16]
     right = solved([d if step < 0 else "0" for d, step in zip(digits, steps)])
     return [Cell(d, step, d == r) for d, step, r in zip(digits, steps, right, strict=True)]
@@ -159,7 +173,7 @@ def draw_orders() -> None:
     """assets/upo_order.png: one puzzle under three orders."""
     import matplotlib.pyplot as plt
 
-    rows = differing(path(REFERENCES["max_confidence"], 0), "upo", "max_confidence", "margin")
+    rows = differing(path(TOPK, SEEDS[0]), "upo", "max_confidence", "answer_confidence")
     figure, axes = plt.subplots(1, len(rows), figsize=(9, 3.2))
     for ax, (name, row) in zip(axes, rows.items()):
         draw_board(ax, row, f"{name} {row['score']:.2f}")
@@ -167,12 +181,14 @@ def draw_orders() -> None:
 
 
 def main() -> None:
-    best_of = [r["pass_at_n"] for r in results_of(REFERENCES["topk"])]
+    head = [*(f"seed {seed}" for seed in SEEDS), "right cells", "whole grids", "upo gains, points", "largest p"]
+    table(["order", *head], orders())
+    head = ["max_confidence", "upo", "gain by seed, points", "mean ± 95% t", "largest p"]
+    table(["reference", *head], references())
+    table(["order", "dark squares: step, right", "light squares: step, right"], {name: when(name) for name in ORDERS})
+    best_of = [results(path(TOPK, seed))["pass_at_n"] for seed in SEEDS]
     pass_at_n = {name: [f"{mean(r[name][n] for r in best_of):.3f}" for n in best_of[0][name]] for name in best_of[0]}
-    seeds = [f"seed {seed}" for seed in SEEDS]
-    table(["order", *seeds, "mean ± std", "largest p against max-confidence, margin"], orders())
     table(["N", *best_of[0]["random"]], pass_at_n)
-    table(["reference, initialisation", "accuracy", "over max-confidence, points", "by seed"], ablation())
     draw()
     draw_orders()
 
