@@ -1,15 +1,12 @@
-"""Independent, slow versions of what maskgrpo.py computes: a model to enumerate, the objective and a training step by
-loops, the forward of a published model from its file; and rollouts that no model has written."""
+"""Independent, slow versions of what the scripts compute: a model to enumerate, rollouts, objective and training steps by
+loops, the forward of a published model from its file."""
 
 import copy
-import dataclasses
 import itertools
 import json
 import math
-from types import SimpleNamespace
 
 import torch
-import transformers
 from safetensors.torch import load_file
 from test_remask import keep_by_hand
 from torch import nn
@@ -62,78 +59,123 @@ def slow_ell(model, x0, masked, t):
     return sum(log_p[n, x0[n]] for n in range(len(x0)) if masked[n]) / t
 
 
-def config(**values):
-    return dataclasses.replace(m.parse([]), **dict(group_size=2, gen_length=8) | values)
-
-
-def rollouts(cfg, widths=(3, 5), groups=(0, 1)):
-    """Two groups of G completions behind prompts of different lengths, one of them ended early."""
-    width = max(widths)
-    place = torch.arange(width + cfg.gen_length).expand(len(widths) * cfg.group_size, -1)
-    completion = (place >= width).clone()
-    if groups[0] == 0:
-        completion[0, -3:] = False
-    start = torch.tensor(widths).repeat_interleave(cfg.group_size)[:, None]
-    batch = m.Batch(torch.full(place.shape, 9), place >= width - start, place >= width)
-    step, groups = torch.where(completion, place - width, -1), torch.tensor(groups).repeat_interleave(cfg.group_size)
-    return m.Rollouts(batch, completion, step, groups, 8, [""] * len(place))
-
-
-def remasked(cfg, o, step, j):
-    """(masks of update j, (B, L) what the model is not shown)."""
-    seen = []
-    pi = lambda x, attention, positions: seen.append(x == 0) or torch.zeros(int(positions.sum()), 10)
-    _, masks = m.remasked_log_probs(cfg, pi, SimpleNamespace(mask_id=0, first_id=0), o, step, j)
-    return masks, seen[0]
-
-
 def slow_objective(p, old, ref, t, adv, length, cfg):
-    """(A rho - beta D) / |o| of one row from the log-probabilities of its scored tokens, (N,) each, with loops."""
+    """One row's (A rho - beta D) / |o|, D, share of ratios outside the clip and |log rho|, from the log-probabilities
+    of its scored tokens, (N,) each, with loops."""
     exp = lambda x: x.exp() if x <= 1 else math.e * x  # the tangent of e^x at 1 is e + e (x - 1)
     clipped = lambda rho: min(rho * adv, max(min(rho, rho * 0 + 1 + cfg.clip), rho * 0 + 1 - cfg.clip) * adv)
-    term = lambda log_rho, d: clipped(exp(log_rho)) - cfg.beta * (exp(d) - d - 1)
-    if cfg.ratio == "token":
-        return sum(term(a - b, c - a) for a, b, c in zip(p, old, ref)) / max(len(p), 1)
-    return term((p.sum() - old.sum()) / t, (ref.sum() - p.sum()) / t) / length
+    pairs, n = [(a - b, c - a) for a, b, c in zip(p, old, ref)], max(len(p), 1)
+    if cfg.ratio == "sequence":
+        pairs, n = [((p.sum() - old.sum()) / t, (ref.sum() - p.sum()) / t)], length
+    kl = [exp(d) - d - 1 for _, d in pairs]
+    objective = sum(clipped(exp(log_rho)) - cfg.beta * k for (log_rho, _), k in zip(pairs, kl)) / n
+    figures = kl, [abs(exp(log_rho) - 1) > cfg.clip for log_rho, _ in pairs], [abs(log_rho) for log_rho, _ in pairs]
+    return objective, *(sum(v.item() for v in values) / max(len(pairs), 1) for values in figures)
 
 
-def plain_llama(model):
+def plain(model):
     """The same weights in transformers' class, with nothing of this project around it."""
-    plain = transformers.LlamaForCausalLM(copy.deepcopy(model.hf.config)).eval()
-    plain.load_state_dict(model.hf.state_dict())
-    return plain
+    twin = type(model.hf)(copy.deepcopy(model.hf.config)).eval()
+    twin.load_state_dict(model.hf.state_dict())
+    return twin
 
 
-def step_by_hand(cfg, pi, pi_ref, ids, rows, step):
-    """One step of SGD on `pi`, row by row without padding. ids: of masks; rows: (prompt, o, |o|, A, group, row of it).
-    Returns the mean of the inner updates' losses and of their gradient norms."""
-    old, found = copy.deepcopy(pi), []
+def merged(twin, trained):
+    """The weights of a plain model from those that train: all, or LoRA's, W + (alpha / r) B A with alpha = r / 2."""
+    weights = dict(twin.named_parameters())
+    for name, value in trained.items():
+        if "lora_A" in name:
+            of = name.removeprefix("base_model.model.").replace("lora_A.default.", "")
+            weights[of] = weights[of] + trained[name.replace("lora_A", "lora_B")] @ value / 2
+    return weights | {name: value for name, value in trained.items() if "lora" not in name}
+
+
+SCORE = lambda text: {"length": len(text) % 7 / 3, "first": float(text[:1] < "M")}  # a reward that varies
+
+
+def advantage_by_hand(r, i, cfg):
+    """Of the i-th completion, groups being pairs."""
+    apart = r[i] - r[i ^ 1]
+    return apart / 2 if cfg.advantage == "mean" or not apart else math.copysign(1 / 2**0.5, apart)
+
+
+def slow_rollout(logits_of, x, start, block, k, ends, pad, temperature=0.0, noise=None):
+    """LLaDA's procedure for one row, written with loops; returns (tokens, step of each). x ends with the mask token;
+    logits_of(x, places) -> (N, V)."""
+    x, steps, n, mask = list(x), [-1] * len(x), 0, x[-1]
+    end = lambda: next((i for i in range(start, len(x)) if x[i] in ends), len(x))
+    for left in range(start, len(x), block):
+        for _ in range(-(-block // k)):
+            places = [i for i in range(left, min(left + block, len(x))) if x[i] == mask and i < end()]
+            if places:
+                logits = logits_of(x, places)
+                p, tokens = logits.softmax(-1), slow_draw(logits, temperature, noise)
+                found = [(p[r, token].item(), i, token) for r, (i, token) in enumerate(zip(places, tokens))]
+                for _, i, token in sorted(found, reverse=True)[:k]:
+                    x[i], steps[i] = token, n
+            n += 1
+    return [pad if i > end() else t for i, t in enumerate(x)], [-1 if i > end() else s for i, s in enumerate(steps)]
+
+
+def slow_draw(logits, temperature, noise):
+    """Tokens from softmax(logits / T) by the exponential race, or the likeliest; logits (N, V), noise a generator."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    race = torch.empty(logits.shape, dtype=torch.float64).exponential_(generator=noise)
+    return ((logits.double() / temperature).softmax(-1) / race).argmax(-1).tolist()
+
+
+# --- A training step of maskgrpo.py. row: prompt, o, n = |o|, steps, of its rollout; group, k: its number in it; a = A
+
+
+def slow_masks(cfg, row, step, j):
+    """(hidden places of the completion, scored ones, hidden ones of the prompt, t) of update j. Scheme by scheme: what a
+    scheme hides, and what all hide behind EOS, changes here."""
+    key = (cfg.seed, m.MASKS, step, j * (cfg.remask != "rotated_trace"), row.group)
+    noise = seeded(*key, 0 if cfg.managed_randomness else row.k + 1)
+    u, phase, of_prompt = (torch.rand(n, generator=noise).tolist() for n in (cfg.gen_length, 1, len(row.prompt)))
+    t, places, behind = cfg.gamma + (1 - cfg.gamma) * j / cfg.mu, range(row.n), [*range(row.n, cfg.gen_length)]
+    if cfg.remask == "full":
+        return [*places, *behind], [*places], [i for i, v in enumerate(of_prompt) if v < 0.15], 1.0
+    if "trace" in cfg.remask:
+        turn = (j - 1 + int(phase[0] * cfg.mu) * (cfg.remask == "rotated_trace")) % cfg.mu
+        part = [row.steps[i] * cfg.mu // (max(row.steps[: row.n]) + 1) for i in places]
+        hidden = [i for i in places if part[i] >= turn]
+        return hidden + behind, [i for i in hidden if part[i] == turn], [], 1 / cfg.mu
+    keep = keep_by_hand(row.n, t)
+    hidden = [i for i in places if (u[i] >= keep[i] if cfg.remask == "fading_out" else u[i] < t)]
+    return hidden + behind, hidden, [], t
+
+
+def step_by_hand(cfg, logits_of, trained, ref, mask_id, rows, step):
+    """One step of SGD on `trained`, weights by name, row by row without padding; logits_of(weights, x) -> (L, V).
+    Returns the mean over inner updates of the loss, KL, share clipped, |log rho| and gradient norm."""
+    old, found = {name: v.detach().clone() for name, v in trained.items()}, []
     for j in range(1, cfg.mu + 1):
-        t, total = cfg.gamma + (1 - cfg.gamma) * j / cfg.mu, 0.0
-        for prompt, o, n, a, group, k in rows:
-            key = (cfg.seed, m.MASKS, step, j, group, 0 if cfg.managed_randomness else k + 1)
-            u, keep = torch.rand(cfg.gen_length, generator=seeded(*key)), keep_by_hand(n, t)
-            hidden = [i for i in range(n) if u[i] >= keep[i]]
-            x_t = torch.tensor([prompt + [ids if i in hidden or i >= n else o[i] for i in range(cfg.gen_length)]])
-            places, words = [len(prompt) + i for i in hidden], [o[i] for i in hidden]
-
-            def log_p(model):
-                logits = model(input_ids=x_t).logits[0, places]  # noqa: B023
-                logits[:, ids] = -torch.inf
-                return (logits / cfg.temperature).log_softmax(-1)[range(len(words)), words]  # noqa: B023
-
+        total = []
+        for row in rows:
+            hidden, scored, of_prompt, t = slow_masks(cfg, row, step, j)
+            x = [mask_id if i in of_prompt else word for i, word in enumerate(row.prompt)]
+            x += [mask_id if i in hidden else word for i, word in enumerate(row.o)]
+            places, words = [len(row.prompt) + i for i in scored], [row.o[i] for i in scored]
+            log_p = lambda w: (logits_of(w, x)[places] / cfg.temperature).log_softmax(-1)[range(len(words)), words]  # noqa: B023
             with torch.no_grad():
-                before, ref = log_p(old), log_p(pi_ref)
-            total = total + slow_objective(log_p(pi), before, ref, t, a, n, cfg)
-        loss = -total / len(rows)
-        gradients = torch.autograd.grad(loss, list(pi.parameters()))
-        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
-        rate = cfg.lr * min(1, (step * cfg.mu + j) / cfg.warmup) * min(1, cfg.max_grad_norm / norm)
-        with torch.no_grad():
-            for p, g in zip(pi.parameters(), gradients):
-                p -= rate * g
-        found.append((loss.item(), norm))
+                before, held = log_p(old), log_p(ref if cfg.beta else trained)
+            total.append(slow_objective(log_p(trained), before, held, t, row.a, row.n, cfg))
+        loss, *figures = (sum(values) / len(rows) for values in zip(*total))
+        rate = cfg.lr * min(1, (step * cfg.mu + j) / cfg.warmup)
+        found.append((-loss.item(), *figures, sgd_by_hand(-loss, trained, rate, cfg.max_grad_norm)))
     return [sum(values) / len(values) for values in zip(*found)]
+
+
+def sgd_by_hand(loss, trained, rate, most):
+    """One step on the clipped gradient; its norm before."""
+    gradients = torch.autograd.grad(loss, list(trained.values()))
+    norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+    with torch.no_grad():
+        for p, g in zip(trained.values(), gradients):
+            p -= rate * most / max(norm, most) * g
+    return norm
 
 
 def slow_forward(folder, ids, dream):

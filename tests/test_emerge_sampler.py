@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from slow import slow_rollout
 
 import emerge_sampler as es
 
@@ -30,25 +31,6 @@ def network(seed=0, length=10):
     return denoise
 
 
-def slow_rollout(denoise, x, start, block, k):
-    """LLaDA's procedure for one row, greedy, written with loops; returns (tokens, step of each)."""
-    x, steps = list(x), [-1] * len(x)
-    n, end = 0, lambda: next((i for i in range(start, len(x)) if x[i] == EOS), len(x))
-    for left in range(start, len(x), block):
-        places = range(left, min(left + block, len(x)))
-        for _ in range(-(-block // k)):
-            open_places = [i for i in places if x[i] == MASK and i < end()]
-            if open_places:
-                positions = torch.zeros(1, len(x), dtype=torch.bool)
-                positions[0, open_places] = True
-                p = denoise(torch.tensor([x]), positions).softmax(-1)
-                found = [(p[r].max().item(), i, p[r].argmax().item()) for r, i in enumerate(open_places)]
-                for _, i, token in sorted(found, reverse=True)[:k]:
-                    x[i], steps[i] = token, n
-            n += 1
-    return [PAD if i > end() else t for i, t in enumerate(x)], [-1 if i > end() else s for i, s in enumerate(steps)]
-
-
 def rollout(denoise, x, completion=None, **changed):
     """`semi_autoregressive`, greedy, of all masked tokens, but for what is changed."""
     settings = dict(temperature=0, generator=torch.Generator(), eos_ids=[EOS], pad_id=PAD) | changed
@@ -57,13 +39,17 @@ def rollout(denoise, x, completion=None, **changed):
 
 @pytest.mark.parametrize("block,k", [(1, 1), (4, 1), (4, 3), (4, 4), (8, 2), (3, 2)])
 def test_greedy_rollout_equals_the_slow_loop(block, k):
-    for denoise in map(network, range(6)):
+    """And a sampled one, whose rows have noise of their own; the global generator stays untouched."""
+    before, gens = torch.get_rng_state(), lambda: [torch.Generator().manual_seed(r) for r in range(3)]
+    for denoise, temperature in itertools.product(map(network, range(6)), (0.0, 0.7)):
+        read = lambda x, places: denoise(torch.tensor([x]), torch.isin(torch.arange(10), torch.tensor(places))[None])  # noqa: B023
         x = torch.full((3, 10), MASK)
         x[:, :2] = torch.tensor([[0, 1], [2, 3], [4, 0]])
-        out = rollout(denoise, x, block_length=block, tokens_per_step=k)
-        for row in range(3):
-            tokens, steps = slow_rollout(denoise, x[row].tolist(), 2, block, k)
+        out = rollout(denoise, x, block_length=block, tokens_per_step=k, temperature=temperature, generator=gens())
+        for row, noise in enumerate(gens()):
+            tokens, steps = slow_rollout(read, x[row].tolist(), 2, block, k, [EOS], PAD, temperature, noise)
             assert out.x[row].tolist() == tokens and out.unmask_step[row].tolist() == steps
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_only_masked_positions_of_the_block_are_read_and_steps_are_recorded():
@@ -118,18 +104,6 @@ def test_eos_last_waits_for_the_rest_of_its_block():
     for eos_last, steps in ((False, [0, 1, 2, -1]), (True, [0, 1, 3, -1])):
         out = rollout(denoise, x, block_length=4, tokens_per_step=1, eos_last=eos_last)
         assert out.unmask_step.tolist() == [steps]
-
-
-def test_a_row_depends_on_its_own_generator_alone():
-    """Neither on its batch nor on the global generator, which stays untouched."""
-    x, before = torch.full((4, 10), MASK), torch.get_rng_state()
-    gens = [torch.Generator().manual_seed(r) for r in [0, 1, 2, 3, 0, 1, 2, 3]]
-    settings = dict(block_length=5, tokens_per_step=2, temperature=1.0)
-    together = rollout(network(), x, generator=gens[:4], **settings)
-    for r in range(4):
-        alone = rollout(network(), x[:1], generator=gens[4 + r : 5 + r], **settings)
-        assert torch.equal(alone.x[0], together.x[r]) and torch.equal(alone.unmask_step[0], together.unmask_step[r])
-    assert len({tuple(row) for row in together.x.tolist()}) > 1 and torch.equal(before, torch.get_rng_state())
 
 
 def test_bfloat16_logits_keep_their_long_tail():

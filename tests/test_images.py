@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from conftest import llada_checkpoint
 from runs import lines_of, one_error, results_of, small_run
 from safetensors.torch import save_file
-from slow import plain_llama
+from slow import plain
 
 import emerge_sampler
 import maskgrpo as m
@@ -116,7 +116,7 @@ def tiny():
 
 
 def test_the_head_runs_for_the_codes_alone(tiny):
-    full, words = plain_llama(tiny), len(tiny.tokenizer)
+    full, words = plain(tiny), len(tiny.tokenizer)
     x = torch.randint(0, words + 65, (2, 9), generator=torch.Generator().manual_seed(0))
     attention, positions = torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.bool)
     positions[0, 2:5], positions[1, 8] = True, True
