@@ -178,6 +178,82 @@ def sgd_by_hand(loss, trained, rate, most):
     return norm
 
 
+# --- A training step of upo.py, row by row without padding. A step of a row: state, log g and log g_ref of its allowed
+# places (N,), which of them is a_n, and its weight
+
+
+def slow_policy(g, state, temperature):
+    """log g of a state's allowed places, (N,), by PyTorch's own layer on the whole row."""
+    h, top, masked, candidates, allowed = state
+    h = (h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    rates = [math.pi * (k + 0.5) / (h.shape[1] // 2) for k in range(h.shape[1] // 2)]
+    code = torch.tensor([[f(i * rate) for rate in rates for f in (math.sin, math.cos)] for i in range(len(h))])
+    h = g.layer((h + code)[None])[0]
+    seen = [torch.cat([h[a], torch.tensor([a in candidates, a in masked]), top[a]]) for a in allowed]
+    return (g.mlp(torch.stack(seen))[:, 0] / temperature).log_softmax(0)
+
+
+def slow_reference(cfg, confidence):
+    """log g_ref (N,) of the allowed places from their confidences."""
+    if cfg.ref == "max_confidence":
+        return torch.tensor([0.0 if v == max(confidence) else -torch.inf for v in confidence])
+    scores = [v / cfg.tau if cfg.ref == "softmax_confidence" else 0.0 for v in confidence]
+    return torch.tensor(scores).log_softmax(0)
+
+
+def slow_trajectory(cfg, read, choose, x, ends, mask_id, key, weights):
+    """(tokens, step of each, the steps) of one row x; read(x) -> hidden (L, D), logits (L, V); choose(state, log_ref)
+    -> log-probabilities of its allowed places; weights: of step_weights."""
+    x, when, steps, start = list(x), [-1] * len(x), [], x.index(mask_id)
+    for_a, for_token = (seeded(*key, use) for use in range(2))
+    end = lambda: next((i for i in range(start, len(x)) if x[i] in ends), len(x))
+    while left := [i for i in range(start, len(x)) if x[i] == mask_id and i < end()]:
+        (hidden, logits), masked = read(x), [i for i in range(start, len(x)) if x[i] == mask_id]
+        candidates = [i for i in left if (i - start) // cfg.block_length == (left[0] - start) // cfg.block_length]
+        top, p = torch.zeros(len(x), 8), logits.softmax(-1)
+        top[candidates] = p[candidates].sort(descending=True).values[:, :8]
+        best = sorted(candidates, key=lambda i: -top[i, 0])[: cfg.topk]
+        allowed = sorted(best) if cfg.ref == "topk" else candidates
+        state, log_ref = (hidden, top, masked, candidates, allowed), slow_reference(cfg, top[allowed, 0].tolist())
+        log_g = choose(state, log_ref)
+        race = torch.empty(len(candidates), dtype=torch.float64).exponential_(generator=for_a)
+        n = max(range(len(allowed)), key=lambda n: log_g[n] - race[candidates.index(allowed[n])].log())
+        (token,), a = slow_draw(logits[allowed[n]][None], cfg.temperature, for_token), allowed[n]
+        steps.append((state, log_g.detach(), log_ref, n, weights[len(steps)].item()))
+        x[a], when[a] = token, len(steps) - 1
+    return x, [-1 if i > end() else s for i, s in enumerate(when)], steps
+
+
+def upo_step_by_hand(cfg, g, rows, advantages, rate, init):
+    """One step of SGD on g, or with init one of pretraining; the mean over updates of the loss, the cross-entropy, the
+    share clipped, |log rho| and the gradient norm."""
+    found, m = [], cfg.batch_size // cfg.minibatch_size
+    for first in [*range(m)] * cfg.mu:
+        total = []
+        for steps, adv in [*zip(rows, advantages)][first::m]:
+            kept = [step for step in steps if step[4]]
+            over = lambda values: sum(w * v for v, (*_, w) in zip(values, kept)) / len(steps)  # noqa: B023; over n: a mean
+            now = [slow_policy(g, state, cfg.position_temperature) for state, *_ in kept]
+            log_rho = [new[n] - old[n] for new, (_, old, _, n, _) in zip(now, kept)]
+            clipped = [min(max(v.exp(), 1 - cfg.clip + 0 * v), 1 + cfg.clip + 0 * v) for v in log_rho]
+            entropies = [-sum(q.exp() * v for q, v in zip(ref, new) if q > -torch.inf) for new, (_, _, ref, *_) in zip(now, kept)]
+            loss = -over([min(v.exp() * adv, c * adv) for v, c in zip(log_rho, clipped)])
+            if cfg.ref == "max_confidence":
+                loss = loss + cfg.beta * over(entropies)
+            elif cfg.ref != "none":  # the gradient of KL(g || g_ref) over trajectories; all steps count once
+                along = sum(w * new[n] for new, (*_, n, w) in zip(now, kept))
+                moved = sum(w * v for v, (*_, w) in zip(log_rho, kept)).detach()
+                apart = sum(old[n] - ref[n] for _, old, ref, n, _ in steps)
+                loss = loss + cfg.beta * min(max(moved.exp().item(), 0.5), 2) * (1 + moved + apart) * along
+            loss = over(entropies) if init else loss
+            outside = 0 * loss if init else over([float(abs(v.exp() - 1) > cfg.clip) for v in log_rho])
+            total.append((loss, over(entropies), outside, 0 * loss if init else over([abs(v) for v in log_rho])))
+        figures = [sum(values) / len(total) for values in zip(*total)]
+        norm = sgd_by_hand(figures[0], dict(g.named_parameters()), rate, cfg.max_grad_norm)
+        found.append([*map(float, figures), norm])
+    return [sum(values) / len(values) for values in zip(*found)]
+
+
 def slow_forward(folder, ids, dream):
     """LLaDA's or Dream's forward in plain torch, from the checkpoint file: (L, V) logits of one unpadded row."""
     w, c = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())

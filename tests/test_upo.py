@@ -9,14 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from runs import dies, ended, forked, forked_pair, lines_of, results_of, same_metrics
 from safetensors.torch import load_file
+from slow import SCORE, advantage_by_hand, plain, slow_policy, slow_trajectory, upo_step_by_hand
 from torch import nn
 
 import maskgrpo as m
 import rewards
 import upo
+from remask import shuffled
 
 # --- A tabular masked diffusion model: n = 3 tokens, 2 words (0, 1), mask 2; random tables from a seed ----------------
 
@@ -285,18 +288,6 @@ def config_for(**values) -> upo.Config:
 IDS = torch.tensor([[9, 40, 77, 100, 31, 55, 12, 80, 64]])
 
 
-@pytest.mark.parametrize("kind", ["llada", "dream"])
-def test_features_enter_the_last_block(kind, request):
-    base = frozen(request.getfixturevalue(kind))
-    hidden, _ = base.read(IDS, IDS >= 0, IDS >= 0)
-    expected = base.model.hf(input_ids=IDS, output_hidden_states=True).hidden_states[-2]
-    if kind == "dream":  # what predicts position i stands at i - 1
-        assert hidden[:, 0].eq(0).all()
-        hidden, expected = hidden[:, 1:], expected[:, :-1]
-    torch.testing.assert_close(hidden, expected, atol=1e-6, rtol=1e-5)
-    assert not hidden.requires_grad and not any(p.requires_grad for p in base.model.parameters())
-
-
 @pytest.mark.parametrize("kind, name", [*(("llada", name) for name in [*upo.ORDERS, "upo"]), ("dream", "upo")])
 def test_actions_are_those_of_a_batch_of_one(kind, name, request):
     """Eight prompts of different lengths, padded on the left, against each alone."""
@@ -326,25 +317,56 @@ def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
     assert all(torch.equal(go([i]).x[0], together.x[i]) for i in range(2))
 
 
-def test_the_loss_does_not_depend_on_how_steps_share_states(llada):
-    """unmask computes a state once however many rows are in it; the loss is that of each row by itself."""
-    base, cfg = frozen(llada), config_for(ref="softmax_confidence", batch_size=6, minibatch_size=2)
-    policy = upo.new_policy(cfg, base, "cpu")
-    batch, order = open_batch(base, [{"question": "Tom?", "answer": "#### 3"}] * 6, 8), upo.learned(policy, cfg, True)
-    e = upo.unmask(base, batch, order, cfg, [(1, i) for i in range(6)], [], keep=True)
-    assert len(e.log_ref) < len(e.row) == 48
-    advantages = torch.tensor([1.0, -1, 2, 0, 0.5, -0.5])
-    log_g, options = lambda e: policy(*e.state, cfg.position_temperature), dict(ref=cfg.ref, clip=0.2, beta=0.1)
-    loss = lambda e, rows=slice(None): upo.upo_loss(log_g(e), e, advantages[rows], **options)[0]
-    apart = e._replace(state=upo.State(*(v[e.at] for v in e.state)), log_ref=e.log_ref[e.at], at=torch.arange(48))
-    grads = [torch.autograd.grad(loss(v), list(policy.parameters())) for v in (e, apart)]
-    assert loss(e).item() == pytest.approx(loss(apart).item(), abs=1e-6)
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
-    # in minibatches of 2: together the same
-    parts = list(upo.minibatches(SimpleNamespace(cfg=cfg, device="cpu"), e))
-    assert [rows.tolist() for rows, _ in parts] == [[0, 3], [1, 4], [2, 5]]
-    assert sum(loss(part, rows).item() for rows, part in parts) / 3 == pytest.approx(loss(e).item(), abs=1e-6)
+SMALL = dict(batch_size=8, minibatch_size=4, group_size=2, mu=2, gen_length=8, warmup=4, max_grad_norm=0.02, max_steps=5)
+STEPS = {  # each argument of a step has several values
+    "topk": dict(kind="llada", lr_decay=True, beta=0.3, clip=0.02, advantage="std", temperature=0.6),
+    "softmax_confidence": dict(kind="dream", steps_per_update=3, beta=0.4, clip=0.03, advantage="mean", temperature=0.0),
+    "max_confidence": dict(kind="llada", beta=0.6, clip=0.05, position_temperature=1.3, warmup=0, temperature=1.2),
+}
+
+
+@pytest.mark.parametrize("ref", STEPS)
+def test_pretraining_and_two_steps_equal_a_loop_by_hand(ref, request, monkeypatch):
+    """Rollouts position by position, weights and metrics; with SGD, as AdamW hides a scale."""
+    values = SMALL | dict(init_lr=0.3, lr=0.2, position_temperature=0.7) | STEPS[ref]
+    base, cfg = frozen(request.getfixturevalue(kind := values.pop("kind"))), config_for(ref=ref, task="gsm8k", **values)
+    run, twin, calls, sample = m.Run(cfg, Accelerator()), plain(base.model), [], upo.sample_groups
+    problems, texts = rewards.TASKS["gsm8k"].generate("train", 20, 0), []
+    base.model.eos_ids = [*base.model.eos_ids, *range(40, 500, 12)]  # so that some completions end early
+    judge = lambda task, got, asked: texts.append(got) or [(SCORE(text), 0.0) for text in got]
+    monkeypatch.setattr(upo, "judge_all", judge)
+    monkeypatch.setattr(upo, "sample_groups", lambda *args: calls.append(sample(*args)) or calls[-1])
+    g, by_hand = (upo.new_policy(cfg, base, "cpu") for _ in range(2))
+    optimizer, mask_id, prompts = torch.optim.SGD(g.parameters(), lr=9.0), base.model.mask_id, []
+    like_g = lambda state, log_ref: slow_policy(by_hand, state, cfg.position_temperature)
+
+    @torch.no_grad()
+    def read(x):
+        out, shift = twin(input_ids=torch.tensor([x]), output_hidden_states=True), kind == "dream"
+        hidden, logits = (v[0].roll(int(shift), 0) for v in (out.hidden_states[-2], out.logits))  # Dream: i at i - 1
+        return hidden.index_fill(0, torch.arange(int(shift)), 0), logits.index_fill(1, torch.tensor(mask_id), -torch.inf)
+
+    for step, init in ((1, True), (0, False), (1, False)):
+        before = policy_before = [p.detach().clone() for p in by_hand.parameters()]
+        got, rows, drawn = (upo.init_step if init else upo.train_step)(run, base, g, optimizer, problems, step), [], []
+        e, use = calls[-1][0], upo.PRETRAIN if init else upo.ROLLOUT
+        asked = shuffled(20, 4, 4 * step, cfg.seed, upo.DATA, use)
+        for i in range(8):
+            prompt, key = base.model.prompt_ids(run.task, problems[asked[i // 2]]), (cfg.seed, use, step, i // 2, i % 2)
+            choose, weights = (lambda state, log_ref: log_ref) if init else like_g, upo.step_weights(cfg, [8], [key])[0]
+            row = slow_trajectory(cfg, read, choose, prompt + [mask_id] * 8, base.model.eos_ids, mask_id, key, weights)
+            assert e.unmask_step[i, -8:].tolist() == row[1][-8:] and e.length[i] == len(row[2])
+            assert all(x == y for x, y, when in zip(e.x[i, -8:].tolist(), row[0][-8:], row[1][-8:]) if when >= 0)
+            rows.append(row[2])
+        r = [sum(SCORE(text).values()) for text in texts[-1]]
+        a = [advantage_by_hand(r, i, cfg) for i in range(8)]
+        lr = cfg.init_lr if init else cfg.lr * (1 if not cfg.warmup else (step + 1) / 4) * (1 - cfg.lr_decay * step / 5)
+        names = ("loss", "cross_entropy", "clipped", "log_ratio", "grad_norm")
+        expected = upo_step_by_hand(cfg, by_hand, rows, a, lr, init)
+        assert [got[name] for name in names] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        for one, two in zip(g.parameters(), by_hand.parameters()):
+            torch.testing.assert_close(one, two, atol=2e-6, rtol=1e-4)
+        print(got)
 
 
 # --- End to end: the command line, resuming, two processes, transfer, bad input ---------------------------------------
