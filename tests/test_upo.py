@@ -328,16 +328,18 @@ STEPS = {  # each argument of a step has several values
 @pytest.mark.parametrize("ref", STEPS)
 def test_pretraining_and_two_steps_equal_a_loop_by_hand(ref, request, monkeypatch):
     """Rollouts position by position, weights and metrics; with SGD, as AdamW hides a scale."""
-    values = SMALL | dict(init_lr=0.3, lr=0.2, position_temperature=0.7) | STEPS[ref]
+    values = SMALL | dict(init_lr=1, lr=1, position_temperature=0.7) | STEPS[ref]
     base, cfg = frozen(request.getfixturevalue(kind := values.pop("kind"))), config_for(ref=ref, task="gsm8k", **values)
     run, twin, calls, sample = m.Run(cfg, Accelerator()), plain(base.model), [], upo.sample_groups
     problems, texts = rewards.TASKS["gsm8k"].generate("train", 20, 0), []
-    base.model.eos_ids = [*base.model.eos_ids, *range(40, 500, 12)]  # so that some completions end early
+    base.model.eos_ids = [*base.model.eos_ids, *range(40, 500, 9)]  # so that some completions end early
     judge = lambda task, got, asked: texts.append(got) or [(SCORE(text), 0.0) for text in got]
     monkeypatch.setattr(upo, "judge_all", judge)
     monkeypatch.setattr(upo, "sample_groups", lambda *args: calls.append(sample(*args)) or calls[-1])
     g, by_hand = (upo.new_policy(cfg, base, "cpu") for _ in range(2))
-    optimizer, mask_id, prompts = torch.optim.SGD(g.parameters(), lr=9.0), base.model.mask_id, []
+    for p in (*g.mlp.parameters(), *by_hand.mlp.parameters()):
+        p.data *= 3  # far from uniform
+    optimizer, mask_id, ended, signs = torch.optim.SGD(g.parameters(), lr=9.0), base.model.mask_id, set(), set()
     like_g = lambda state, log_ref: slow_policy(by_hand, state, cfg.position_temperature)
 
     @torch.no_grad()
@@ -347,7 +349,6 @@ def test_pretraining_and_two_steps_equal_a_loop_by_hand(ref, request, monkeypatc
         return hidden.index_fill(0, torch.arange(int(shift)), 0), logits.index_fill(1, torch.tensor(mask_id), -torch.inf)
 
     for step, init in ((1, True), (0, False), (1, False)):
-        before = policy_before = [p.detach().clone() for p in by_hand.parameters()]
         got, rows, drawn = (upo.init_step if init else upo.train_step)(run, base, g, optimizer, problems, step), [], []
         e, use = calls[-1][0], upo.PRETRAIN if init else upo.ROLLOUT
         asked = shuffled(20, 4, 4 * step, cfg.seed, upo.DATA, use)
@@ -361,12 +362,18 @@ def test_pretraining_and_two_steps_equal_a_loop_by_hand(ref, request, monkeypatc
         r = [sum(SCORE(text).values()) for text in texts[-1]]
         a = [advantage_by_hand(r, i, cfg) for i in range(8)]
         lr = cfg.init_lr if init else cfg.lr * (1 if not cfg.warmup else (step + 1) / 4) * (1 - cfg.lr_decay * step / 5)
-        names = ("loss", "cross_entropy", "clipped", "log_ratio", "grad_norm")
+        names = ("loss", "cross_entropy", "clipped", "log_ratio", "grad_norm", "reward", "group_reward_std", "entropy", "kl")
         expected = upo_step_by_hand(cfg, by_hand, rows, a, lr, init)
-        assert [got[name] for name in names] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        apart = [abs(r[i] - r[i + 1]) / 2**0.5 for i in range(0, 8, 2)]
+        entropy = [sum(torch.special.entr(log_g.exp()).sum() for _, log_g, *_ in row) / len(row) for row in rows]
+        kl = [sum(log_g[n] - log_ref[n] for _, log_g, log_ref, n, _ in row) for row in rows]
+        expected += [sum(r) / 8, sum(apart) / 4, sum(entropy).item() / 8, sum(kl).item() / 8]
+        assert all(got[name] == pytest.approx(v, rel=1e-4, abs=1e-5) for name, v in zip(names, expected) if name in got)
+        assert got["grad_norm"] > 2 * cfg.max_grad_norm and (init or got["clipped"] > 0)
+        ended, signs = ended | {len(row) < 8 for row in rows}, signs | {v > 0 for v in a}
         for one, two in zip(g.parameters(), by_hand.parameters()):
             torch.testing.assert_close(one, two, atol=2e-6, rtol=1e-4)
-        print(got)
+    assert ended == signs == {True, False}
 
 
 # --- End to end: the command line, resuming, two processes, transfer, bad input ---------------------------------------
