@@ -106,16 +106,12 @@ def test_eos_last_waits_for_the_rest_of_its_block():
         assert out.unmask_step.tolist() == [steps]
 
 
-def test_bfloat16_logits_keep_their_long_tail():
-    """A 0.7 token against 30,000 that share the rest, in bf16: it wins 70% of the time, not 99.6%.
-    2,000 draws: 5 standard deviations are 0.051, a false alarm in two millions."""
-    logits = torch.cat([torch.tensor([0.7]).log(), torch.full((30_000,), 0.3 / 30_000).log()]).to(torch.bfloat16)
-    truth = logits.double().softmax(-1)[0].item()
-    positions, wins, g = torch.ones(100, 1, dtype=torch.bool), 0, torch.Generator().manual_seed(0)
-    for _ in range(20):
-        wins += int((es.draw(logits.expand(100, -1), 1.0, es.exponential_noise(positions, 30_001, g)) == 0).sum())
-    assert wins / 2000 == pytest.approx(truth, abs=0.051) and truth < 0.75
-    assert es.exponential_noise(positions, 2, g).dtype == torch.float64
+def test_draws_are_made_in_float64_whatever_the_logits():
+    """In bf16, Gumbel noise makes a 70% token win 99.6% of the time; float32 still cuts the tail off."""
+    noise = es.exponential_noise(torch.ones(1, 1, dtype=torch.bool), 3, torch.Generator())
+    close, tail = (torch.tensor([row], dtype=noise.dtype) for row in ([1, 1 - 1e-12, 1], [1, 1e-100, 1]))
+    assert noise.dtype == torch.float64 and es.draw(torch.zeros(1, 3, dtype=torch.bfloat16), 1.0, close).item() == 1
+    assert es.emerge_step(torch.tensor([[0.0, -200.0]]).bfloat16(), 0.0, 1.0, 1.0, tail)[0].item() == 1
 
 
 def test_guidance_formula_and_forbidden_tokens():
@@ -147,28 +143,6 @@ def test_emerge_probabilities_are_the_formula_and_sum_to_one():
         q = es.emerge_probabilities(pi, a_t, a_s)
         torch.testing.assert_close(q, torch.tensor(rows, dtype=torch.float64))
         torch.testing.assert_close(q.sum(1), torch.ones(5, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("schedule", es.SCHEDULES)
-def test_the_counts_per_step_follow_their_binomial_law(schedule):
-    """6,000 rows of 8 tokens in 4 steps: of the rows with m tokens masked, k reveal with the binomial's probability.
-    The largest of all deviations, in standard deviations, stays below 6: one false alarm in a million for 60 cells."""
-    rows, length, steps = 6000, 8, 4
-    x = torch.full((rows, length), MASK)
-    settings = dict(steps=steps, schedule=schedule, temperature=1.0, generator=torch.Generator().manual_seed(5))
-    out = es.emerge(constant([0] * length), x, x == MASK, **settings)
-    left = torch.full((rows,), length)
-    for n in range(steps):
-        a_t, a_s = es.alphas(schedule, n, steps)
-        p, revealed = (a_s - a_t) / (1 - a_t), (out.unmask_step == n).sum(1)
-        for m in left.unique().tolist():
-            of, total = revealed[left == m], int((left == m).sum())
-            for k in range(m + 1):
-                expected = total * math.comb(m, k) * p**k * (1 - p) ** (m - k)
-                if expected > 20:
-                    assert abs(int((of == k).sum()) - expected) <= 6 * math.sqrt(expected)
-        left = left - revealed
-    assert not left.any()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -213,14 +187,30 @@ def slow_maskgit(logits_of, x, steps, gumbel, noise_of):
     return x, when
 
 
+def slow_emerge(logits_of, x, steps, _, noise_of):
+    """One row by Alg. 4, on the cosine schedule: alpha = 1 - cos(pi / 2 of the share of steps done)."""
+    x, when = list(x), [-1] * len(x)
+    for n in range(steps):
+        places = [i for i, token in enumerate(x) if token == MASK]
+        a_t, a_s = (1 - math.cos(math.pi * done / (2 * steps)) for done in (n, n + 1))
+        pi = [logits_of(x, i).double().softmax(-1).tolist() for i in places]
+        for i, p, noise in zip(places, pi, noise_of(len(places))):
+            q = [(a_s - a_t) / (1 - a_t) * v for v in p] + [max(1 - a_s, 0) / (1 - a_t) if n + 1 < steps else 0]
+            outcome = max(range(len(q)), key=lambda v: q[v] / noise[v])
+            x[i], when[i] = (outcome, n) if outcome < len(p) else (MASK, -1)
+    return x, when
+
+
+@pytest.mark.parametrize("sampler", [es.emerge, es.maskgit])
 @pytest.mark.parametrize("steps,gumbel", [(1, 4.5), (3, 0.0), (4, 4.5), (20, 1.0)])
-def test_maskgit_equals_a_slow_loop(steps, gumbel):
+def test_image_samplers_equal_a_slow_loop(steps, gumbel, sampler):
     denoise = network(4)
     x = torch.full((3, 10), MASK)
     x[:, :2] = torch.tensor([[0, 1], [2, 3], [4, 0]])
     gens = [torch.Generator().manual_seed(i) for i in range(3)]
-    settings = dict(steps=steps, schedule="cosine", temperature=1.0, gumbel=gumbel, generator=gens)
-    out = es.maskgit(denoise, x, x == MASK, **settings)
+    settings = dict(steps=steps, schedule="cosine", temperature=1.0, generator=gens)
+    settings |= dict(gumbel=gumbel) if sampler == es.maskgit else {}
+    out, slow = sampler(denoise, x, x == MASK, **settings), slow_maskgit if sampler == es.maskgit else slow_emerge
     for row in range(3):
         g = torch.Generator().manual_seed(row)
         draws = lambda n: es.exponential_noise(torch.ones(1, n, dtype=torch.bool), V + 1, [g]).tolist()
@@ -228,25 +218,21 @@ def test_maskgit_equals_a_slow_loop(steps, gumbel):
         def logits_of(tokens, i):
             return denoise(torch.tensor([tokens]), torch.arange(10)[None] == i)[0]
 
-        tokens, when = slow_maskgit(logits_of, x[row].tolist(), steps, gumbel, draws)
+        tokens, when = slow(logits_of, x[row].tolist(), steps, gumbel, draws)
         assert out.x[row].tolist() == tokens and out.unmask_step[row].tolist() == when
 
 
 @pytest.mark.parametrize("sampler", [es.emerge, es.maskgit])
 def test_image_samplers_fill_the_completion_and_touch_nothing_else(sampler):
-    """Codes begin at id 100; a row does not depend on its batch; the prompt and what follows stay."""
+    """Codes begin at id 100; the prompt and what follows stay."""
     x = torch.tensor([[9, 9, 1, MASK, MASK, MASK, MASK, 2], [9, 3, 1, MASK, MASK, MASK, MASK, 2]])
     denoise = lambda x, positions: torch.zeros(int(positions.sum()), 5)
-    settings = dict(steps=3, schedule="linear", temperature=1.0, first_id=100)
-    gens = lambda rows: [torch.Generator().manual_seed(r) for r in rows]
-    out = sampler(denoise, x, x == MASK, generator=gens([0, 1]), **settings)
+    settings = dict(steps=3, schedule="linear", temperature=1.0, first_id=100, generator=torch.Generator())
+    out = sampler(denoise, x, x == MASK, **settings)
     assert torch.equal(out.x[:, [0, 1, 2, 7]], x[:, [0, 1, 2, 7]]) and out.forwards <= 3
     codes = out.x[:, 3:7]
     assert ((codes >= 100) & (codes < 105)).all() and (out.unmask_step[:, 3:7] >= 0).all()
     assert (out.unmask_step[:, [0, 1, 2, 7]] == -1).all()
-    for row in range(2):
-        single = sampler(denoise, x[row : row + 1], x[row : row + 1] == MASK, generator=gens([row]), **settings)
-        assert torch.equal(single.x[0], out.x[row])
 
 
 def test_the_demonstration_s_denoisers_are_exact():
@@ -342,17 +328,9 @@ def magvit(path, form="model.safetensors", change=lambda weights: weights, **siz
 
 
 def test_published_size():
-    """39.9M parameters; and the sum by hand, a convolution being k k in out + out, a norm 2 channels."""
     with torch.device("meta"):
         decoder = es.MagvitDecoder()
-    block = lambda a, b: 2 * a + 9 * a * b + b + 2 * b + 9 * b * b + b + (a * b + b if a != b else 0)
-    count = (13 * 13 + 13) + (9 * 13 * 512 + 512) + 2 * block(512, 512) + (2 * 512 + 4 * (512 * 512 + 512))
-    before = 512
-    for width, n in zip((512, 256, 256, 128, 128), (3, 4, 3, 4, 4)):
-        count += block(before, width) + (n - 1) * block(width, width)
-        before = width
-    count += sum(9 * w * w + w for w in (512, 256, 256, 128)) + 2 * 128 + 9 * 128 * 3 + 3
-    assert sum(p.numel() for p in decoder.parameters()) == count and round(count / 1e6, 1) == 39.9
+    assert round(sum(p.numel() for p in decoder.parameters()) / 1e6, 1) == 39.9
     published = {"up.3.block.0.nin_shortcut.weight", "up.1.upsample.conv.bias", "up.0.block.3.norm2.weight"}
     assert published <= set(decoder.state_dict())
     codes = torch.zeros(1, 32 * 32, dtype=torch.long, device="meta")

@@ -156,16 +156,6 @@ def test_cross_entropy_is_the_divergence_of_max_confidence():
     assert torch.allclose(gradient(loss, theta), 0.3 * gradient(by_hand, theta), atol=1e-6)
 
 
-def test_clipping_by_hand():
-    log_g = torch.tensor([0.5, 0.5, 0.9, 0.9, 0.6]).log().requires_grad_()
-    log_old = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.9]).log()
-    advantage = torch.tensor([2.0, -2.0, 1.0, -1.0, -1.0])  # rho: 1, 1, 1.8, 1.8, 2/3
-    out = upo.surrogate(log_g, log_old, advantage, 0.2)
-    assert torch.allclose(out, torch.tensor([2.0, -2.0, 1.2, -1.8, -0.8]))
-    # a clipped step has no gradient, the pessimistic side keeps its own: d(rho A) / d log g = rho A
-    assert torch.allclose(gradient(out.sum(), log_g), torch.tensor([2.0, -2.0, 0.0, -1.8, 0.0]))
-
-
 def test_steps_left_out_change_no_expectation():
     """Every draw of step_weights is enumerated: the first step, and one of the two others; at g = g_old."""
     base, theta, value = Tabular(2), random_theta(2).requires_grad_(), random_values(2)
@@ -249,6 +239,25 @@ def test_rules_by_hand():
     assert torch.allclose(score["softmax_confidence"], torch.tensor([5.0, 4.6, 4.0]), atol=1e-5)
 
 
+def test_the_table_has_each_order_as_it_is_and_the_policy_s_best_position(monkeypatch):
+    """Three candidates in one row; what evaluate is asked for."""
+    candidates, p = torch.tensor([[True, False, True, True]]), torch.tensor([[0.4, 0.6], [0.9, 0.1], [0.2, 0.8]])
+    state, cfg = SimpleNamespace(candidates=candidates, top=torch.tensor([[[0.6], [0], [0.9], [0.8]]])), TABULAR
+    monkeypatch.setattr(upo, "evaluate", lambda run, base, order, *asked: (order, asked))
+    run = SimpleNamespace(cfg=dataclasses.replace(cfg, topk=2, pass_n=2, position_temperature=0.7, tau=0.5))
+    rows, lucky = upo.measure(run, None, lambda *state: state[-1], [5, 6, 7])
+    assert {name: asked for name, (_, asked) in rows.items()} == {name: ([5, 6, 7], name) for name in [*upo.ORDERS, "upo"]}
+    assert {name: asked for name, (_, asked) in lucky.items()} == {
+        name: ([5, 6], f"{name}, pass@N", 16) for name in ("random", "topk_random")
+    }
+    assert {name: of[0] for name, of in rows.items() if of[0][1]}.keys() == {"random", "softmax_confidence", "topk_random"}
+    scores = {name: score(state, p.log() + 3)[0].tolist() for name, ((score, _), _) in rows.items() if name != "upo"}
+    assert scores["random"] == [0, -math.inf, 0, 0] and scores["topk_random"] == [-math.inf, -math.inf, 0, 0]
+    assert scores["softmax_confidence"] == pytest.approx([1.2, -math.inf, 1.8, 1.6])
+    assert scores["max_confidence"] == pytest.approx([math.log(0.6), -math.inf, math.log(0.9), math.log(0.8)])
+    assert rows["upo"][0][0]((1, 2), None) == 0.7
+
+
 # --- The head, on bases in the official formats -----------------------------------------------------------------------
 
 
@@ -257,23 +266,6 @@ def test_the_head_has_the_papers_size():
         policy = upo.UnmaskingPolicy(4096, heads=32)
     layer, mlp = (sum(p.numel() for p in part.parameters()) for part in (policy.layer, policy.mlp))
     assert (layer, mlp) == (83_924_992, 50_594_133)
-
-
-def test_the_layer_where_it_is_needed_is_pytorchs_layer_everywhere():
-    """Against nn.TransformerEncoderLayer on the whole sequence: values, and gradients of parameters and input."""
-    generator = torch.Generator().manual_seed(0)
-    policy = upo.UnmaskingPolicy(16, heads=4)
-    attention = torch.arange(9) >= torch.tensor([2, 2, 2, 0, 0, 0])[:, None]
-    allowed = attention & (torch.rand(6, 9, generator=generator) < 0.4)
-    allowed[4] = False  # a row without any; others have 1 to 6
-    weight = torch.randn(int(allowed.sum()), 16, generator=generator)
-    h = torch.randn(6, 9, 16, generator=generator, requires_grad=True)
-    everywhere = policy.layer(h, src_key_padding_mask=~attention)
-    outputs = upo.layer_at(policy.layer, h, attention, allowed), everywhere[allowed]
-    torch.testing.assert_close(*outputs, atol=1e-6, rtol=1e-5)
-    grads = [torch.autograd.grad((output * weight).sum(), [h, *policy.layer.parameters()]) for output in outputs]
-    for one, two in zip(*grads):
-        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
 frozen = lambda path: upo.FrozenBase(m.load_model(str(path), m.parse(["--bf16", "false"]), trainable=False))
@@ -286,21 +278,6 @@ def config_for(**values) -> upo.Config:
 
 
 IDS = torch.tensor([[9, 40, 77, 100, 31, 55, 12, 80, 64]])
-
-
-@pytest.mark.parametrize("kind, name", [*(("llada", name) for name in [*upo.ORDERS, "upo"]), ("dream", "upo")])
-def test_actions_are_those_of_a_batch_of_one(kind, name, request):
-    """Eight prompts of different lengths, padded on the left, against each alone."""
-    base, cfg = frozen(request.getfixturevalue(kind)), config_for()
-    policy = upo.new_policy(cfg, base, "cpu")
-    order = upo.learned(policy, cfg, sampled=True) if name == "upo" else upo.rule(name, cfg)
-    problems = [{"question": "Tom has 3 apples. " * (1 + i), "answer": "#### 3"} for i in range(8)]
-    batch = lambda rows: open_batch(base, [problems[i] for i in rows], 8)
-    go = lambda rows: upo.unmask(base, batch(rows), order, cfg, [(5, i) for i in rows], base.model.eos_ids)
-    together = go(range(8))
-    for i, alone in enumerate(go([i]) for i in range(8)):
-        for one, all_ in ((alone.unmask_step, together.unmask_step), (alone.x, together.x)):
-            assert torch.equal(one[0, -8:], all_[i, -8:])
 
 
 def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
