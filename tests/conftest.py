@@ -132,6 +132,6 @@ LAUNCH_2 = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mai
 
 def launch(*argv) -> subprocess.CompletedProcess:
     """What `accelerate launch` makes of maskgrpo.py on two processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH_2, str(ROOT / "maskgrpo.py"), *map(str, argv)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH_2, "maskgrpo.py", *map(str, argv)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)

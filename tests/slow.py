@@ -1,5 +1,5 @@
-"""Independent, slow versions of what the scripts compute: a model to enumerate, rollouts, objective and training steps by
-loops, the forward of a published model from its file."""
+"""Independent, slow versions of what the scripts compute: a model to enumerate; rollouts, the objective and training
+steps by loops; the forward of a published model from its file."""
 
 import copy
 import itertools
@@ -117,6 +117,23 @@ def slow_rollout(logits_of, x, start, block, k, ends, pad, temperature=0.0, nois
     return [pad if i > end() else t for i, t in enumerate(x)], [-1 if i > end() else s for i, s in enumerate(steps)]
 
 
+def slow_emerge(logits_of, x, steps, mask, draws, temperature, first_id):
+    """One row by Alg. 4 on the cosine schedule, alpha = 1 - cos(pi / 2 of the share of steps done): (tokens, step of
+    each). logits_of(x) -> (L, V); draws(n) -> (n, V + 1) of Exp(1)."""
+    x, when = list(x), [-1] * len(x)
+    for n in range(steps):
+        places = [i for i, token in enumerate(x) if token == mask]
+        pis = (logits_of(x).double() / temperature).softmax(-1)
+        a_t, a_s = (1 - math.cos(math.pi * done / (2 * steps)) for done in (n, n + 1))
+        for i, pi, noise in zip(places, pis[places].tolist(), draws(len(places))):
+            stays = (1 - a_s) / (1 - a_t) if n + 1 < steps else 0
+            q = [(a_s - a_t) / (1 - a_t) * p for p in pi] + [stays]
+            outcome = max(range(len(q)), key=lambda v: q[v] / noise[v])  # noqa: B023
+            if outcome < len(pi):
+                x[i], when[i] = first_id + outcome, n
+    return x, when
+
+
 def slow_draw(logits, temperature, noise):
     """Tokens from softmax(logits / T) by the exponential race, or the likeliest; logits (N, V), noise a generator."""
     if temperature == 0:
@@ -129,8 +146,8 @@ def slow_draw(logits, temperature, noise):
 
 
 def slow_masks(cfg, row, step, j):
-    """(hidden places of the completion, scored ones, hidden ones of the prompt, t) of update j. Scheme by scheme: what a
-    scheme hides, and what all hide behind EOS, changes here."""
+    """(hidden places of the completion, scored ones, hidden ones of the prompt, t) of update j. What a scheme hides,
+    and what all of them hide behind EOS, stands here alone."""
     key = (cfg.seed, m.MASKS, step, j * (cfg.remask != "rotated_trace"), row.group)
     noise = seeded(*key, 0 if cfg.managed_randomness else row.k + 1)
     u, phase, of_prompt = (torch.rand(n, generator=noise).tolist() for n in (cfg.gen_length, 1, len(row.prompt)))
@@ -158,7 +175,8 @@ def step_by_hand(cfg, logits_of, trained, ref, mask_id, rows, step):
             x = [mask_id if i in of_prompt else word for i, word in enumerate(row.prompt)]
             x += [mask_id if i in hidden else word for i, word in enumerate(row.o)]
             places, words = [len(row.prompt) + i for i in scored], [row.o[i] for i in scored]
-            log_p = lambda w: (logits_of(w, x)[places] / cfg.temperature).log_softmax(-1)[range(len(words)), words]  # noqa: B023
+            logits = lambda w: logits_of(w, x)[places] / cfg.temperature  # noqa: B023
+            log_p = lambda w: logits(w).log_softmax(-1)[range(len(words)), words]  # noqa: B023
             with torch.no_grad():
                 before, held = log_p(old), log_p(ref if cfg.beta else trained)
             total.append(slow_objective(log_p(trained), before, held, t, row.a, row.n, cfg))
@@ -232,22 +250,24 @@ def upo_step_by_hand(cfg, g, rows, advantages, rate, init):
         total = []
         for steps, adv in [*zip(rows, advantages)][first::m]:
             kept = [step for step in steps if step[4]]
-            over = lambda values: sum(w * v for v, (*_, w) in zip(values, kept)) / len(steps)  # noqa: B023; over n: a mean
+            over = lambda values: sum(w * v for v, (*_, w) in zip(values, kept))  # noqa: B023
+            per_step = 1 / len(steps)  # of the loss: a mean over a trajectory's steps; a sum would have 1 here
             now = [slow_policy(g, state, cfg.position_temperature) for state, *_ in kept]
             log_rho = [new[n] - old[n] for new, (_, old, _, n, _) in zip(now, kept)]
             clipped = [min(max(v.exp(), 1 - cfg.clip + 0 * v), 1 + cfg.clip + 0 * v) for v in log_rho]
-            entropies = [-sum(q.exp() * v for q, v in zip(ref, new) if q > -torch.inf) for new, (_, _, ref, *_) in zip(now, kept)]
-            loss = -over([min(v.exp() * adv, c * adv) for v, c in zip(log_rho, clipped)])
+            pairs = [zip(ref, new) for new, (_, _, ref, *_) in zip(now, kept)]
+            entropy = over([-sum(q.exp() * v for q, v in pair if q > -torch.inf) for pair in pairs])
+            loss = -over([min(v.exp() * adv, c * adv) for v, c in zip(log_rho, clipped)]) * per_step
             if cfg.ref == "max_confidence":
-                loss = loss + cfg.beta * over(entropies)
+                loss = loss + cfg.beta * entropy * per_step
             elif cfg.ref != "none":  # the gradient of KL(g || g_ref) over trajectories; all steps count once
                 along = sum(w * new[n] for new, (*_, n, w) in zip(now, kept))
                 moved = sum(w * v for v, (*_, w) in zip(log_rho, kept)).detach()
                 apart = sum(old[n] - ref[n] for _, old, ref, n, _ in steps)
                 loss = loss + cfg.beta * min(max(moved.exp().item(), 0.5), 2) * (1 + moved + apart) * along
-            loss = over(entropies) if init else loss
-            outside = 0 * loss if init else over([float(abs(v.exp() - 1) > cfg.clip) for v in log_rho])
-            total.append((loss, over(entropies), outside, 0 * loss if init else over([abs(v) for v in log_rho])))
+            figures = [over([float(abs(v.exp() - 1) > cfg.clip) for v in log_rho]), over([abs(v) for v in log_rho])]
+            figures = [entropy, *(0 * v if init else v for v in figures)]  # each a mean over steps
+            total.append((entropy * per_step if init else loss, *(v / len(steps) for v in figures)))
         figures = [sum(values) / len(total) for values in zip(*total)]
         norm = sgd_by_hand(figures[0], dict(g.named_parameters()), rate, cfg.max_grad_norm)
         found.append([*map(float, figures), norm])
