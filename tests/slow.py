@@ -99,7 +99,7 @@ def advantage_by_hand(r, i, cfg):
     return apart / 2 if cfg.advantage == "mean" or not apart else math.copysign(1 / 2**0.5, apart)
 
 
-def slow_rollout(logits_of, x, start, block, k, ends, pad, temperature=0.0, noise=None):
+def slow_rollout(logits_of, x, start, block, k, ends, pad, temperature=0.0, noise=None, eos_last=False):
     """LLaDA's procedure for one row, written with loops; returns (tokens, step of each). x ends with the mask token;
     logits_of(x, places) -> (N, V)."""
     x, steps, n, mask = list(x), [-1] * len(x), 0, x[-1]
@@ -110,8 +110,9 @@ def slow_rollout(logits_of, x, start, block, k, ends, pad, temperature=0.0, nois
             if places:
                 logits = logits_of(x, places)
                 p, tokens = logits.softmax(-1), slow_draw(logits, temperature, noise)
-                found = [(p[r, token].item(), i, token) for r, (i, token) in enumerate(zip(places, tokens))]
-                for _, i, token in sorted(found, reverse=True)[:k]:
+                last = [eos_last and token in ends for token in tokens]
+                found = [(not last[r], p[r, tokens[r]].item(), i, tokens[r]) for r, i in enumerate(places)]
+                for *_, i, token in sorted(found, reverse=True)[:k]:
                     x[i], steps[i] = token, n
             n += 1
     return [pad if i > end() else t for i, t in enumerate(x)], [-1 if i > end() else s for i, s in enumerate(steps)]

@@ -136,7 +136,8 @@ def test_advantages():
 LEFT_TO_RIGHT = dict(block_length=1, tokens_per_step=1, max_grad_norm=0.1)
 STEPS = {
     "fading_out": dict(managed_randomness="true", max_grad_norm=0.1, ratio="token", beta=0.5),
-    "uniform": dict(managed_randomness="false", max_grad_norm=0.01, ratio="sequence", beta=0.2, gamma=0.3),
+    "uniform": dict(managed_randomness="false", max_grad_norm=0.01, ratio="sequence", beta=0.2, gamma=0.3)
+    | dict(eos_last=True, tokens_per_step=1),
     "full": dict(max_grad_norm=0.05, lora=4, beta=0.3, guidance=0.8),
     "trace": dict(ratio="sequence", beta=0, advantage="mean", clip=0.3, **LEFT_TO_RIGHT),
     "rotated_trace": dict(ratio="token", beta=0.3, advantage="mean", **LEFT_TO_RIGHT),
@@ -192,7 +193,7 @@ def test_two_training_steps_equal_a_loop_by_hand(scheme, problem_file, tmp_path,
                 rest = cfg.block_length, cfg.tokens_per_step, policy.eos_ids, policy.pad_id, cfg.temperature
                 noise = remask.seeded(cfg.seed, m.ROLLOUT, step, row.group, row.k)
                 with torch.no_grad():
-                    drawn = slow_rollout(guided, row.prompt + [mask] * 16, len(row.prompt), *rest, noise)
+                    drawn = slow_rollout(guided, row.prompt + [mask] * 16, len(row.prompt), *rest, noise, cfg.eos_last)
                 assert [tokens[-16:] for tokens in drawn] == [row.o, row.steps]
         by_hand = step_by_hand(cfg, logits_of, trained, dict(held.named_parameters()), mask, rows, step)
         got = [metrics[name] for name in ("loss", "kl", "clipped", "log_ratio", "grad_norm")]
