@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import llada_checkpoint, launch, write_checkpoint
 from runs import dies, ended, forked, forked_pair, lines_of, one_error, results_of, same_run, same_training, small_run
+from runs import spied
 from safetensors.torch import load_file, save_file
 from slow import MASK, SCORE, Enumerable, advantage_by_hand, batch_of, chance, masks_of, merged, plain, slow_ell
 from slow import slow_forward, slow_objective, slow_rollout, step_by_hand
@@ -400,6 +401,30 @@ def test_a_run_leaves_everything_it_is(base):
 def test_every_method_trains(method, ratio, flags, tmp_path):
     assert m.cli(small_run(tmp_path / "run", **flags, max_steps=2, method=method, ratio=ratio)) == 0
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines_of(tmp_path / "run"))
+
+
+def test_what_a_run_gives_its_steps_and_its_looks(flags, tmp_path, monkeypatch):
+    steps, looks = spied(monkeypatch, m, "train_step", {"reward": 0.0, "kl": 0.0}), spied(monkeypatch, m, "evaluate")
+    loops, values = spied(monkeypatch, m, "train_policy"), dict(accumulation=3, weight_decay=0.3, eval_every=1)
+    assert m.cli(small_run(tmp_path / "run", **flags, **values, max_steps=2)) == 0
+    (run, *_, optimizer, data, _), group = loops[0], loops[0][4].param_groups[0]
+    assert [step for *_, step in steps] == [0, 1] and all(problems is data["train"] for *_, problems, _ in steps)
+    names = [name for look in looks for name in data if data[name] is look[3]]
+    assert names == ["test", "unseen", "validation", "validation", "test", "unseen"]
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.3)
+    assert run.accelerator.gradient_accumulation_steps == 3
+
+
+def test_a_step_of_elbo_training_has_lessons_and_stratified_ratios_of_its_own(llada, monkeypatch):
+    cfg, base = config_for(llada, sft_batch_size=4), load(llada, trainable=True)
+    seen = spied(monkeypatch, m, "elbo_loss", next(base.parameters()).sum())
+    lesson, optimizer = [([i], [base.mask_id], [40 + i]) for i in range(8)], torch.optim.SGD(base.parameters(), lr=0)
+    for step in range(2):
+        m.elbo_step(m.Run(cfg, Accelerator()), base, base, optimizer, lesson, step)
+    (_, one, r, u, *_), (_, two, other_r, other_u, *_) = seen
+    assert sorted(torch.cat([one.x, two.x])[:, 1].tolist()) == [*range(40, 48)]
+    assert ((1 - r) * 4).floor().tolist() == [0, 1, 2, 3] and r[0] != other_r[0] and not torch.equal(u, other_u)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(cfg.sft_lr * 2 / 100)
 
 
 def test_bf16_with_gradient_checkpointing_starts_at_its_reference(flags, tmp_path):

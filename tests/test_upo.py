@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from runs import dies, ended, forked, forked_pair, lines_of, results_of, same_metrics
+from runs import dies, ended, forked, forked_pair, lines_of, results_of, same_metrics, spied
 from safetensors.torch import load_file
 from slow import SCORE, advantage_by_hand, plain, slow_policy, slow_trajectory, upo_step_by_hand
 from torch import nn
@@ -413,6 +413,20 @@ def test_the_tables_figures_are_those_of_the_completions(whole, puzzles):
         assert figures["difference"] == pytest.approx((sum(scores["upo"]) - sum(scores[name])) / 6, abs=1e-6)
     for values in results["pass_at_n"].values():
         assert list(values) == ["1", "2", "4", "8", "16"] and list(values.values()) == sorted(values.values())
+
+
+def test_what_a_run_gives_its_steps_and_its_looks(tiny_base, puzzles, tmp_path, monkeypatch):
+    line = dict.fromkeys(("reward", "group_reward_std", "entropy"), 0.0)
+    warm, steps = (spied(monkeypatch, upo, f"{name}_step", line) for name in ("init", "train"))
+    looks, loops = spied(monkeypatch, upo, "evaluate"), spied(monkeypatch, upo, "train_policy")
+    values = dict(model=tiny_base, data=puzzles, init="pretrained", max_steps=2, weight_decay=0.3, pass_n=0)
+    assert upo_cli(flags_of(tmp_path / "run", **values)) == 0
+    (*_, optimizer, data, _), group = loops[0], loops[0][3].param_groups[0]
+    assert [[n for *_, n in calls] for calls in (warm, steps)] == [[0, 1]] * 2
+    assert all(problems is data["train"] for *_, problems, _ in warm + steps)
+    assert all(problems is data["test" if i > 1 else "validation"] for i, (_, _, _, problems, _) in enumerate(looks))
+    assert not any(order[1] for _, _, order, *_ in looks[:2])  # after init_steps and at the end
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.3)
 
 
 def test_kill_and_resume_to_the_same_numbers(tiny_base, whole, puzzles, tmp_path):
