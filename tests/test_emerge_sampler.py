@@ -39,30 +39,23 @@ def rollout(denoise, x, completion=None, **changed):
 
 @pytest.mark.parametrize("block,k", [(1, 1), (4, 1), (4, 3), (4, 4), (8, 2), (3, 2)])
 def test_greedy_rollout_equals_the_slow_loop(block, k):
-    """And a sampled one, whose rows have noise of their own; the global generator stays untouched."""
+    """And a sampled one, whose rows have noise of their own. Completions start anywhere; only masked places are read."""
     before, gens = torch.get_rng_state(), lambda: [torch.Generator().manual_seed(r) for r in range(3)]
-    for denoise, temperature in itertools.product(map(network, range(6)), (0.0, 0.7)):
-        everywhere = torch.ones(1, 10, dtype=torch.bool)
+    x, everywhere = torch.full((3, 10), MASK), torch.ones(1, 10, dtype=torch.bool)
+    x[0, :1], x[1, :2], x[2, :5] = 0, torch.tensor([2, 3]), 4
+    for denoise, temperature, eos_last in itertools.product(map(network, range(6)), (0.0, 0.7), (False, True)):
         read = lambda x, places: denoise(torch.tensor([x]), everywhere)[places]  # noqa: B023
-        x = torch.full((3, 10), MASK)
-        x[:, :2] = torch.tensor([[0, 1], [2, 3], [4, 0]])
-        out = rollout(denoise, x, block_length=block, tokens_per_step=k, temperature=temperature, generator=gens())
-        for row, noise in enumerate(gens()):
-            tokens, steps = slow_rollout(read, x[row].tolist(), 2, block, k, [EOS], PAD, temperature, noise)
+        settings = dict(block_length=block, tokens_per_step=k, temperature=temperature, eos_last=eos_last)
+        denoise.calls.clear()
+        out, taken = rollout(denoise, x, generator=gens(), **settings), []
+        assert all((x == MASK)[there].all() for x, there in denoise.calls) and out.forwards == len(denoise.calls)
+        for row, (start, noise) in enumerate(zip((1, 2, 5), gens())):
+            rest = block, k, [EOS], PAD, temperature, noise, eos_last
+            tokens, steps = slow_rollout(read, x[row].tolist(), start, *rest)
             assert out.x[row].tolist() == tokens and out.unmask_step[row].tolist() == steps
+            taken.append(max(steps) + 1)
+        assert out.forwards == max(taken)
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_only_masked_positions_of_the_block_are_read_and_steps_are_recorded():
-    denoise, x = network(), torch.full((2, 10), MASK)
-    completion = torch.zeros(2, 10, dtype=torch.bool)
-    completion[0, 1:9], completion[1, 2:10] = True, True  # completions may start anywhere
-    out = rollout(denoise, x, completion, block_length=4, tokens_per_step=2, eos_ids=[])
-    assert out.forwards == len(denoise.calls) == 4
-    assert [int(read.sum()) for _, read in denoise.calls] == [8, 4, 8, 4]
-    assert all(((x == MASK) & read).sum() == read.sum() for x, read in denoise.calls)
-    assert torch.equal(out.unmask_step >= 0, completion) and not (out.x[completion] == MASK).any()
-    assert [int((out.unmask_step == s).sum()) for s in range(4)] == [4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("k,width", [(1, 4), (2, 9), (2, 70), (1, 200)])
@@ -86,25 +79,11 @@ def constant(token_of_position):
     return denoise
 
 
-def test_what_is_behind_the_end_is_not_computed_and_is_padded():
-    denoise, x = constant([0, 1, EOS, 2, 3, 4, 0, 1]), torch.full((2, 8), MASK)
-    out = rollout(denoise, x, block_length=4, tokens_per_step=1)
-    assert out.x.tolist() == [[0, 1, EOS, PAD, PAD, PAD, PAD, PAD]] * 2 and out.forwards == denoise.calls == 3
-    assert out.unmask_step.tolist() == [[0, 1, 2, -1, -1, -1, -1, -1]] * 2
-
-
 def test_another_process_that_has_not_ended_keeps_this_one_computing():
     x, asked = torch.full((1, 8), MASK), []
     everyone = lambda finished: asked.append(finished) or (finished and len(asked) > 4)  # the other takes four forwards
     out = rollout(constant([EOS] + [0] * 7), x, block_length=4, tokens_per_step=2, everyone=everyone)
     assert asked == [False, True, True, True, True] and out.forwards == 4 and out.x.tolist() == [[EOS] + [PAD] * 7]
-
-
-def test_eos_last_waits_for_the_rest_of_its_block():
-    denoise, x = constant([0, 1, EOS, 3]), torch.full((1, 4), MASK)  # confidence falls from left to right
-    for eos_last, steps in ((False, [0, 1, 2, -1]), (True, [0, 1, 3, -1])):
-        out = rollout(denoise, x, block_length=4, tokens_per_step=1, eos_last=eos_last)
-        assert out.unmask_step.tolist() == [steps]
 
 
 def test_draws_are_made_in_float64_whatever_the_logits():

@@ -47,13 +47,6 @@ def test_uniform_hides_every_completion_token_with_probability_r(r):
         torch.testing.assert_close(got, r * completion.float(), atol=1 / N, rtol=0)
 
 
-def test_the_clamp_raises_the_expected_ratio_below_one_half():
-    row = torch.ones(1, 4096, dtype=torch.bool)
-    for r in (0.1, 0.3, 0.45, 0.5, 0.6, 0.8, 1.0):
-        by_hand = r if r >= 0.5 else 1 / (4 * (1 - r))  # the ramp's integral
-        assert remask.expected_ratio(row, r).item() == pytest.approx(by_hand, abs=1e-3)
-
-
 # Behind a prompt of one token a completion of four, u = .1 | .1 .85 .95 .3; update 1 of 2, gamma = .8, so that t = .9.
 # whole_range has a ratio of .5; 1: hidden, 2: hidden and scored
 SCHEMES = {
