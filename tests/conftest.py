@@ -126,12 +126,10 @@ def dream(tmp_path_factory, bpe) -> Path:
     return dream_checkpoint(tmp_path_factory.mktemp("dream") / "dream", bpe)
 
 
-# `--cpu --num_processes 2` would start one process (accelerate issue 2741); this starts two, with gloo
-LAUNCH_2 = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
-
-
 def launch(*argv) -> subprocess.CompletedProcess:
     """What `accelerate launch` makes of maskgrpo.py on two processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH_2, "maskgrpo.py", *map(str, argv)]
+    # `--cpu --num_processes 2` would start one process (accelerate issue 2741); this starts two, with gloo
+    flags = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 maskgrpo.py".split()
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *map(str, argv)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
