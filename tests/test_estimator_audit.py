@@ -85,19 +85,6 @@ def test_whole_range_is_the_mean_over_all_orders_of_generation():
     assert got == pytest.approx(expected, rel=1e-4)
 
 
-def test_full_is_the_sum_at_full_mask_with_a_part_of_the_prompt_hidden():
-    """Two tokens of prompt, two of completion."""
-    model, prompt = Enumerable(True), torch.tensor([[True, True, False, False]])
-    got = expected = 0.0
-    for hide in itertools.product((False, True), repeat=2):
-        chance = math.prod(0.15 if h else 0.85 for h in hide)
-        u = torch.tensor([[0.0 if h else 0.5 for h in hide] + [0.5, 0.5]])
-        got += chance * ell_of(model, remask.full(~prompt, prompt, u))
-        hidden = [i for i in range(2) if hide[i]] + [2, 3]
-        expected += chance * sum(log_p_of(model, n, hidden) for n in (2, 3))
-    assert got == pytest.approx(expected, rel=1e-5)
-
-
 STEPS = torch.tensor([[1, 0, 3, 2]])  # a trace: the step that revealed each token
 
 

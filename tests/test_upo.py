@@ -256,6 +256,19 @@ def test_the_table_has_each_order_as_it_is_and_the_policy_s_best_position(monkey
     assert scores["softmax_confidence"] == pytest.approx([1.2, -math.inf, 1.8, 1.6])
 
 
+def test_every_sample_of_a_problem_has_noise_of_its_own(monkeypatch):
+    def complete(run, base, asked, order, keys):
+        zeros = torch.zeros(len(keys), N, dtype=torch.long)
+        seen.extend(keys)
+        return upo.Trajectories(zeros, zeros, zeros[:, 0]), [f"#### {sum(key[2:])}" for key in keys]
+
+    monkeypatch.setattr(upo, "complete", complete)
+    run, seen = m.Run(dataclasses.replace(TABULAR, task="gsm8k", eval_batch_size=3), Accelerator()), []
+    rows = upo.evaluate(run, None, None, [{"question": "", "answer": f"#### {i + 1}"} for i in range(2)], "", 2)
+    assert seen == [(0, upo.EVALUATION, i, s) for i in range(2) for s in range(2)]
+    assert [(row["problem"], row["sample"], row["score"]) for row in rows] == [(i, s, s) for *_, i, s in seen]
+
+
 # --- The head, on bases in the official formats -----------------------------------------------------------------------
 
 
