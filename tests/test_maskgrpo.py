@@ -207,8 +207,9 @@ def test_two_training_steps_equal_a_loop_by_hand(scheme, problem_file, tmp_path,
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_held_out_problems_are_answered_greedily_once_and_pass_k_times_at_the_temperature(tmp_path, monkeypatch):
-    """What roll_out is asked for, a problem's noise by its number."""
+@pytest.mark.parametrize("codebook", [0, 64])
+def test_held_out_problems_have_a_greedy_answer_and_pass_k_at_the_temperature(codebook, tmp_path, monkeypatch):
+    """What roll_out is asked for, a problem's noise by its number. Images are never greedy."""
     flags = dict(pass_k=2, temperature=0.4, eval_batch_size=3)
     run, asked = m.Run(m.parse(small_run(tmp_path, **flags)), Accelerator()), []
 
@@ -218,8 +219,8 @@ def test_held_out_problems_are_answered_greedily_once_and_pass_k_times_at_the_te
 
     monkeypatch.setattr(m, "roll_out", roll_out)
     data = {split: [{"question": split + i, "answer": "#### 1"} for i in "01"] for split in ("test", "unseen")}
-    rows = m.measure(run, nn.Identity(), SimpleNamespace(codebook=0), data, "before")
-    places = [("test", 1, 0.0), ("unseen", 1, 0.0), ("test", 2, 0.4)]
+    rows = m.measure(run, nn.Identity(), SimpleNamespace(codebook=codebook), data, "before")
+    places = [("test", 1, 0.4 * (codebook > 0)), ("unseen", 1, 0.4 * (codebook > 0)), ("test", 2, 0.4)]
     expected = [(of, i, s, t) for of, n, t in places for i in range(2) for s in range(n)]
     assert asked == [(f"{of}{i}", (0, m.EVALUATION, i, s), t, None) for of, i, s, t in expected]
     assert [(row["prompt"], row["score"]) for row in rows] == [(f"{of}{i}", s) for of, i, s, _ in expected]
