@@ -271,7 +271,7 @@ def upo_step_by_hand(cfg, g, rows, advantages, rate, init):
             total.append((entropy * per_step if init else loss, *(v / len(steps) for v in figures)))
         figures = [sum(values) / len(total) for values in zip(*total)]
         norm = sgd_by_hand(figures[0], dict(g.named_parameters()), rate, cfg.max_grad_norm)
-        found.append([*map(float, figures), norm])
+        found.append([*(torch.as_tensor(v).item() for v in figures), norm])
     return [sum(values) / len(values) for values in zip(*found)]
 
 
