@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -127,44 +126,10 @@ def dream(tmp_path_factory, bpe) -> Path:
     return dream_checkpoint(tmp_path_factory.mktemp("dream") / "dream", bpe)
 
 
-# `--cpu --num_processes 2` would start one process (accelerate issue 2741); this starts two, with gloo
-LAUNCH_2 = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
-
-
-def launch(*argv, launch=None, cwd=ROOT, file="maskgrpo.py", **env) -> subprocess.Popen:
-    """A running `maskgrpo.py` (or file=), by python or by `accelerate launch LAUNCH`."""
-    prefix = [sys.executable] if launch is None else [sys.executable, "-m", "accelerate.commands.launch", *launch]
-    command = [*prefix, str(ROOT / file), *map(str, argv)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture
-def start():
-    """`launch`, whose processes end with the test."""
-    running = []
-    yield lambda *argv, **options: running.append(launch(*argv, **options)) or running[-1]
-    for process in running:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture
-def script(start):
-    """script(*argv, ...) -> (exit code, standard output, standard error) of `maskgrpo.py`."""
-
-    def call(*argv, **options):
-        process = start(*argv, **options)
-        out, err = process.communicate(timeout=400)
-        return process.returncode, out, err
-
-    return call
-
-
-def wait_for(path, process, lines, timeout=120):
-    """Until a file has that many lines, or the process has ended."""
-    began = time.time()
-    while process.poll() is None and time.time() - began < timeout:
-        if path.is_file() and len(path.read_text().splitlines()) >= lines:
-            return
-        time.sleep(0.02)
+def launch(*argv) -> subprocess.CompletedProcess:
+    """What `accelerate launch` makes of maskgrpo.py on two processes."""
+    # `--cpu --num_processes 2` would start one process (accelerate issue 2741); this starts two, with gloo
+    flags = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 maskgrpo.py".split()
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *map(str, argv)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)

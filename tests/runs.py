@@ -68,6 +68,13 @@ def one_error(argv, capfd):
     return line
 
 
+def spied(monkeypatch, module, name, result=None):
+    """The arguments of the calls of module.NAME to come, which returns `result`, or what it would have returned."""
+    calls, original = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: calls.append(args) or result or original(*args))
+    return calls
+
+
 def forked(argv, cwd, patch=lambda: None, run=m.cli, **env) -> int:
     """The id of a copy of this process that runs run(argv), after `patch`: a new one would import for 5 s. What it
     prints goes to cwd/out."""

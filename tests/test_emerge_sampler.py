@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from slow import slow_emerge, slow_rollout
 
 import emerge_sampler as es
 
@@ -30,52 +31,31 @@ def network(seed=0, length=10):
     return denoise
 
 
-def slow_rollout(denoise, x, start, block, k):
-    """LLaDA's procedure for one row, greedy, written with loops; returns (tokens, step of each)."""
-    x, steps = list(x), [-1] * len(x)
-    n, end = 0, lambda: next((i for i in range(start, len(x)) if x[i] == EOS), len(x))
-    for left in range(start, len(x), block):
-        places = range(left, min(left + block, len(x)))
-        for _ in range(-(-block // k)):
-            open_places = [i for i in places if x[i] == MASK and i < end()]
-            if open_places:
-                positions = torch.zeros(1, len(x), dtype=torch.bool)
-                positions[0, open_places] = True
-                p = denoise(torch.tensor([x]), positions).softmax(-1)
-                found = [(p[r].max().item(), i, p[r].argmax().item()) for r, i in enumerate(open_places)]
-                for _, i, token in sorted(found, reverse=True)[:k]:
-                    x[i], steps[i] = token, n
-            n += 1
-    return [PAD if t == MASK else t for t in x], steps  # what was revealed behind the EOS before it stays
-
-
-def rollout(denoise, x, completion=None, **changed):
+def rollout(denoise, x, **changed):
     """`semi_autoregressive`, greedy, of all masked tokens, but for what is changed."""
     settings = dict(temperature=0, generator=torch.Generator(), eos_ids=[EOS], pad_id=PAD) | changed
-    return es.semi_autoregressive(denoise, x, x == MASK if completion is None else completion, **settings)
+    return es.semi_autoregressive(denoise, x, x == MASK, **settings)
 
 
 @pytest.mark.parametrize("block,k", [(1, 1), (4, 1), (4, 3), (4, 4), (8, 2), (3, 2)])
 def test_greedy_rollout_equals_the_slow_loop(block, k):
-    for denoise in map(network, range(6)):
-        x = torch.full((3, 10), MASK)
-        x[:, :2] = torch.tensor([[0, 1], [2, 3], [4, 0]])
-        out = rollout(denoise, x, block_length=block, tokens_per_step=k)
-        for row in range(3):
-            tokens, steps = slow_rollout(denoise, x[row].tolist(), 2, block, k)
+    """And a sampled one, whose rows have noise of their own. Completions start anywhere; only masked places are read."""
+    before, gens = torch.get_rng_state(), lambda: [torch.Generator().manual_seed(r) for r in range(3)]
+    x, everywhere = torch.full((3, 10), MASK), torch.ones(1, 10, dtype=torch.bool)
+    x[0, :1], x[1, :2], x[2, :5] = 0, torch.tensor([2, 3]), 4
+    for denoise, temperature, eos_last in itertools.product(map(network, range(6)), (0.0, 0.7), (False, True)):
+        read = lambda x, places: denoise(torch.tensor([x]), everywhere)[places]  # noqa: B023
+        settings = dict(block_length=block, tokens_per_step=k, temperature=temperature, eos_last=eos_last)
+        denoise.calls.clear()
+        out, taken = rollout(denoise, x, generator=gens(), **settings), []
+        assert all((x == MASK)[there].all() for x, there in denoise.calls) and out.forwards == len(denoise.calls)
+        for row, (start, noise) in enumerate(zip((1, 2, 5), gens())):
+            rest = block, k, [EOS], PAD, temperature, noise, eos_last
+            tokens, steps = slow_rollout(read, x[row].tolist(), start, *rest)
             assert out.x[row].tolist() == tokens and out.unmask_step[row].tolist() == steps
-
-
-def test_only_masked_positions_of_the_block_are_read_and_steps_are_recorded():
-    denoise, x = network(), torch.full((2, 10), MASK)
-    completion = torch.zeros(2, 10, dtype=torch.bool)
-    completion[0, 1:9], completion[1, 2:10] = True, True  # completions may start anywhere
-    out = rollout(denoise, x, completion, block_length=4, tokens_per_step=2, eos_ids=[])
-    assert out.forwards == len(denoise.calls) == 4
-    assert [int(read.sum()) for _, read in denoise.calls] == [8, 4, 8, 4]
-    assert all(((x == MASK) & read).sum() == read.sum() for x, read in denoise.calls)
-    assert torch.equal(out.unmask_step >= 0, completion) and not (out.x[completion] == MASK).any()
-    assert [int((out.unmask_step == s).sum()) for s in range(4)] == [4, 4, 4, 4]
+            taken.append(max(steps) + 1)
+        assert out.forwards == max(taken)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("k,width", [(1, 4), (2, 9), (2, 70), (1, 200)])
@@ -85,72 +65,20 @@ def test_equal_confidences_are_revealed_from_the_left_however_wide_the_row(k, wi
     assert torch.equal(reveal, candidates & (candidates.cumsum(1) <= k))
 
 
-def constant(token_of_position):
-    """A `denoise` that is sure of one token per position."""
-
-    def denoise(x, positions):
-        logits = torch.zeros(*x.shape, V)
-        for i, token in enumerate(token_of_position):
-            logits[:, i, token] = 5 - 0.3 * i
-        denoise.calls += 1
-        return logits[positions]
-
-    denoise.calls = 0
-    return denoise
-
-
-def test_what_is_behind_the_end_is_not_computed_and_is_padded():
-    denoise, x = constant([0, 1, EOS, 2, 3, 4, 0, 1]), torch.full((2, 8), MASK)
-    out = rollout(denoise, x, block_length=4, tokens_per_step=1)
-    assert out.x.tolist() == [[0, 1, EOS, PAD, PAD, PAD, PAD, PAD]] * 2 and out.forwards == denoise.calls == 3
-    assert out.unmask_step.tolist() == [[0, 1, 2, -1, -1, -1, -1, -1]] * 2
-
-
 def test_another_process_that_has_not_ended_keeps_this_one_computing():
-    x, asked = torch.full((1, 8), MASK), []
+    x, asked, sure = torch.full((1, 8), MASK), [], torch.eye(V)[None, [EOS] + [0] * 7]
     everyone = lambda finished: asked.append(finished) or (finished and len(asked) > 4)  # the other takes four forwards
-    out = rollout(constant([EOS] + [0] * 7), x, block_length=4, tokens_per_step=2, everyone=everyone)
+    denoise = lambda x, positions: sure[positions]
+    out = rollout(denoise, x, block_length=4, tokens_per_step=2, everyone=everyone)
     assert asked == [False, True, True, True, True] and out.forwards == 4 and out.x.tolist() == [[EOS, 0] + [PAD] * 6]
 
 
-def test_eos_last_waits_for_the_rest_of_its_block():
-    denoise, x = constant([0, 1, EOS, 3]), torch.full((1, 4), MASK)  # confidence falls from left to right
-    for eos_last, steps in ((False, [0, 1, 2, -1]), (True, [0, 1, 3, 2])):  # the last was revealed before the EOS
-        out = rollout(denoise, x, block_length=4, tokens_per_step=1, eos_last=eos_last)
-        assert out.unmask_step.tolist() == [steps]
-
-
-def test_a_row_depends_on_its_own_generator_alone():
-    """Neither on its batch nor on the global generator, which stays untouched."""
-    x, before = torch.full((4, 10), MASK), torch.get_rng_state()
-    gens = [torch.Generator().manual_seed(r) for r in [0, 1, 2, 3, 0, 1, 2, 3]]
-    settings = dict(block_length=5, tokens_per_step=2, temperature=1.0)
-    together = rollout(network(), x, generator=gens[:4], **settings)
-    for r in range(4):
-        alone = rollout(network(), x[:1], generator=gens[4 + r : 5 + r], **settings)
-        assert torch.equal(alone.x[0], together.x[r]) and torch.equal(alone.unmask_step[0], together.unmask_step[r])
-    assert len({tuple(row) for row in together.x.tolist()}) > 1 and torch.equal(before, torch.get_rng_state())
-
-
-def test_bfloat16_logits_keep_their_long_tail():
-    """A 0.7 token against 30,000 that share the rest, in bf16: it wins 70% of the time, not 99.6%.
-    2,000 draws: 5 standard deviations are 0.051, a false alarm in two millions."""
-    logits = torch.cat([torch.tensor([0.7]).log(), torch.full((30_000,), 0.3 / 30_000).log()]).to(torch.bfloat16)
-    truth = logits.double().softmax(-1)[0].item()
-    positions, wins, g = torch.ones(100, 1, dtype=torch.bool), 0, torch.Generator().manual_seed(0)
-    for _ in range(20):
-        wins += int((es.draw(logits.expand(100, -1), 1.0, es.exponential_noise(positions, 30_001, g)) == 0).sum())
-    assert wins / 2000 == pytest.approx(truth, abs=0.051) and truth < 0.75
-    assert es.exponential_noise(positions, 2, g).dtype == torch.float64
-
-
-def test_guidance_formula_and_forbidden_tokens():
-    c, u = torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([[0.5, 3.0, -torch.inf]])
-    conditional, unconditional = lambda x, positions: c, lambda x, positions: u
-    got = lambda scale: es.guided(conditional, unconditional, scale)(None, None)
-    torch.testing.assert_close(got(3.5), torch.tensor([[0.5 + 4.5 * 0.5, 3.0 + 4.5 * -1.0, -torch.inf]]))
-    torch.testing.assert_close(got(1), torch.tensor([[1.5, 1.0, -torch.inf]]))  # 2 l_c - l_u
-    assert es.guided(conditional, unconditional, 0) is conditional
+def test_draws_are_made_in_float64_whatever_the_logits():
+    """In bf16, Gumbel noise makes a 70% token win 99.6% of the time; float32 still cuts the tail off."""
+    noise = es.exponential_noise(torch.ones(1, 1, dtype=torch.bool), 3, torch.Generator())
+    close, tail = (torch.tensor([row], dtype=noise.dtype) for row in ([1, 1 - 1e-12, 1], [1, 1e-100, 1]))
+    assert noise.dtype == torch.float64 and es.draw(torch.zeros(1, 3, dtype=torch.bfloat16), 1.0, close).item() == 1
+    assert es.emerge_step(torch.tensor([[0.0, -200.0]]).bfloat16(), 0.0, 1.0, 1.0, tail)[0].item() == 1
 
 
 # --- Images -----------------------------------------------------------------------------------------------------------
@@ -175,40 +103,6 @@ def test_emerge_probabilities_are_the_formula_and_sum_to_one():
         torch.testing.assert_close(q.sum(1), torch.ones(5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("schedule", es.SCHEDULES)
-def test_the_counts_per_step_follow_their_binomial_law(schedule):
-    """6,000 rows of 8 tokens in 4 steps: of the rows with m tokens masked, k reveal with the binomial's probability.
-    The largest of all deviations, in standard deviations, stays below 6: one false alarm in a million for 60 cells."""
-    rows, length, steps = 6000, 8, 4
-    x = torch.full((rows, length), MASK)
-    settings = dict(steps=steps, schedule=schedule, temperature=1.0, generator=torch.Generator().manual_seed(5))
-    out = es.emerge(constant([0] * length), x, x == MASK, **settings)
-    left = torch.full((rows,), length)
-    for n in range(steps):
-        a_t, a_s = es.alphas(schedule, n, steps)
-        p, revealed = (a_s - a_t) / (1 - a_t), (out.unmask_step == n).sum(1)
-        for m in left.unique().tolist():
-            of, total = revealed[left == m], int((left == m).sum())
-            for k in range(m + 1):
-                expected = total * math.comb(m, k) * p**k * (1 - p) ** (m - k)
-                if expected > 20:
-                    assert abs(int((of == k).sum()) - expected) <= 6 * math.sqrt(expected)
-        left = left - revealed
-    assert not left.any()
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_factorised_denoiser_gives_its_exact_marginals_whatever_the_steps(steps):
-    """Chi-square per position, 7 degrees of freedom; three positions and its 1 - 1e-7 quantile, 45.8."""
-    logits, n = torch.randn(3, V, generator=torch.Generator().manual_seed(2)), 20_000
-    denoise, x = lambda x, positions: logits.expand(len(x), 3, V)[positions], torch.full((n, 3), MASK)
-    settings = dict(steps=steps, schedule="cosine", temperature=2.0, generator=torch.Generator().manual_seed(3))
-    out = es.emerge(denoise, x, x == MASK, **settings)
-    for i in range(3):
-        expected = n * (logits[i].double() / 2).softmax(-1)
-        assert ((out.x[:, i].bincount(minlength=V) - expected) ** 2 / expected).sum() < 45.8
-
-
 def test_emerge_converges_to_the_joint_and_maskgit_does_not():
     """Total variation on a chain of 4 tokens: emerge .53, .15, .03 in 1, 4, 32 steps; MaskGIT has .30 and .20 in 4 and
     32 steps where one word has one code and the others 64. The distance of 10,000 exact samples is at most
@@ -221,61 +115,46 @@ def test_emerge_converges_to_the_joint_and_maskgit_does_not():
     assert distance(es.maskgit, 4, many) > 0.15 and distance(es.maskgit, 32, many) > 0.1
 
 
-def slow_maskgit(logits_of, x, steps, gumbel, decay, noise_of):
+def slow_maskgit(logits_of, x, steps, mask, draws, temperature, first_id, gumbel, decay):
     """One row written with loops: (tokens, the step of each)."""
-    x, when, length, weight = list(x), [-1] * len(x), x.count(MASK), gumbel
+    x, when, length, weight = list(x), [-1] * len(x), x.count(mask), gumbel
     for n in range(steps):
-        ratio = (n + 1) / steps
-        weight = gumbel * (1 - ratio) if decay == "linear" else weight * (1 - ratio)
-        places = [i for i, token in enumerate(x) if token == MASK]
+        left = 1 - (n + 1) / steps
+        weight = gumbel * left if decay == "linear" else weight * left
+        places = [i for i, token in enumerate(x) if token == mask]
         if not places:
             break
-        score = {}
-        for i, noise in zip(places, noise_of(len(places))):
-            p = logits_of(x, i).double().softmax(-1).tolist()
-            token = max(range(len(p)), key=lambda v: p[v] / noise[v])
-            score[i] = (math.log(p[token]) - weight * math.log(noise[-1]), token)
+        score, logits = {}, logits_of(x).double()
+        p, p_at_1 = (logits / temperature).softmax(-1).tolist(), logits.softmax(-1).tolist()
+        for i, noise in zip(places, draws(len(places))):
+            token = max(range(V), key=lambda v: p[i][v] / noise[v])  # noqa: B023
+            score[i] = (math.log(p_at_1[i][token]) - weight * math.log(noise[-1]), token)
         kept = min(math.floor(length * math.cos(math.pi * (n + 1) / (2 * steps)) + 1e-12), len(places) - 1)
         for i in sorted(places, key=lambda i: -score[i][0])[: len(places) - kept]:
-            x[i], when[i] = score[i][1], n
+            x[i], when[i] = first_id + score[i][1], n
     return x, when
 
 
-@pytest.mark.parametrize("decay", ["linear", "compounding"])
-@pytest.mark.parametrize("steps,gumbel", [(1, 4.5), (3, 0.0), (4, 4.5), (20, 1.0)])
-def test_maskgit_equals_a_slow_loop(steps, gumbel, decay):
-    denoise = network(4)
-    x = torch.full((3, 10), MASK)
-    x[:, :2] = torch.tensor([[0, 1], [2, 3], [4, 0]])
-    gens = [torch.Generator().manual_seed(i) for i in range(3)]
-    settings = dict(steps=steps, schedule="cosine", temperature=1.0, gumbel=gumbel, decay=decay, generator=gens)
-    out = es.maskgit(denoise, x, x == MASK, **settings)
-    for row in range(3):
-        g = torch.Generator().manual_seed(row)
-        draws = lambda n: es.exponential_noise(torch.ones(1, n, dtype=torch.bool), V + 1, [g]).tolist()
-
-        def logits_of(tokens, i):
-            return denoise(torch.tensor([tokens]), torch.arange(10)[None] == i)[0]
-
-        tokens, when = slow_maskgit(logits_of, x[row].tolist(), steps, gumbel, decay, draws)
-        assert out.x[row].tolist() == tokens and out.unmask_step[row].tolist() == when
+NOISES = [(1, 4.5, "linear"), (3, 0.0, "linear"), (4, 4.5, "linear"), (8, 2.0, "compounding")]
 
 
 @pytest.mark.parametrize("sampler", [es.emerge, es.maskgit])
-def test_image_samplers_fill_the_completion_and_touch_nothing_else(sampler):
-    """Codes begin at id 100; a row does not depend on its batch; the prompt and what follows stay."""
-    x = torch.tensor([[9, 9, 1, MASK, MASK, MASK, MASK, 2], [9, 3, 1, MASK, MASK, MASK, MASK, 2]])
-    denoise = lambda x, positions: torch.zeros(int(positions.sum()), 5)
-    settings = dict(steps=3, schedule="linear", temperature=1.0, first_id=100)
-    gens = lambda rows: [torch.Generator().manual_seed(r) for r in rows]
-    out = sampler(denoise, x, x == MASK, generator=gens([0, 1]), **settings)
-    assert torch.equal(out.x[:, [0, 1, 2, 7]], x[:, [0, 1, 2, 7]]) and out.forwards <= 3
-    codes = out.x[:, 3:7]
-    assert ((codes >= 100) & (codes < 105)).all() and (out.unmask_step[:, 3:7] >= 0).all()
-    assert (out.unmask_step[:, [0, 1, 2, 7]] == -1).all()
-    for row in range(2):
-        single = sampler(denoise, x[row : row + 1], x[row : row + 1] == MASK, generator=gens([row]), **settings)
-        assert torch.equal(single.x[0], out.x[row])
+@pytest.mark.parametrize("steps,gumbel,decay", NOISES)
+def test_image_samplers_equal_a_slow_loop(steps, gumbel, decay, sampler):
+    """Codes begin at id 20; what is not masked stays."""
+    net, everywhere = network(4), torch.ones(1, 10, dtype=torch.bool)
+    denoise = lambda x, positions: net((x - 20) % V, positions)
+    x = torch.full((3, 10), 99)
+    x[:, :2], x[:, 9] = torch.tensor([[0, 1], [2, 3], [4, 0]]), 5
+    gens = lambda: [torch.Generator().manual_seed(i) for i in range(3)]
+    options, slow = (dict(gumbel=gumbel, decay=decay), slow_maskgit) if sampler == es.maskgit else ({}, slow_emerge)
+    settings = dict(steps=steps, schedule="cosine", temperature=0.7, first_id=20, generator=gens()) | options
+    out = sampler(denoise, x, x == 99, **settings)
+    for row, g in enumerate(gens()):
+        draws = lambda n: es.exponential_noise(torch.ones(1, n, dtype=torch.bool), V + 1, [g]).tolist()  # noqa: B023
+        logits_of = lambda tokens: denoise(torch.tensor([tokens]), everywhere)
+        tokens, when = slow(logits_of, x[row].tolist(), steps, 99, draws, 0.7, 20, **options)
+        assert out.x[row].tolist() == tokens and out.unmask_step[row].tolist() == when
 
 
 def test_the_demonstration_s_denoisers_are_exact():
@@ -371,17 +250,9 @@ def magvit(path, form="model.safetensors", change=lambda weights: weights, **siz
 
 
 def test_published_size():
-    """39.9M parameters; and the sum by hand, a convolution being k k in out + out, a norm 2 channels."""
     with torch.device("meta"):
         decoder = es.MagvitDecoder()
-    block = lambda a, b: 2 * a + 9 * a * b + b + 2 * b + 9 * b * b + b + (a * b + b if a != b else 0)
-    count = (13 * 13 + 13) + (9 * 13 * 512 + 512) + 2 * block(512, 512) + (2 * 512 + 4 * (512 * 512 + 512))
-    before = 512
-    for width, n in zip((512, 256, 256, 128, 128), (3, 4, 3, 4, 4)):
-        count += block(before, width) + (n - 1) * block(width, width)
-        before = width
-    count += sum(9 * w * w + w for w in (512, 256, 256, 128)) + 2 * 128 + 9 * 128 * 3 + 3
-    assert sum(p.numel() for p in decoder.parameters()) == count and round(count / 1e6, 1) == 39.9
+    assert round(sum(p.numel() for p in decoder.parameters()) / 1e6, 1) == 39.9
     published = {"up.3.block.0.nin_shortcut.weight", "up.1.upsample.conv.bias", "up.0.block.3.norm2.weight"}
     assert published <= set(decoder.state_dict())
     codes = torch.zeros(1, 32 * 32, dtype=torch.long, device="meta")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from exact import log_likelihood
-from slow import MASK, Enumerable, batch_of, config, masks_of, remasked, rollouts
+from slow import MASK, Enumerable, batch_of, masks_of
 from test_remask import keep_by_hand
 
 import maskgrpo as m
@@ -85,19 +85,6 @@ def test_whole_range_is_the_mean_over_all_orders_of_generation():
     assert got == pytest.approx(expected, rel=1e-4)
 
 
-def test_full_is_the_sum_at_full_mask_with_a_part_of_the_prompt_hidden():
-    """Two tokens of prompt, two of completion."""
-    model, prompt = Enumerable(True), torch.tensor([[True, True, False, False]])
-    got = expected = 0.0
-    for hide in itertools.product((False, True), repeat=2):
-        chance = math.prod(0.15 if h else 0.85 for h in hide)
-        u = torch.tensor([[0.0 if h else 0.5 for h in hide] + [0.5, 0.5]])
-        got += chance * ell_of(model, remask.full(~prompt, prompt, u))
-        hidden = [i for i in range(2) if hide[i]] + [2, 3]
-        expected += chance * sum(log_p_of(model, n, hidden) for n in (2, 3))
-    assert got == pytest.approx(expected, rel=1e-5)
-
-
 STEPS = torch.tensor([[1, 0, 3, 2]])  # a trace: the step that revealed each token
 
 
@@ -119,15 +106,6 @@ def test_every_update_of_rotated_trace_has_the_mean_of_trace(mu):
         assert sum(ell_of(model, rotated(phase, j)) for phase in phases) / mu == pytest.approx(sum(slices) / mu)
     for phase in phases:  # and a rollout's updates score every slice, once
         assert sorted(ell_of(model, rotated(phase, j)) for j in range(1, mu + 1)) == pytest.approx(sorted(slices))
-
-
-def test_a_rollout_s_updates_of_rotated_trace_share_their_phase_and_rows_do_not():
-    cfg = config(remask="rotated_trace", managed_randomness=False, mu=4, group_size=8, gen_length=8)
-    o = rollouts(cfg)
-    scored = torch.stack([remasked(cfg, o, 3, j)[0].scored for j in range(1, 5)])  # (mu, B, L)
-    assert torch.equal(scored.sum(0), o.completion.long())
-    first = {tuple(row.tolist()) for row in scored[0, 8:]}
-    assert 1 < len(first) <= 4  # all 8 alike: a chance of 4^-7 over seeds
 
 
 @pytest.mark.parametrize("order", ["confident", "random"])

@@ -54,7 +54,9 @@ def test_a_figure_is_the_mean_and_range_of_its_batches():
 
 def test_a_run_is_made_once_and_another_command_s_is_refused(tmp_path):
     script, path = tmp_path / "job.py", str(tmp_path / "run")
-    script.write_text("import sys, pathlib; p = pathlib.Path(sys.argv[-1]); p.mkdir(); (p / 'results.json').write_text('{}')")
+    script.write_text(
+        "import sys, pathlib; p = pathlib.Path(sys.argv[-1]); p.mkdir(); (p / 'results.json').write_text('{}')"
+    )
     command = f"{sys.executable} {script} --seed 1"
     for _ in range(2):  # a second start of it would find its directory
         assert common.results(common.run(command, path)) == {}

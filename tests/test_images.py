@@ -11,11 +11,12 @@ from accelerate.state import AcceleratorState
 from conftest import llada_checkpoint
 from runs import lines_of, one_error, results_of, small_run
 from safetensors.torch import save_file
-from slow import plain_llama
+from slow import plain, slow_emerge
 
 import emerge_sampler
 import maskgrpo as m
 import rewards
+from remask import seeded
 from rewards import Thing
 
 # --- Scenes and verifier ---------------------------------------------------------------------------------------------
@@ -115,33 +116,24 @@ def tiny():
     return m.tiny_model(["a photo of a circle"], 0, "t2i")
 
 
-def test_the_head_runs_for_the_codes_alone(tiny):
-    full, words = plain_llama(tiny), len(tiny.tokenizer)
-    x = torch.randint(0, words + 65, (2, 9), generator=torch.Generator().manual_seed(0))
-    attention, positions = torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.bool)
-    positions[0, 2:5], positions[1, 8] = True, True
-    torch.testing.assert_close(tiny(x, attention, positions), full(input_ids=x).logits[positions][:, words:])
+def test_a_rollout_equals_a_slow_loop(tiny):
+    """With guidance, row by row without padding; without a prompt there is no text between its marks."""
+    cfg = m.Config(task="t2i", sampler="emerge", steps=3, gen_length=65, guidance=1.5)
+    run = SimpleNamespace(cfg=cfg, task=TASK, device="cpu", everyone=lambda done: done)
+    problems, full, first = TASK.generate("train", 4, 0), plain(tiny), len(tiny.tokenizer)
+    o = m.roll_out(run, tiny, tiny, problems, [(0, i) for i in range(4)], 0.8)
+    for i, problem in enumerate(problems):
+        noise, prompts = seeded(0, i), (tiny.prompt_ids(TASK, problem), tiny.image_prompt(""))
+        draws = lambda n: torch.empty(n, 66, dtype=torch.float64).exponential_(generator=noise).tolist()  # noqa: B023
 
+        @torch.no_grad()
+        def logits_of(x, prompts=prompts):
+            c, u = (full(input_ids=torch.tensor([ids + x])).logits[0, len(ids) :, first:] for ids in prompts)
+            return u + 2.5 * (c - u)
 
-@pytest.mark.parametrize("scale", [0.0, 1.5])
-def test_guidance_in_a_rollout(tiny, scale):
-    """One step of emerge draws every code from softmax(l_u + (1 + scale)(l_c - l_u)); 4,096 codes, by chi-square."""
-    generator = torch.Generator().manual_seed(0)
-    with_prompt, without = torch.randn(2, 65, generator=generator) / 2
-    empty = torch.tensor(tiny.image_prompt(""))
-
-    def model(x, attention, positions, rough=False):
-        prompted = torch.tensor([not torch.equal(row[there][: len(empty)], empty) for row, there in zip(x, attention)])
-        logits = torch.where(prompted[:, None], with_prompt, without)  # (B, 65)
-        return logits[:, None].expand(*positions.shape, 65)[positions]
-
-    cfg = m.Config(task="t2i", sampler="emerge", steps=1, gen_length=65, guidance=scale)
-    run = SimpleNamespace(cfg=cfg, task=TASK, device="cpu", everyone=lambda ok: ok)
-    done = m.roll_out(run, model, tiny, TASK.generate("train", 64, 0), [(0, i) for i in range(64)], 1.0).batch
-    counts = torch.bincount(done.x[done.completion] - tiny.first_id, minlength=65)
-    expected = 4096 * (without + (1 + scale) * (with_prompt - without)).softmax(0)
-    chi_square = ((counts - expected) ** 2 / expected).sum()
-    assert counts.sum() == 4096 and chi_square < 120  # 64 degrees of freedom: beyond it with probability 2e-5
+        start = tiny.start_ids(TASK, problem, 65)
+        drawn = slow_emerge(logits_of, start, 3, tiny.mask_id, draws, 0.8, first)
+        assert [*drawn] == [o.batch.x[i, -65:].tolist(), o.unmask_step[i, -65:].tolist()]
 
 
 # --- Runs ------------------------------------------------------------------------------------------------------------

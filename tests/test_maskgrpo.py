@@ -1,11 +1,9 @@
 """maskgrpo.py: every equation by enumeration or by hand, training against a loop, models against a slow forward, and
 runs as a user makes them, stopped and killed. The slow versions are in slow.py."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import re
 import signal
 from types import SimpleNamespace
@@ -15,11 +13,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import LAUNCH_2, llada_checkpoint, launch, write_checkpoint
+from conftest import llada_checkpoint, launch, write_checkpoint
 from runs import dies, ended, forked, forked_pair, lines_of, one_error, results_of, same_run, same_training, small_run
+from runs import spied
 from safetensors.torch import load_file, save_file
-from slow import MASK, Enumerable, batch_of, chance, config, masks_of, plain_llama, remasked, rollouts, slow_ell
-from slow import slow_forward, slow_objective, step_by_hand
+from slow import MASK, SCORE, Enumerable, advantage_by_hand, batch_of, chance, masks_of, merged, plain, slow_ell
+from slow import slow_forward, slow_objective, slow_rollout, step_by_hand
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
@@ -97,10 +96,11 @@ def test_loss_and_gradient_equal_the_slow_loop(ratio, beta, seed):
     log_p.requires_grad_()
     cfg = SimpleNamespace(ratio=ratio, beta=beta, clip=0.2)
     rows = zip(log_p, old, ref, masks.scored, masks.t, a, lengths)
-    by_hand = -sum(slow_objective(p[s], o[s], r[s], *rest, cfg) for p, o, r, s, *rest in rows) / len(a)
+    total = [slow_objective(p[s], o[s], r[s], *rest, cfg) for p, o, r, s, *rest in rows]
+    objective, *figures = (sum(values) / len(a) for values in zip(*total))
     got, metrics = m.policy_loss(log_p, old, ref, masks, a, lengths, **vars(cfg))
-    torch.testing.assert_close(got, by_hand)
-    assert metrics["loss"] == got.item()
+    torch.testing.assert_close(got, by_hand := -objective)
+    assert list(metrics.values()) == pytest.approx([got.item(), *figures])
     torch.testing.assert_close(*(torch.autograd.grad(loss, log_p)[0][masks.scored] for loss in (got, by_hand)))
 
 
@@ -133,30 +133,17 @@ def test_advantages():
 # --- the masks of the training loop, and the loop itself --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", remask.SCHEMES)
-@pytest.mark.parametrize("managed", [True, False])
-def test_masks_depend_on_seed_step_j_and_group_alone(scheme, managed):
-    cfg, state = config(remask=scheme, managed_randomness=managed), torch.get_rng_state()
-    masks, hidden = remasked(cfg, rollouts(cfg), 3, 2)
-    again, _ = remasked(cfg, rollouts(cfg), 3, 2)  # as for the old and for the reference policy
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(masks, again))
-    # another process holds only group 1, beside a longer prompt of group 7
-    there, _ = remasked(cfg, rollouts(cfg, (5, 9), (1, 7)), 3, 2)
-    assert torch.equal(masks.masked[2:, -13:], there.masked[:2, -13:]) and torch.equal(masks.t[2:], there.t[:2])
-    assert (hidden[0, -3:]).all() and not masks.scored[0, -3:].any()  # behind EOS: hidden, not scored
-    assert not (masks.scored & ~masks.masked).any() and (masks.masked <= hidden).all()
-    if scheme in ("fading_out", "uniform"):
-        for other in (dict(step=3, j=3), dict(step=4, j=2)):
-            assert not torch.equal(masks.masked, remasked(cfg, rollouts(cfg), **other)[0].masked)
-        assert torch.equal(masks.masked[2], masks.masked[3]) == managed  # a group shares its noise
-
-
-def test_unigrpos_ratios_are_evenly_spaced_from_a_random_start_to_the_full_mask():
-    cfg = config(remask="whole_range", mu=4, group_size=2, managed_randomness=False)
-    t = torch.stack([remasked(cfg, rollouts(cfg), 3, j)[0].t for j in range(1, 5)])  # (mu, B)
-    torch.testing.assert_close(t, t[0] + (1 - t[0]) * torch.arange(4)[:, None] / 3)
-    assert len(set(t[0].tolist())) == 4  # each completion has its own start
+# Each argument of a step has several values. A trace of blocks of 4 may have tokens behind its EOS.
+LEFT_TO_RIGHT = dict(block_length=4, tokens_per_step=1, max_grad_norm=0.1)
+STEPS = {
+    "fading_out": dict(managed_randomness="true", max_grad_norm=0.1, ratio="token", beta=0.5),
+    "uniform": dict(managed_randomness="false", max_grad_norm=0.01, ratio="sequence", beta=0.2, gamma=0.3)
+    | dict(eos_last=True, tokens_per_step=1),
+    "whole_range": dict(managed_randomness="false", max_grad_norm=0.1, beta=0.2),
+    "full": dict(max_grad_norm=0.05, lora=4, beta=0.3, guidance=0.8),
+    "trace": dict(ratio="sequence", beta=0, advantage="mean", clip=0.3, **LEFT_TO_RIGHT),
+    "rotated_trace": dict(ratio="token", beta=0.3, advantage="mean", **LEFT_TO_RIGHT),
+}
 
 
 def test_a_trace_replays_the_states_that_the_rollout_saw():
@@ -173,7 +160,7 @@ def test_a_trace_replays_the_states_that_the_rollout_saw():
         out, states = m.SAMPLERS["semi_autoregressive"](lambda *of: pi(of[0], None, of[1]), x, x == 5, **settings), seen
         seen, completion = [], m.through_eos(out.x, x == 5, ends)
         o = m.Rollouts(m.Batch(out.x, x == 5, x == 5), completion, out.unmask_step, torch.zeros(1).long(), 0, [])
-        cfg = config(remask="trace", mu=out.forwards, gen_length=8)
+        cfg = dataclasses.replace(m.parse([]), remask="trace", mu=out.forwards, gen_length=8)
         for j in range(1, out.forwards + 1):
             m.remasked_log_probs(cfg, pi, SimpleNamespace(mask_id=5, first_id=0), o, 0, j)
         assert all(map(torch.equal, seen, states)) and len(seen) == len(states)
@@ -199,44 +186,89 @@ def test_elbo_training_does_not_depend_on_the_number_of_processes(problem_file):
     torch.testing.assert_close((gradient(2, 0) + gradient(2, 1)) / 2, gradient(1, 0))
 
 
-@pytest.mark.parametrize("ratio, managed", [("token", "true"), ("sequence", "false")])
-def test_two_training_steps_equal_a_loop_by_hand(ratio, managed, problem_file, tmp_path, monkeypatch):
-    """From the settings to the weights: two micro-batches, three updates, SGD: AdamW hides a scale."""
-    flags = dict(batch_size=4, accumulation=2, group_size=2, mu=3, temperature=0.8, beta=0.5, clip=0.02, warmup=4)
-    flags |= dict(lr=0.5, ratio=ratio, managed_randomness=managed, max_grad_norm=0.1 if ratio == "token" else 0.01)
-    cfg = m.parse(small_run(tmp_path / "run", data=problem_file, **flags))
-    (run, data), calls, asked, sampler = m.start(cfg, "test"), [], [], m.SAMPLERS["semi_autoregressive"]
-    texts = [p["question"] + "\n" + p["answer"] for p in data["train"]]
+@pytest.mark.parametrize("scheme", STEPS)
+def test_two_training_steps_equal_a_loop_by_hand(scheme, problem_file, tmp_path, monkeypatch):
+    """From the settings to the weights: the rollouts; two micro-batches, three updates, SGD: AdamW hides a scale."""
+    texts = [p["question"] + "\n" + p["answer"] for p in rewards.TASKS["gsm8k"].load(str(problem_file), "train")]
     policy, other = (m.tiny_model(texts, seed) for seed in (0, 1))
-    pi, pi_ref, ids, sample = plain_llama(policy), plain_llama(other), policy.mask_id, m.sample_groups
+    other.save(path := tmp_path / "ref")
+    flags = dict(model=path, data=problem_file, remask=scheme, bf16="false", batch_size=4, accumulation=2, group_size=2)
+    flags |= dict(mu=3, temperature=0.8, clip=0.02, warmup=4, lr=0.5) | STEPS[scheme]
+    cfg = m.parse(small_run(tmp_path / "run", **flags))
+    run, data = m.start(cfg, "test")
+    twin, held = plain(policy), plain(other)
+    if cfg.lora:
+        pytest.importorskip("peft")
+        policy, twin = m.load_model(str(path), cfg, trainable=True), held
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+        adapted = {name.split(".lora_")[0].split(".")[-1] for name, p in policy.named_parameters() if p.requires_grad}
+        assert adapted == {"q_proj", "k_proj", "v_proj", "up_proj"}  # the authors' targets
+    policy.eos_ids += range(10, len(policy.tokenizer), 9)  # so that some completions end early
+    mask, calls, sample, state = policy.mask_id, [], m.sample_groups, torch.get_rng_state()
     monkeypatch.setattr(m, "sample_groups", lambda *args: calls.append(sample(*args)) or calls[-1])
-    score = lambda text: {"length": len(text) % 7 / 3, "first": float(text[:1] < "M")}
-    monkeypatch.setattr(m, "judge_all", lambda task, texts, *_: [(score(text), 0.0) for text in texts])
-    spy = lambda *args, **options: asked.append(options["temperature"]) or sampler(*args, **options)
-    monkeypatch.setitem(m.SAMPLERS, "semi_autoregressive", spy)
+    monkeypatch.setattr(m, "judge_all", lambda task, texts, *_: [(SCORE(text), 0.0) for text in texts])
     run.accelerator.gradient_accumulation_steps = cfg.accumulation
+    trained = {name: p.detach().clone().requires_grad_() for name, p in policy.hf.named_parameters() if p.requires_grad}
     policy, optimizer = run.accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=9.0))
-    reference, prompts = lambda: contextlib.nullcontext(other.eval()), []
+    reference, prompts = m.reference_of(run, policy, policy, str(path)), []
+
+    def logits_of(weights, x):
+        out = torch.func.functional_call(twin, merged(twin, weights), kwargs=dict(input_ids=torch.tensor([x])))
+        return out.logits[0].index_fill(1, torch.tensor(mask), -torch.inf)
+
     for step in range(2):
         calls.clear()
         metrics, rows = m.train_step(run, policy, policy, reference, optimizer, data["train"], step), []
         for micro, (o, _, _) in enumerate(calls):
-            width = o.batch.x.shape[1] - cfg.gen_length
-            r = [sum(score(text).values()) for text in o.texts]
-            for i, (x, seen) in enumerate(zip(o.batch.x, o.batch.attention)):
-                mean, other_r = sum(r[i - i % 2 :][:2]) / 2, r[i ^ 1]
-                a = (r[i] - mean) / (abs(r[i] - other_r) / 2**0.5) if r[i] != other_r else 0.0  # G = 2
-                tokens, prompt = x[width:].tolist(), x[:width][seen[:width]].tolist()
-                ends = [n for n, token in enumerate(tokens) if token in policy.eos_ids]
-                rows.append((prompt, tokens, ends[0] + 1 if ends else 16, a, 2 * micro + i // 2, i % 2))
-        loss, norm = step_by_hand(cfg, pi, pi_ref, ids, rows, step)
-        assert (metrics["loss"], metrics["grad_norm"]) == pytest.approx((loss, norm), rel=1e-4, abs=1e-6)
-        assert metrics["clipped"] > 0 and metrics["kl"] > 0 and norm > 2 * cfg.max_grad_norm
-        assert min(n for _, _, n, *_ in rows) < 16 and {a > 0 for *_, a, _, _ in rows} == {True, False}
-        for one, two in zip(policy.hf.parameters(), pi.parameters(), strict=True):
-            torch.testing.assert_close(one, two, atol=2e-6, rtol=1e-4)
-        prompts += [tuple(prompt) for prompt, *_ in rows]
-    assert len(prompts) == 16 and len(set(prompts)) == 8 and set(asked) == {0.8}  # 2 of each: no problem comes twice
+            width, r = o.batch.x.shape[1] - cfg.gen_length, [sum(SCORE(text).values()) for text in o.texts]
+            for i, (x, seen, when) in enumerate(zip(o.batch.x, o.batch.attention, o.unmask_step)):
+                row = SimpleNamespace(group=2 * micro + i // 2, k=i % 2, a=advantage_by_hand(r, i, cfg))
+                row.prompt, row.o, row.steps = (v.tolist() for v in (x[:width][seen[:width]], x[width:], when[width:]))
+                row.n = next((n for n, token in enumerate(row.o) if token in policy.eos_ids), cfg.gen_length - 1) + 1
+                rows.append(row)
+
+                def guided(x, places, start=len(row.prompt)):
+                    c = u = logits_of(trained, x)[places]
+                    u = logits_of(trained, start * [mask] + x[start:])[places] if cfg.guidance else u
+                    return torch.where(c.isneginf(), c, u + (1 + cfg.guidance) * (c - u))
+
+                rest = cfg.block_length, cfg.tokens_per_step, policy.eos_ids, policy.pad_id, cfg.temperature
+                noise = remask.seeded(cfg.seed, m.ROLLOUT, step, row.group, row.k)
+                with torch.no_grad():
+                    drawn = slow_rollout(guided, row.prompt + [mask] * 16, len(row.prompt), *rest, noise, cfg.eos_last)
+                assert [tokens[-16:] for tokens in drawn] == [row.o, row.steps]
+        by_hand = step_by_hand(cfg, logits_of, trained, dict(held.named_parameters()), mask, rows, step)
+        got = [metrics[name] for name in ("loss", "kl", "clipped", "log_ratio", "grad_norm")]
+        assert got == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
+        assert metrics["clipped"] > 0 and (metrics["kl"] > 0) == (cfg.beta > 0) and got[-1] > 2 * cfg.max_grad_norm
+        assert min(row.n for row in rows) < 16 and {row.a > 0 for row in rows} == {True, False}
+        for name, p in policy.hf.named_parameters():
+            torch.testing.assert_close(p, trained.get(name, p), atol=2e-6, rtol=1e-4)
+        prompts += [tuple(row.prompt) for row in rows]
+    assert len(prompts) == 16 and len(set(prompts)) == 8  # 2 of each: no problem comes twice
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("codebook", [0, 64])
+def test_held_out_problems_have_a_greedy_answer_and_pass_k_at_the_temperature(codebook, tmp_path, monkeypatch):
+    """What roll_out is asked for, a problem's noise by its number. Images are never greedy."""
+    flags = dict(pass_k=2, temperature=0.4, eval_batch_size=3)
+    run, asked = m.Run(m.parse(small_run(tmp_path, **flags)), Accelerator()), []
+
+    def roll_out(run, model, base, problems, keys, temperature, sampler):
+        asked.extend((p["question"], key, temperature, sampler) for p, key in zip(problems, keys, strict=True))
+        return SimpleNamespace(texts=[f"#### {key[-1]}" for key in keys])
+
+    monkeypatch.setattr(m, "roll_out", roll_out)
+    data = {split: [{"question": split + i, "answer": "#### 1"} for i in "01"] for split in ("test", "unseen")}
+    rows = m.measure(run, nn.Identity(), SimpleNamespace(codebook=codebook), data, "before")
+    places = [("test", 1, 0.4 * (codebook > 0)), ("unseen", 1, 0.4 * (codebook > 0)), ("test", 2, 0.4)]
+    expected = [(of, i, s, t) for of, n, t in places for i in range(2) for s in range(n)]
+    assert asked == [(f"{of}{i}", (0, m.EVALUATION, i, s), t, None) for of, i, s, t in expected]
+    assert [(row["prompt"], row["score"]) for row in rows] == [(f"{of}{i}", s) for of, i, s, _ in expected]
+    assert [row["sample"] for row in rows] == [None] * 4 + [0, 1] * 2
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -323,23 +355,6 @@ def test_bf16_weights_have_the_log_ratios_of_float32(kind, request, bpe, tmp_pat
     optimizer.step()
     exact, here, rough = (all_three() - old).detach()
     assert (here - exact).std() < 0.05 * exact.std() and (rough - exact).std() > 0.5 * exact.std()
-
-
-def test_lora_starts_as_the_base_and_the_reference_is_without_it(llada):
-    pytest.importorskip("peft")
-    before, base = torch.get_rng_state(), load(llada)
-    model = load(llada, trainable=True, lora=4)
-    assert torch.equal(before, torch.get_rng_state()) and torch.equal(model(X, ALL, ALL), base(X, ALL, ALL))
-    for name, p in model.named_parameters():
-        assert p.requires_grad == ("lora_" in name)
-        if "lora_B" in name:
-            nn.init.normal_(p)
-    adapted = {name.split(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
-    assert adapted == {"q_proj", "k_proj", "v_proj", "up_proj"}  # the authors' targets
-    assert not torch.allclose(model(X, ALL, ALL), base(X, ALL, ALL))
-    run = SimpleNamespace(cfg=config_for(llada, lora=4), accelerator=Accelerator())
-    with m.reference_of(run, model, model, str(llada))() as reference:
-        assert reference is model and torch.equal(reference(X, ALL, ALL), base(X, ALL, ALL))
 
 
 def test_an_instruction_that_a_chat_template_has_no_role_for_stands_in_the_question(llada, bpe):
@@ -456,10 +471,28 @@ def test_a_run_leaves_everything_it_is(base):
     assert len(rows) == 8 + 8 + 2 * 8 and all(row["score"] == score(row) for row in rows)
 
 
-@pytest.mark.parametrize("method, ratio", list(zip(m.METHODS, ["token", "sequence"] * 3)))
-def test_every_method_trains(method, ratio, flags, tmp_path):
-    assert m.cli(small_run(tmp_path / "run", **flags, max_steps=2, method=method, ratio=ratio)) == 0
-    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines_of(tmp_path / "run"))
+def test_what_a_run_gives_its_steps_and_its_looks(flags, tmp_path, monkeypatch):
+    steps, looks = spied(monkeypatch, m, "train_step", {"reward": 0.0, "kl": 0.0}), spied(monkeypatch, m, "evaluate")
+    loops, values = spied(monkeypatch, m, "train_policy"), dict(accumulation=3, weight_decay=0.3, eval_every=1)
+    assert m.cli(small_run(tmp_path / "run", **flags, **values, max_steps=2)) == 0
+    (run, *_, data, _), group = loops[0], loops[0][4].param_groups[0]
+    assert [step for *_, step in steps] == [0, 1] and all(problems is data["train"] for *_, problems, _ in steps)
+    names = [name for look in looks for name in data if data[name] is look[3]]
+    assert names == ["test", "unseen", "validation", "validation", "test", "unseen"]
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.3)
+    assert run.accelerator.gradient_accumulation_steps == 3
+
+
+def test_a_step_of_elbo_training_has_lessons_and_stratified_ratios_of_its_own(llada, monkeypatch):
+    cfg, base = config_for(llada, sft_batch_size=4), load(llada, trainable=True)
+    seen = spied(monkeypatch, m, "elbo_loss", next(base.parameters()).sum())
+    lesson, optimizer = [([i], [base.mask_id], [40 + i]) for i in range(8)], torch.optim.SGD(base.parameters(), lr=0)
+    for step in range(2):
+        m.elbo_step(m.Run(cfg, Accelerator()), base, base, optimizer, lesson, step)
+    (_, one, r, u, *_), (_, two, other_r, other_u, *_) = seen
+    assert sorted(torch.cat([one.x, two.x])[:, 1].tolist()) == [*range(40, 48)]
+    assert ((1 - r) * 4).floor().tolist() == [0, 1, 2, 3] and r[0] != other_r[0] and not torch.equal(u, other_u)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(cfg.sft_lr * 2 / 100)
 
 
 def test_bf16_with_gradient_checkpointing_starts_at_its_reference(flags, tmp_path):
@@ -479,10 +512,8 @@ LONG = dict(max_steps=6, save_every=2, eval_n=3, pass_k=2)
 def on_two(base, problem_file, tmp_path_factory):
     """A whole run on two processes, which `accelerate launch` starts."""
     path = tmp_path_factory.mktemp("two")
-    argv = small_run(path / "run", model=base, data=problem_file, batch_size=8, **LONG)
-    process = launch(*argv, launch=LAUNCH_2)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "2 processes" in out, out + err
+    done = launch(*small_run(path / "run", model=base, data=problem_file, batch_size=8, **LONG))
+    assert done.returncode == 0 and "2 processes" in done.stdout, done.stdout + done.stderr
     return path / "run"
 
 

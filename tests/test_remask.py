@@ -47,30 +47,21 @@ def test_uniform_hides_every_completion_token_with_probability_r(r):
         torch.testing.assert_close(got, r * completion.float(), atol=1 / N, rtol=0)
 
 
-def test_the_clamp_raises_the_expected_ratio_below_one_half():
-    row = torch.ones(1, 4096, dtype=torch.bool)
-    for r in (0.1, 0.3, 0.45, 0.5, 0.6, 0.8, 1.0):
-        by_hand = r if r >= 0.5 else 1 / (4 * (1 - r))  # the ramp's integral
-        assert remask.expected_ratio(row, r).item() == pytest.approx(by_hand, abs=1e-3)
+# Behind a prompt of one token a completion of four, u = .1 | .1 .85 .95 .3; update 1 of 2, gamma = .8, so that t = .9.
+# whole_range has a ratio of .5; 1: hidden, 2: hidden and scored
+SCHEMES = {
+    "fading_out": ("00222", 0.9), "uniform": ("02202", 0.9), "full": ("12222", 1.0), "whole_range": ("02002", 0.5),
+    "trace": ("01212", 0.5), "rotated_trace": ("02020", 0.5),
+}  # fmt: skip
 
 
-def test_rows_may_have_ratios_of_their_own():
-    completion, r = torch.ones(2, 8, dtype=torch.bool), torch.tensor([0.6, 0.9])
-    u = torch.rand(2, 8, generator=torch.Generator().manual_seed(0))
-    for scheme in (remask.fading_out, remask.uniform):
-        both = scheme(completion, r, u)
-        for i in range(2):
-            one = scheme(completion[i : i + 1], float(r[i]), u[i : i + 1])
-            assert torch.equal(both.masked[i], one.masked[0]) and both.t[i] == one.t[0]
-
-
-def test_full_hides_the_completion_and_15_percent_of_the_prompt():
-    completion = torch.tensor([False] * 3 + [True] * 3)
-    prompt = torch.tensor([False, True, True] + [False] * 3)  # position 0 is padding
-    u = GRID[:, None].expand(N, 6)
-    masks = remask.full(completion.expand(N, -1), prompt.expand(N, -1), u)
-    torch.testing.assert_close(masks.masked.float().mean(0), torch.tensor([0, 0.15, 0.15, 1, 1, 1]), atol=1 / N, rtol=0)
-    assert torch.equal(masks.scored, completion.expand(N, -1)) and (masks.t == 1).all()
+@pytest.mark.parametrize("scheme", remask.SCHEMES)
+def test_a_scheme_is_the_one_of_its_name(scheme):
+    completion, order = torch.tensor([[False] + [True] * 4]), torch.tensor([[-1, 3, 0, 2, 1]])
+    u, half = torch.tensor([[0.1, 0.1, 0.85, 0.95, 0.3]]), torch.tensor([0.5])
+    masks = remask.by_name(scheme, completion, ~completion, order, u, half, 1, 2, 0.8)
+    assert not (masks.scored & ~masks.masked).any() and masks.t.item() == pytest.approx(SCHEMES[scheme][1])
+    assert "".join(map(str, (masks.masked.long() + masks.scored)[0].tolist())) == SCHEMES[scheme][0]
 
 
 @pytest.mark.parametrize("mu", [1, 2, 3, 5])

@@ -9,14 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from runs import dies, ended, forked, forked_pair, lines_of, results_of, same_metrics
+from runs import dies, ended, forked, forked_pair, lines_of, results_of, same_metrics, spied
 from safetensors.torch import load_file
+from slow import SCORE, advantage_by_hand, plain, slow_policy, slow_trajectory, upo_step_by_hand
 from torch import nn
 
 import maskgrpo as m
 import rewards
 import upo
+from remask import shuffled
 
 # --- A tabular masked diffusion model: n = 3 tokens, 2 words (0, 1), mask 2; random tables from a seed ----------------
 
@@ -161,16 +164,6 @@ def test_cross_entropy_is_the_divergence_of_max_confidence():
     assert torch.allclose(gradient(loss, theta), 0.3 * gradient(by_hand, theta), atol=1e-6)
 
 
-def test_clipping_by_hand():
-    log_g = torch.tensor([0.5, 0.5, 0.9, 0.9, 0.6]).log().requires_grad_()
-    log_old = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.9]).log()
-    advantage = torch.tensor([2.0, -2.0, 1.0, -1.0, -1.0])  # rho: 1, 1, 1.8, 1.8, 2/3
-    out = upo.surrogate(log_g, log_old, advantage, 0.2)
-    assert torch.allclose(out, torch.tensor([2.0, -2.0, 1.2, -1.8, -0.8]))
-    # a clipped step has no gradient, the pessimistic side keeps its own: d(rho A) / d log g = rho A
-    assert torch.allclose(gradient(out.sum(), log_g), torch.tensor([2.0, -2.0, 0.0, -1.8, 0.0]))
-
-
 def test_steps_left_out_change_no_expectation():
     """Every draw of step_weights is enumerated: the first step, and one of the two others; at g = g_old."""
     base, theta, value = Tabular(2), random_theta(2).requires_grad_(), random_values(2)
@@ -263,6 +256,36 @@ def test_rules_by_hand():
     assert torch.allclose(got, torch.tensor([[0.5, -torch.inf, 0.46, 0.6]])) and not sampled
 
 
+def test_the_table_has_each_order_as_it_is_and_the_policy_s_best_position(monkeypatch):
+    """What evaluate is asked for; scores of three candidates in one row."""
+    candidates, p = torch.tensor([[True, False, True, True]]), torch.tensor([[0.4, 0.6], [0.9, 0.1], [0.2, 0.8]])
+    state = SimpleNamespace(candidates=candidates, top=torch.tensor([[[0.6], [0], [0.9], [0.8]]]))
+    monkeypatch.setattr(upo, "evaluate", lambda run, base, order, *asked: (order, asked))
+    run = SimpleNamespace(cfg=dataclasses.replace(TABULAR, topk=2, pass_n=2, position_temperature=0.7, tau=0.5))
+    rows, lucky = upo.measure(run, None, lambda *state: state[-1], [5, 6, 7])
+    assert [(name, *asked) for name, (_, asked) in rows.items()] == [(n, [5, 6, 7], n) for n in [*upo.ORDERS, "upo"]]
+    few = [(name, [5, 6], f"{name}, pass@N", 16) for name in ("random", "topk_random")]
+    assert [(name, *asked) for name, (_, asked) in lucky.items()] == few
+    sampled = [name for name, (order, _) in rows.items() if order[1]]
+    assert sampled == ["random", "softmax_confidence", "topk_random"] and rows["upo"][0][0]((1, 2), None) == 0.7
+    scores = {name: score(state, p.log() + 3)[0].tolist() for name, ((score, _), _) in rows.items() if name != "upo"}
+    assert scores["random"] == [0, -math.inf, 0, 0] and scores["topk_random"] == [-math.inf, -math.inf, 0, 0]
+    assert scores["softmax_confidence"] == pytest.approx([1.2, -math.inf, 1.8, 1.6])
+
+
+def test_every_sample_of_a_problem_has_noise_of_its_own(monkeypatch):
+    def complete(run, base, asked, order, keys):
+        zeros = torch.zeros(len(keys), N, dtype=torch.long)
+        seen.extend(keys)
+        return upo.Trajectories(zeros, zeros, zeros[:, 0]), [f"#### {sum(key[2:])}" for key in keys]
+
+    monkeypatch.setattr(upo, "complete", complete)
+    run, seen = m.Run(dataclasses.replace(TABULAR, task="gsm8k", eval_batch_size=3), Accelerator()), []
+    rows = upo.evaluate(run, None, None, [{"question": "", "answer": f"#### {i + 1}"} for i in range(2)], "", 2)
+    assert seen == [(0, upo.EVALUATION, i, s) for i in range(2) for s in range(2)]
+    assert [(row["problem"], row["sample"], row["score"]) for row in rows] == [(i, s, s) for *_, i, s in seen]
+
+
 # --- The head, on bases in the official formats -----------------------------------------------------------------------
 
 
@@ -271,23 +294,6 @@ def test_the_head_has_the_papers_size():
         policy = upo.UnmaskingPolicy(4096, heads=32)
     layer, mlp = (sum(p.numel() for p in part.parameters()) for part in (policy.layer, policy.mlp))
     assert (layer, mlp) == (83_924_992, 50_544_865)
-
-
-def test_the_layer_where_it_is_needed_is_pytorchs_layer_everywhere():
-    """Against nn.TransformerEncoderLayer on the whole sequence: values, and gradients of parameters and input."""
-    generator = torch.Generator().manual_seed(0)
-    policy = upo.UnmaskingPolicy(16, heads=4)
-    attention = torch.arange(9) >= torch.tensor([2, 2, 2, 0, 0, 0])[:, None]
-    allowed = attention & (torch.rand(6, 9, generator=generator) < 0.4)
-    allowed[4] = False  # a row without any; others have 1 to 6
-    weight = torch.randn(int(allowed.sum()), 16, generator=generator)
-    h = torch.randn(6, 9, 16, generator=generator, requires_grad=True)
-    everywhere = policy.layer(h, src_key_padding_mask=~attention)
-    outputs = upo.layer_at(policy.layer, h, attention, allowed), everywhere[allowed]
-    torch.testing.assert_close(*outputs, atol=1e-6, rtol=1e-5)
-    grads = [torch.autograd.grad((output * weight).sum(), [h, *policy.layer.parameters()]) for output in outputs]
-    for one, two in zip(*grads):
-        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
 frozen = lambda path: upo.FrozenBase(m.load_model(str(path), m.parse(["--bf16", "false"]), trainable=False))
@@ -300,33 +306,6 @@ def config_for(**values) -> upo.Config:
 
 
 IDS = torch.tensor([[9, 40, 77, 100, 31, 55, 12, 80, 64]])
-
-
-@pytest.mark.parametrize("kind", ["llada", "dream"])
-def test_features_enter_the_last_block(kind, request):
-    base = frozen(request.getfixturevalue(kind))
-    hidden, _ = base.read(IDS, IDS >= 0, IDS >= 0)
-    expected = base.model.hf(input_ids=IDS, output_hidden_states=True).hidden_states[-2]
-    if kind == "dream":  # what predicts position i stands at i - 1
-        assert hidden[:, 0].eq(0).all()
-        hidden, expected = hidden[:, 1:], expected[:, :-1]
-    torch.testing.assert_close(hidden, expected, atol=1e-6, rtol=1e-5)
-    assert not hidden.requires_grad and not any(p.requires_grad for p in base.model.parameters())
-
-
-@pytest.mark.parametrize("kind, name", [*(("llada", name) for name in [*upo.ORDERS, "upo"]), ("dream", "upo")])
-def test_actions_are_those_of_a_batch_of_one(kind, name, request):
-    """Eight prompts of different lengths, padded on the left, against each alone."""
-    base, cfg = frozen(request.getfixturevalue(kind)), config_for()
-    policy = upo.new_policy(cfg, base, "cpu")
-    order = upo.learned(policy, cfg, sampled=True) if name == "upo" else upo.rule(name, cfg)
-    problems = [{"question": "Tom has 3 apples. " * (1 + i), "answer": "#### 3"} for i in range(8)]
-    batch = lambda rows: open_batch(base, [problems[i] for i in rows], 8)
-    go = lambda rows: upo.unmask(base, batch(rows), order, cfg, [(5, i) for i in rows], base.model.eos_ids)
-    together = go(range(8))
-    for i, alone in enumerate(go([i]) for i in range(8)):
-        for one, all_ in ((alone.unmask_step, together.unmask_step), (alone.x, together.x)):
-            assert torch.equal(one[0, -8:], all_[i, -8:])
 
 
 def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
@@ -343,25 +322,69 @@ def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
     assert all(torch.equal(go([i]).x[0], together.x[i]) for i in range(2))
 
 
-def test_the_loss_does_not_depend_on_how_steps_share_states(llada):
-    """unmask computes a state once however many rows are in it; the loss is that of each row by itself."""
-    base, cfg = frozen(llada), config_for(ref="softmax_confidence", batch_size=6, minibatch_size=2)
-    policy = upo.new_policy(cfg, base, "cpu")
-    batch, order = open_batch(base, [{"question": "Tom?", "answer": "#### 3"}] * 6, 8), upo.learned(policy, cfg, True)
-    e = upo.unmask(base, batch, order, cfg, [(1, i) for i in range(6)], [], keep=True)
-    assert len(e.log_ref) < len(e.row) == 48
-    advantages = torch.tensor([1.0, -1, 2, 0, 0.5, -0.5])
-    log_g, options = lambda e: policy(*e.state, cfg.position_temperature), dict(ref=cfg.ref, clip=0.2, beta=0.1)
-    loss = lambda e, rows=slice(None): upo.upo_loss(log_g(e), e, advantages[rows], **options)[0]
-    apart = e._replace(state=upo.State(*(v[e.at] for v in e.state)), log_ref=e.log_ref[e.at], at=torch.arange(48))
-    grads = [torch.autograd.grad(loss(v), list(policy.parameters())) for v in (e, apart)]
-    assert loss(e).item() == pytest.approx(loss(apart).item(), abs=1e-6)
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
-    # in minibatches of 2: together the same
-    parts = list(upo.micro_batches(SimpleNamespace(cfg=cfg, device="cpu"), e))
-    assert [rows.tolist() for rows, _ in parts] == [[0, 3], [1, 4], [2, 5]]
-    assert sum(loss(part, rows).item() for rows, part in parts) / 3 == pytest.approx(loss(e).item(), abs=1e-6)
+SMALL = dict(batch_size=8, minibatch_size=4, group_size=2, mu=2, warmup=6, max_grad_norm=0.02, max_steps=5)
+SMALL |= dict(gen_length=8, init_lr=1.0, lr=0.9, position_temperature=0.7, temperature=0.6, accumulation=1)
+STEPS = {  # each argument of a step has several values
+    "topk": dict(kind="llada", lr_decay=True, beta=0.3, clip=0.02, advantage="std"),
+    "softmax_confidence": dict(kind="dream", steps_per_update=3, beta=0.4, clip=0.002, advantage="mean", temperature=0)
+    | dict(accumulation=0),
+    "max_confidence": dict(kind="llada", beta=0.6, clip=0.05, position_temperature=1.3, warmup=0, temperature=1.2),
+}
+
+
+@pytest.mark.parametrize("ref", STEPS)
+def test_pretraining_and_two_steps_equal_a_loop_by_hand(ref, request, monkeypatch):
+    """Rollouts position by position, weights and metrics; with SGD, as AdamW hides a scale."""
+    values = SMALL | STEPS[ref]
+    base, cfg = frozen(request.getfixturevalue(kind := values.pop("kind"))), config_for(ref=ref, task="gsm8k", **values)
+    run, twin, calls, sample = m.Run(cfg, Accelerator()), plain(base.model), [], upo.sample_groups
+    problems, texts = rewards.TASKS["gsm8k"].generate("train", 20, 0), []
+    base.model.eos_ids = [*base.model.eos_ids, *range(40, 500, 9)]  # so that some completions end early
+    judge = lambda task, got, asked: texts.append(got) or [(SCORE(text), 0.0) for text in got]
+    monkeypatch.setattr(upo, "judge_all", judge)
+    monkeypatch.setattr(upo, "sample_groups", lambda *args: calls.append(sample(*args)) or calls[-1])
+    g, by_hand = (upo.new_policy(cfg, base, "cpu") for _ in range(2))
+    run.accelerator.gradient_accumulation_steps = cfg.shape()[1]
+    for p in (*g.mlp.parameters(), *by_hand.mlp.parameters()):
+        p.data *= 3  # far from uniform
+    optimizer, mask_id, ended, signs = torch.optim.SGD(g.parameters(), lr=9.0), base.model.mask_id, set(), set()
+    like_g = lambda state, log_ref: slow_policy(by_hand, state, cfg.position_temperature)
+
+    @torch.no_grad()
+    def read(x):
+        out, shift = twin(input_ids=torch.tensor([x]), output_hidden_states=True), int(kind == "dream")
+        hidden, logits = (v[0].roll(shift, 0) for v in (out.hidden_states[-2], out.logits))  # Dream: i at i - 1
+        hidden[:shift], logits[:, mask_id] = 0, -torch.inf
+        return hidden, logits
+
+    for step, init in ((1, True), (0, False), (1, False)):
+        got, rows = (upo.init_step if init else upo.train_step)(run, base, g, optimizer, problems, step), []
+        e, use = calls[-1][0], upo.PRETRAIN if init else upo.ROLLOUT
+        asked = shuffled(20, 4, 4 * step, cfg.seed, upo.DATA, use)
+        for i in range(8):
+            prompt, key = base.model.prompt_ids(run.task, problems[asked[i // 2]]), (cfg.seed, use, step, i // 2, i % 2)
+            choose, weights = (lambda state, log_ref: log_ref) if init else like_g, upo.step_weights(cfg, [8], [key])[0]
+            row = slow_trajectory(cfg, read, choose, prompt + [mask_id] * 8, base.model.eos_ids, mask_id, key, weights)
+            assert e.unmask_step[i, -8:].tolist() == row[1][-8:] and e.length[i] == len(row[2])
+            assert all(x == y for x, y, when in zip(e.x[i, -8:].tolist(), row[0][-8:], row[1][-8:]) if when >= 0)
+            rows.append(row[2])
+        r = [sum(SCORE(text).values()) for text in texts[-1]]
+        a = [advantage_by_hand(r, i, cfg) for i in range(8)]
+        updates = 4 if cfg.accumulation else 2
+        warm = lambda i: min(1, (step * updates + i + 1) / max(cfg.warmup, 1))  # noqa: B023
+        lr = lambda i: cfg.init_lr if init else cfg.lr * warm(i) * (1 - cfg.lr_decay * step / 5)  # noqa: B023
+        names = "loss cross_entropy clipped log_ratio grad_norm reward group_reward_std entropy kl".split()
+        expected = upo_step_by_hand(cfg, by_hand, rows, a, lr, init)
+        apart = [abs(r[i] - r[i + 1]) / 2**0.5 for i in range(0, 8, 2)]
+        entropy = [sum(torch.special.entr(log_g.exp()).sum() for _, log_g, *_ in row) / len(row) for row in rows]
+        kl = [sum(log_g[n] - log_ref[n] for _, log_g, log_ref, n, _ in row) for row in rows]
+        expected += [sum(r) / 8, sum(apart) / 4, sum(entropy).item() / 8, sum(kl).item() / 8]
+        assert all(got[name] == pytest.approx(v, rel=1e-4, abs=1e-5) for name, v in zip(names, expected) if name in got)
+        assert got["grad_norm"] > 2 * cfg.max_grad_norm and (init or got["clipped"] > 0)
+        ended, signs = ended | {len(row) < 8 for row in rows}, signs | {v > 0 for v in a}
+        for one, two in zip(g.parameters(), by_hand.parameters()):
+            torch.testing.assert_close(one, two, atol=2e-6, rtol=1e-4)
+    assert ended == signs == {True, False}
 
 
 # --- End to end: the command line, resuming, two processes, transfer, bad input ---------------------------------------
@@ -409,7 +432,7 @@ def whole(tiny_base, puzzles, tmp_path_factory):
 def test_the_tables_figures_are_those_of_the_completions(whole, puzzles):
     results, rows, task = results_of(whole), lines_of(whole, "completions"), rewards.TASKS["sudoku"]
     assert [results[name] for name in ("task", "ref", "seed", "n")] == ["sudoku", "topk", 0, 6]
-    assert list(rows[0]) == "method problem sample completion nfe steps tokens score".split() and len(rows) == 7 * 6
+    assert list(rows[0]) == "method problem sample completion nfe steps tokens score".split() and len(rows) == 8 * 6
     problems, scores = task.load(str(puzzles), "train")[9::10], {}
     for row in rows:  # each blank once, in some order; clues are given
         problem = problems[row["problem"]]
@@ -417,13 +440,27 @@ def test_the_tables_figures_are_those_of_the_completions(whole, puzzles):
         assert sorted(step for step in row["steps"] if step >= 0) == list(range(blanks)) and row["nfe"] == blanks
         assert row["score"] == task.score(row["completion"], problem)
         scores.setdefault(row["method"], []).append(row["score"])
-    assert list(results["accuracy"]) == [*upo.ORDERS, "upo"] == list(scores)
+    assert list(results["accuracy"]) == [*upo.ORDERS, "answer_confidence", "upo"] == list(scores)
     for name, figures in results["accuracy"].items():
         assert figures["mean"] == pytest.approx(sum(scores[name]) / 6, abs=1e-6)
     for name, figures in results["paired"].items():
         assert figures["difference"] == pytest.approx((sum(scores["upo"]) - sum(scores[name])) / 6, abs=1e-6)
     for values in results["pass_at_n"].values():
         assert list(values) == ["1", "2", "4", "8", "16"] and list(values.values()) == sorted(values.values())
+
+
+def test_what_a_run_gives_its_steps_and_its_looks(tiny_base, puzzles, tmp_path, monkeypatch):
+    line = dict.fromkeys(("reward", "group_reward_std", "entropy"), 0.0)
+    warm, steps = (spied(monkeypatch, upo, f"{name}_step", line) for name in ("init", "train"))
+    looks, loops = spied(monkeypatch, upo, "evaluate"), spied(monkeypatch, upo, "train_policy")
+    values = dict(model=tiny_base, data=puzzles, init="pretrained", max_steps=2, weight_decay=0.3, pass_n=0)
+    assert upo_cli(flags_of(tmp_path / "run", **values)) == 0
+    (*_, data, _), group = loops[0], loops[0][3].param_groups[0]
+    assert [[n for *_, n in calls] for calls in (warm, steps)] == [[0, 1]] * 2
+    assert all(problems is data["train"] for *_, problems, _ in warm + steps)
+    assert all(problems is data["test" if i > 1 else "validation"] for i, (_, _, _, problems, _) in enumerate(looks))
+    assert not any(order[1] for _, _, order, *_ in looks[:2])  # after init_steps and at the end
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.3)
 
 
 def test_kill_and_resume_to_the_same_numbers(tiny_base, whole, puzzles, tmp_path):
