@@ -64,7 +64,6 @@ import os
 import shutil
 import signal
 import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -87,7 +86,8 @@ import remask
 import rewards
 from emerge_sampler import DECAYS, SAMPLERS, guided, load_magvit, through_eos
 from remask import Remask, seeded, shuffled
-from rewards import TASKS, DataError, Problem, first_line, judge_all, mean_of
+from rewards import TASKS, Problem, first_line, judge_all, mean_of
+from rewards import DataError as UsageError  # something the caller has to change, in one line
 
 # --- The paper, 1: the likelihood of a masked diffusion model (Eq. 2) -------------------------------------------------
 
@@ -332,7 +332,7 @@ class Common:
     save_every: int = flag(10, "steps between checkpoints, 0: only when stopped and at the end")
     resume: bool = flag(False, "go on from the last checkpoint in --output_dir")
     eval_only: bool = flag(False, "evaluate and leave")
-    log_with: str | None = flag(None, "a tracker of Accelerate's: tensorboard, wandb, ...")
+    log_with: str | None = flag(None, "a tracker that is installed", choices=tuple(map(str, get_available_trackers())))
     bf16: bool = flag(torch.cuda.is_available(), "frozen weights, rollouts and upo.py's policy in bfloat16")
     gen_length: int = flag(256, "completion length, tokens")
     block_length: int = flag(16, "tokens per semi-autoregressive block")
@@ -354,9 +354,10 @@ class Common:
 
     def tiny(self) -> bool:
         """Whether the model is the embedded default, or was trained from it: then the tiny tables apply."""
-        local = self.model is not None and Path(self.model).is_dir()
-        file = Path(resolve(self.model)[0], "config.json") if local else None
-        return self.model is None or bool(file and file.is_file() and read_json(file).get("embedded_default"))
+        if self.model is None or not Path(self.model).is_dir():
+            return self.model is None
+        file = Path(resolve(self.model)[0], "config.json")
+        return file.is_file() and '"embedded_default": true' in file.read_text()
 
     def generated(self) -> bool:
         """Whether the problems come from the task's generator."""
@@ -431,10 +432,6 @@ def tables(cfg: Config) -> list[dict]:
     return [of_model, METHODS[cfg.method], image, of_task.get(cfg.task, {})]
 
 
-class UsageError(ValueError):
-    """Something the caller has to change: one line that says what, where, and what would be right."""
-
-
 def require(rules: dict[str, object]) -> None:
     """Raise UsageError with the first message whose rule does not hold."""
     for message, holds in rules.items():
@@ -471,16 +468,16 @@ def parse(argv: list[str] | None = None, kind: type = Config, about: str = __doc
     of = lambda name: getattr(first, name) or defaults.get(name)
     row, model = of(dataclasses.fields(script)[0].name), Path(first.model or "tiny").name  # the method or the reference
     name = f"{script.__name__.lower()}-{of('task')}-{row}-{model}-s{first.seed}{'-eval' * first.eval_only}"
-    defaults["output_dir"] = first.output_dir or f"runs/{name}"
+    saved, path = {}, first.output_dir or f"runs/{name}"
     if first.resume:
-        what = f"--resume: {defaults['output_dir']} holds no run"
-        saved = defaults = read_json(Path(defaults["output_dir"], "config.json"), what) | {"resume": True}
-    parser.set_defaults(**defaults)  # so that --help shows those of this model, method and task
-    with in_one_line(f"--resume: {defaults['output_dir']} holds a run of another script or version"):
-        cfg = kind(**vars(parser.parse_args(argv)))
-    changed = {name for name in saved if getattr(cfg, name) != saved[name]} - FREE_ON_RESUME if first.resume else set()
-    of_run = f"contradicts {cfg.output_dir}, which has"
-    require({f"--resume: --{name} {getattr(cfg, name)} {of_run} {saved[name]}": False for name in sorted(changed)})
+        with in_one_line(f"--resume: {path} holds no run of this script and version"):
+            saved = vars(kind(**json.loads(Path(path, "config.json").read_text())))
+    # so that --help shows the defaults of this model, method and task
+    parser.set_defaults(**(saved or defaults) | {"output_dir": path, "resume": first.resume})
+    cfg = kind(**vars(parser.parse_args(argv)))
+    for name in saved.keys() - FREE_ON_RESUME:
+        of_run = f"--resume: --{name} {getattr(cfg, name)} contradicts {path}, which has {saved[name]}"
+        require({of_run: getattr(cfg, name) == saved[name]})
     return cfg
 
 
@@ -488,19 +485,14 @@ def check(cfg, positive: str, rules: dict[str, object]) -> None:
     """Raise UsageError for what either script would compute something wrong from without a word, and for a script's own
     `rules`, message -> whether it holds; positive: names of its fields that must be above 0."""
     names = f"gen_length block_length batch_size mu eval_batch_size lr max_grad_norm clip {positive}"
-    whole_groups, code = cfg.group_size > 1 and cfg.batch_size % cfg.group_size == 0, TASKS[cfg.task].runs_code
-    above = {name: getattr(cfg, name) for name in names.split()}
-    rules = rules | {f"--{name} {value}: must be above 0": value > 0 for name, value in above.items()}
-    rules[f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}, 2 or more"] = whole_groups
+    rules = rules | {f"--{k} {vars(cfg)[k]}: must be above 0": vars(cfg)[k] > 0 for k in names.split()}
     rules |= {f"--{k} {v}: must be at least 0": v >= 0 for k, v in vars(cfg).items() if type(v) in (int, float)}
-    rules[f"--seed {cfg.seed}: must be below 2**63"] = cfg.seed < 2**63
-    trackers = [*map(str, get_available_trackers())]
-    rules[f"--log_with {cfg.log_with}: not installed; installed: {trackers}"] = cfg.log_with in (None, *trackers)
-    read = [Path(path).resolve() for path in (cfg.model, getattr(cfg, "policy", None)) if path]
-    own = f"--output_dir {cfg.output_dir} is the run that is read, or none; name another"
-    read = [path.parent if path.name == "model" else path for path in read]
-    rules[own] = Path(cfg.output_dir).name and Path(cfg.output_dir).resolve() not in read
-    rules[rewards.CODE_REFUSED.format(cfg.task)] = cfg.allow_code_execution or not code
+    whole_groups = cfg.group_size > 1 and cfg.batch_size % cfg.group_size == 0
+    rules[f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}, 2 or more"] = whole_groups
+    own, read = Path(cfg.output_dir).resolve(), [cfg.model, getattr(cfg, "policy", None)]
+    read = [place for path in read if path for place in (Path(path).resolve(), Path(path).resolve().parent)]
+    rules[f"--output_dir {cfg.output_dir} is the run that is read, or holds it; name another"] = own not in read
+    rules[rewards.CODE_REFUSED.format(cfg.task)] = cfg.allow_code_execution or not TASKS[cfg.task].runs_code
     rules["--eval_data needs published problems"] = cfg.eval_only or not (cfg.eval_data and cfg.generated())
     require(rules)
     if cfg.allow_code_execution:
@@ -525,6 +517,11 @@ LLADA_KEYS = {
     r"\.up_proj\.": ".mlp.up_proj.",
     r"\.ff_out\.": ".mlp.down_proj.",  # a block's; the top-level one is renamed above
 }
+# The same for its config.json; embedding_size, where it is given, counts the rows of padding too.
+LLADA_SIZES = {name: name for name in ("vocab_size", "rms_norm_eps", "eos_token_id", "mask_token_id", "codebook_size")}
+LLADA_SIZES |= dict(d_model="hidden_size", mlp_hidden_size="intermediate_size", n_layers="num_hidden_layers")
+LLADA_SIZES |= dict(n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", weight_tying="tie_word_embeddings")
+LLADA_SIZES |= dict(embedding_size="vocab_size", max_sequence_length="max_position_embeddings")
 # What bidirectional models have in common. A pad_token_id would become the embedding's padding_idx, and LLaDA's pad is
 # its EOS, whose embedding has to learn.
 BIDIRECTIONAL = dict(is_causal=False, use_cache=False, pad_token_id=None, bos_token_id=None)
@@ -544,48 +541,34 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
     where weights are missing or misfit, of which the library only warns."""
     raw, _ = PreTrainedConfig.get_config_dict(path)
     kind, rope = str(raw.get("model_type")).lower(), dict(rope_type="default", rope_theta=raw.get("rope_theta", 1e4))
-    family, options, words = transformers.AutoModelForMaskedLM, {"trust_remote_code": False}, AutoTokenizer
+    family, options, words = transformers.AutoModelForCausalLM, {"trust_remote_code": False}, AutoTokenizer
     if "d_model" in raw:  # LLaDA, MMaDA
-        sizes = dict(vocab_size=raw.get("embedding_size") or raw["vocab_size"], hidden_size=raw["d_model"])
-        sizes |= dict(intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"])
-        sizes |= dict(num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"])
-        sizes |= dict(max_position_embeddings=raw["max_sequence_length"], rms_norm_eps=raw["rms_norm_eps"])
-        sizes |= dict(tie_word_embeddings=raw.get("weight_tying", False))
-        ids = {name: raw.get(name) for name in ("eos_token_id", "mask_token_id", "codebook_size")}
-        config = LlamaConfig(**sizes, **ids, **BIDIRECTIONAL, rope_parameters=rope)
-        family, options = LlamaForCausalLM, {"config": config, "key_mapping": LLADA_KEYS}
+        sizes = {"eos_token_id": None} | {LLADA_SIZES[k]: raw[k] for k in LLADA_SIZES if raw.get(k) is not None}
+        options |= dict(config=LlamaConfig(**sizes, **BIDIRECTIONAL, rope_parameters=rope), key_mapping=LLADA_KEYS)
     elif kind == "dream":  # position i is predicted at i - 1
         dropped = ("architectures", "auto_map", "model_type", "rope_theta", "rope_scaling", *BIDIRECTIONAL)
         kept = {name: value for name, value in raw.items() if name not in dropped}
-        config = Qwen2Config(**kept, **BIDIRECTIONAL, rope_parameters=rope, shifted_logits=True)
-        family, options, words = Qwen2ForCausalLM, {"config": config}, transformers.Qwen2Tokenizer
+        options["config"] = Qwen2Config(**kept, **BIDIRECTIONAL, rope_parameters=rope, shifted_logits=True)
+        words = transformers.Qwen2Tokenizer
     elif kind in ("llama", "qwen2"):  # saved by this project: is_causal=False and Dream's shift are in its config
         wanted = f"--model {path}: a causal {kind}; a masked diffusion model's config has is_causal: false"
         require({wanted: not raw.get("is_causal", True)})
-        family, options = LlamaForCausalLM if kind == "llama" else Qwen2ForCausalLM, {}
+    else:
+        family = transformers.AutoModelForMaskedLM
     hf, info = family.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    wrong = [f"{kind.replace('_', ' ')} {sorted(info[kind])[:3]} ..." for kind in kinds if info.get(kind)]
+    wrong = [f"{kind.replace('_', ' ')} {sorted(names)[:3]} ..." for kind, names in info.items() if names]
     require({f"--model {path}: its weights do not fit its config.json: {'; '.join(wrong)}": not wrong})
     return hf, words.from_pretrained(path, trust_remote_code=False)
-
-
-def read_json(path: Path, missing: str = "") -> dict:
-    """A JSON object from a file; UsageError where it is none, with `missing` where there is no file."""
-    with in_one_line(missing or f"{path}: not a JSON object"):
-        return {**json.loads(path.read_text())}
 
 
 def resolve(path: str) -> tuple[str, str | None]:
     """(base model, adapter or None) of a hub id, a model directory, an adapter directory or a run directory."""
     path = str(inner) if (inner := Path(path) / "model").is_dir() else path
-    local = Path(path).exists() or path.startswith(("/", ".", "~", "runs/")) or path.count("/") > 1
-    nowhere = f"--model {path}: not a directory, and not a hub id either (those read OWNER/NAME)"
-    require({nowhere: Path(path).is_dir() or not local})
-    adapter = Path(path) / "adapter_config.json"
-    file = adapter if adapter.is_file() else None if local else find_adapter_config_file(path)
+    hub_id = path.count("/") < 2 and not path.startswith(("/", ".", "~", "runs/"))
+    require({f"--model {path}: not a directory, and not a hub id either (OWNER/NAME)": Path(path).is_dir() or hub_id})
     with in_one_line(f"--model {path}: adapter_config.json"):
-        return (read_json(Path(file))["base_model_name_or_path"], path) if file else (path, None)
+        file = find_adapter_config_file(path)
+        return (json.loads(Path(file).read_text())["base_model_name_or_path"], path) if file else (path, None)
 
 
 def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel":
@@ -593,25 +576,24 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
     with --bf16: a bf16 weight of 0.02 cannot take a step of 3e-6. Frozen matrices are bf16 then (`in_bf16`); what is
     computed in bf16 is up to the model's `forward`. Raises UsageError."""
     base, adapter = resolve(path)
-    frozen = bool(cfg.lora or adapter) or not trainable
-    if adapter or (cfg.lora and trainable):
+    frozen, fresh = bool(cfg.lora or adapter) or not trainable, cfg.lora and trainable and not adapter
+    if adapter or fresh:
         with in_one_line("--lora and adapters need PEFT: pip install peft"):
             import peft
     with in_one_line(f"--model {base}: cannot be loaded"):
         hf, tokenizer = load_published(base, torch.bfloat16 if cfg.bf16 and frozen else torch.float32)
-    if adapter or (cfg.lora and trainable):
+    if adapter:
         with in_one_line(f"--model {adapter}: the adapter does not fit {base}"), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            if adapter:
-                hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
-            else:
-                # the authors' targets; a base of another family has all of its linear layers adapted
-                known = isinstance(hf, LlamaForCausalLM | Qwen2ForCausalLM)
-                targets = ["q_proj", "k_proj", "v_proj", "up_proj"] if known else "all-linear"
-                settings = dict(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules=targets)
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(cfg.seed)  # its initialisation; afterwards all is as before
-                    hf = peft.get_peft_model(hf, peft.LoraConfig(**settings))
+            hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
+    elif fresh:
+        # the authors' targets; a base of another family has all of its linear layers adapted
+        known = isinstance(hf, LlamaForCausalLM | Qwen2ForCausalLM)
+        targets = ["q_proj", "k_proj", "v_proj", "up_proj"] if known else "all-linear"
+        settings = dict(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules=targets)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(cfg.seed)  # its initialisation; afterwards all is as before
+            hf = peft.get_peft_model(hf, peft.LoraConfig(**settings))
     if cfg.bf16 and frozen:
         in_bf16(hf)
     if not trainable:
@@ -621,20 +603,19 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
     return MaskedDiffusionModel(hf, tokenizer, bool(TASKS[cfg.task].codebook), cfg.bf16)
 
 
-def widened(layer: nn.Linear, x: Tensor) -> Tensor:
-    """layer(x), whose bf16 weight becomes float32 for the length of the product, unless autocast wants bf16 anyway."""
-    rough = torch.is_autocast_enabled(x.device.type)
-    return nn.functional.linear(x, layer.weight if rough else layer.weight.to(x.dtype), layer.bias)
-
-
 def in_bf16(hf: nn.Module) -> None:
     """Let a model that was loaded in bf16 compute in float32 where autocast is off. The weights of its linear layers,
-    nearly all, stay bf16; norms, biases and embeddings become float32, and with them the residual stream."""
-    layers = [module for module in hf.modules() if type(module) is nn.Linear]
+    nearly all, stay bf16, and become float32 for the length of a product; norms, biases and embeddings become float32,
+    and with them the residual stream."""
+
+    def widened(layer: nn.Linear, x: Tensor) -> Tensor:
+        rough = torch.is_autocast_enabled(x.device.type)
+        return nn.functional.linear(x, layer.weight if rough else layer.weight.to(x.dtype), layer.bias)
+
     tied = {module.weight for module in hf.modules() if isinstance(module, nn.Embedding)}
-    narrow = {layer.weight for layer in layers} - tied
-    for p in hf.parameters():
-        p.data = p.data if p in narrow else p.data.float()
+    layers = [module for module in hf.modules() if type(module) is nn.Linear]
+    for p in set(hf.parameters()) - ({layer.weight for layer in layers} - tied):
+        p.data = p.data.float()
     for layer in layers:
         layer.forward = functools.partial(widened, layer)
 
@@ -904,13 +885,13 @@ class Run:
                 file.write(json.dumps(line) + "\n")
         self.accelerator.log({k: v for k, v in line.items() if not isinstance(v, str)}, step=line["step"])
 
-    def end_step(self, step: int, due: bool, root: Path | None = None) -> None:
+    def end_step(self, step: int, due: bool) -> None:
         """Save a checkpoint where one is due; where a process was asked to stop, save one and leave."""
         stop = self.accelerator.check_trigger()
         if due or stop:
-            self.save_checkpoint(step, (root or self.path) / "checkpoint")
+            self.save_checkpoint(step)
         if stop:
-            self.say(f"stopped after step {step}; to go on: --resume --output_dir {self.path}")
+            self.say(f"stopped after step {step}; to go on: --resume --output_dir {self.accelerator.project_dir}")
             self.finish()
             sys.exit(128 + signal.SIGTERM)
 
@@ -919,10 +900,11 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
-    def save_checkpoint(self, step: int, root: Path) -> None:
+    def save_checkpoint(self, step: int) -> None:
         """All of the state after `step` steps: the weights that train and the optimiser (Accelerate), and the clocks.
         Masks, noise and data order are functions of (seed, step, j, row): there is no other. Written beside, then
         renamed, and only then the one before goes: a process killed anywhere in here leaves one that loads."""
+        root = self.path / "checkpoint"
         part, whole = root / "part", root / f"{step:06d}"
         with in_one_line(f"cannot write {part}; the checkpoint before is intact"):
             self.accelerator.save_state(str(part))
@@ -935,20 +917,20 @@ class Run:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def load_checkpoint(self, root: Path | None = None) -> int:
+    def load_checkpoint(self) -> int:
         """Steps done, after restoring weights, optimiser and clocks from the last checkpoint; 0 without one. What
         metrics.jsonl holds behind it is cut off, and will be made again."""
-        kept, log = sorted(((root or self.path) / "checkpoint").glob("[0-9]*")), self.path / "metrics.jsonl"
-        about = read_json(kept[-1] / "progress.json") if kept else {"step": 0}
-        if kept:
-            with in_one_line(f"--resume: {kept[-1]}"):
-                another = f"--resume: {kept[-1]} was written by {about['processes']} processes, here are {self.world}"
+        about, log = {"step": 0}, self.path / "metrics.jsonl"
+        for kept in sorted((self.path / "checkpoint").glob("[0-9]*"))[-1:]:
+            with in_one_line(f"--resume: {kept}"):
+                about = json.loads((kept / "progress.json").read_text())
+                another = f"--resume: {kept} was written by {about['processes']} processes, here are {self.world}"
                 require({another: about["processes"] == self.world})
-                self.accelerator.load_state(str(kept[-1]), strict=False)
+                self.accelerator.load_state(str(kept), strict=False)
                 self.began -= about["seconds"].pop("total")
                 self.seconds = about["seconds"]
             self.say(f"resumed   after {about['step']} steps")
-        if root is None and self.main and log.is_file():
+        if self.main and log.is_file():
             self.write(log.name, "".join(log.read_text().splitlines(True)[: about["step"]]))
         return about["step"]
 
@@ -976,12 +958,10 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
     run.say(f"{title:<9} {cfg.model or 'the tiny default, trained here first'} -> {run.path}")
     run.say(f"data      {cfg.data or ('generated' if cfg.generated() else 'published')}: {sizes}")
-    processes = f"{run.world} process{'es' * (run.world > 1)}, {torch.get_num_threads()} threads"
-    run.say(f"device    {run.device}, {processes}")
+    run.say(f"device    {run.device}, {run.world} process{'es' * (run.world > 1)}, {torch.get_num_threads()} threads")
     if run.task.runs_code:
         run.say(f"sandbox   {rewards.protections()}")
-    values = " ".join(f"{name}={value}" for name, value in vars(cfg).items())
-    run.say(textwrap.fill(f"settings  {values}", 100, subsequent_indent=" " * 10, break_long_words=False))
+    run.say("settings  " + " ".join(f"{name}={value}" for name, value in vars(cfg).items()))
     return run, data
 
 
@@ -995,25 +975,22 @@ def keep_trainable_only(models: list, weights: list, output_dir: str) -> None:
 # --- Rollouts and evaluation ------------------------------------------------------------------------------------------
 
 
-def roll_out(
-    run: Run, model, base, problems: list[Problem], keys, temperature: float, sampler: str | None = None
-) -> Rollouts:
-    """One completion per problem. keys: B keys of the rows' noise; sampler: cfg's, unless another is named. `model` is
-    the wrapped model: every process makes the same number of forwards, so nothing is unwrapped."""
+def roll_out(run: Run, model, base, problems: list[Problem], keys, temperature: float) -> Rollouts:
+    """One completion per problem. keys: B keys of the rows' noise. `model` is the wrapped model: every process makes
+    the same number of forwards, so nothing is unwrapped."""
     cfg, batch = run.cfg, base.open_batch(run.task, problems, run.cfg.gen_length, run.device)
     with_prompt = lambda x, positions: model(x, batch.attention, positions, rough=True)
     without_prompt = lambda x, positions: model(*base.unprompted(batch, x), positions, rough=True)
     ends, options = base.ends_of(run.task), dict(temperature=temperature, everyone=run.everyone)
-    sampler = sampler or cfg.sampler
     if base.codebook:
         options |= dict(steps=cfg.steps, schedule="cosine", first_id=base.first_id)
-        options |= dict(gumbel=cfg.gumbel, decay=cfg.gumbel_decay) if sampler == "maskgit" else {}
+        options |= dict(gumbel=cfg.gumbel, decay=cfg.gumbel_decay) if cfg.sampler == "maskgit" else {}
     else:
         options |= dict(block_length=cfg.block_length, tokens_per_step=cfg.tokens_per_step, eos_last=cfg.eos_last)
         options |= dict(eos_ids=ends, pad_id=base.pad_id)
     options["generator"] = [seeded(*key, device=run.device) for key in keys]
     denoise = guided(with_prompt, without_prompt, cfg.guidance)
-    done = SAMPLERS[sampler](denoise, batch.x, batch.completion, **options)
+    done = SAMPLERS[cfg.sampler](denoise, batch.x, batch.completion, **options)
     batch, completion = batch._replace(x=done.x), through_eos(done.x, batch.completion, ends)
     texts = base.texts(batch, completion, cfg.gen_length)
     return Rollouts(batch, completion, done.unmask_step, None, done.forwards, texts)
@@ -1042,10 +1019,9 @@ def sample_groups(run: Run, policy, base, problems: list[Problem], step: int, mi
     return o._replace(groups=torch.tensor(groups).repeat_interleave(g)), r, run.average(metrics)
 
 
-def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, of_base: bool = False) -> list[dict]:
+def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0) -> list[dict]:
     """Completions of every problem, greedy, or `samples` of each at --temperature; the same on all processes. Images
-    are never greedy: without noise one prompt has one image. of_base: while a base is trained its images are drawn by
-    emerge, so that every method starts from the same one, and the tiny model's are judged by its verifier alone.
+    are never greedy: without noise one prompt has one image.
 
     One dict per completion, in order: sample (None if it is the only one), score, the terms of its reward, category,
     prompt, completion, answer. A row's noise is keyed by its problem, so the result depends on no batch size.
@@ -1053,16 +1029,15 @@ def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, o
     cfg, todo = run.cfg, [(i, s) for i in range(len(problems)) for s in range(max(samples, 1))]
     mine, done, size = todo[run.rank :: run.world], [], cfg.eval_batch_size
     temperature = cfg.temperature if samples or base.codebook else 0.0
-    sampler = "emerge" if of_base and base.codebook else None
-    pixels, category = None if of_base and cfg.tiny() else run.pixels, run.task.category or (lambda problem: None)
+    category = run.task.category or (lambda problem: None)
     model.eval()
     with run.clock("eval"):
-        for b in range(-(-len(todo) // (run.world * size))):  # as many on every process
-            part = mine[b * size : (b + 1) * size]
+        for first in range(0, -(-len(todo) // run.world), size):  # as many on every process
+            part = mine[first : first + size]
             rows = part or todo[:1]  # a process without a share still makes its forwards
             keys, asked = [(cfg.seed, EVALUATION, *row) for row in rows], [problems[i] for i, _ in rows]
-            texts = roll_out(run, model, base, asked, keys, temperature, sampler).texts[: len(part)]
-            done += zip(part, texts, judge_all(run.task, texts, asked[: len(part)], pixels))
+            texts = roll_out(run, model, base, asked, keys, temperature).texts[: len(part)]
+            done += zip(part, texts, judge_all(run.task, texts, asked[: len(part)], run.pixels))
     return [
         {"sample": s if samples else None, "score": score, "terms": terms, "category": category(problems[i]) or None}
         | {"prompt": problems[i]["question"], "completion": text, "answer": problems[i]["answer"]}
@@ -1094,10 +1069,10 @@ def elbo_step(run: Run, model, base, optimizer, lesson: list[tuple], step: int) 
     run.update(model, optimizer, lr, 1.0, [{"loss": loss.item()}], f"ELBO training, step {step + 1}")
 
 
-def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem], target: float, root: Path) -> None:
-    """Minimise Eq. 2 on the solutions that fit, ended and padded with EOS as in LLaDA's SFT, until greedy validation
-    accuracy reaches `target`: a fixed number of steps would give bases of very different strength from seed to seed.
-    Goes on from root/checkpoint."""
+def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem]) -> None:
+    """Minimise Eq. 2 on the solutions that fit, ended and padded with EOS as in LLaDA's SFT. The tiny model stops when
+    greedy validation accuracy reaches --base_accuracy: a fixed number of steps would give bases of very different
+    strength from seed to seed."""
     cfg, task, n = run.cfg, run.task, run.cfg.gen_length
     solutions = [(p, base.target_ids(task, p)) for p in train]
     fitting = [(p, ids) for p, ids in solutions if len(ids) == n or (len(ids) < n and not task.codebook)]
@@ -1108,18 +1083,21 @@ def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem], 
     run.accelerator.gradient_accumulation_steps = 1
     model, optimizer = run.accelerator.prepare(base, torch.optim.AdamW(trained, lr=cfg.sft_lr, betas=BETAS))
     run.say(f"ELBO training, at most {steps} steps, on {len(lesson)} solutions of up to {n} tokens")
-    look, done = 200 if base.codebook else 50, run.load_checkpoint(root)  # an image takes more forwards
-    for step in run.steps(done, steps, "ELBO training, at most"):
+    look = 200 if base.codebook else 50  # an image takes more forwards
+    for step in run.steps(run.load_checkpoint(), steps, "ELBO training, at most"):
         elbo_step(run, model, base, optimizer, lesson, step)
         if (step + 1) % look == 0 or step + 1 == steps:
-            rows = evaluate(run, model, base, validation, of_base=True)
+            rows = evaluate(run, model, base, validation)
             accuracy = rewards.accuracy([row["score"] for row in rows])["accuracy"]
-            if (step + 1) % 200 == 0 or step + 1 == steps or accuracy >= target:
-                run.say(f"  step {step + 1:>5}  validation accuracy {accuracy:.3f}")
-            if accuracy >= target:
+            run.say(f"  step {step + 1:>5}  validation accuracy {accuracy:.3f}")
+            if accuracy >= cfg.base_accuracy and not cfg.model:
                 break
-        run.end_step(step + 1, cfg.save_every > 0 and (step + 1) % (10 * cfg.save_every) == 0, root)
+        run.end_step(step + 1, cfg.save_every > 0 and (step + 1) % (10 * cfg.save_every) == 0)
     run.accelerator.free_memory()
+
+
+OF_BASE = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed"  # of a tiny one
+OF_IMAGE_BASE = OF_BASE + " temperature guidance steps"
 
 
 def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
@@ -1128,32 +1106,34 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     cfg, train, images = run.cfg, data["train"], bool(run.task.codebook)
     if cfg.model is not None and not cfg.sft_steps:
         return cfg.model, True
-    kept = run.path / "sft"
-    if cfg.model is None:
-        names = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed".split()
-        names += "temperature guidance steps".split() if images else []
-        settings = [run.world, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), [getattr(cfg, n) for n in names]]
-        key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-        kept = Path("runs") / f"base-{cfg.task}-s{cfg.seed}-{key}"
+    settings = [getattr(cfg, name) for name in (OF_IMAGE_BASE if images else OF_BASE).split()]
+    settings = json.dumps([run.world, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), settings])
+    tiny = Path("runs", f"base-{cfg.task}-s{cfg.seed}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}")
+    kept = run.path / "sft" if cfg.model else tiny
     if (kept / "seconds").is_file():
         run.seconds["base"] = float((kept / "seconds").read_text())
         run.say(f"base      {kept}, trained earlier")
         return str(kept), True
-    if cfg.model is None:
+    # A run within the run, and moved only when it is complete: runs that start together do not meet in there. Images
+    # are drawn by emerge, so that every method starts from the same base, and the tiny ones judged by their verifier.
+    sampler = "emerge" if images else cfg.sampler
+    training = Run(dataclasses.replace(cfg, output_dir=str(run.path / "base"), sampler=sampler), run.accelerator)
+    training.pixels = None if cfg.tiny() else run.pixels
+    if cfg.model:
+        base = load_model(cfg.model, cfg, trainable=True)
+    else:
         texts = [run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images) for p in train]
-    base = load_model(cfg.model, cfg, trainable=True) if cfg.model else tiny_model(texts, cfg.seed, cfg.task)
-    root = run.path / "base"  # moved only when it is complete: runs that start together do not meet in there
-    with run.clock("base"):
-        train_elbo(run, base.to(run.device), train, data["validation"], 2.0 if cfg.model else cfg.base_accuracy, root)
-    run.seconds |= {"base": run.seconds["base"] + run.seconds["eval"], "eval": 0.0}
+        base = tiny_model(texts, cfg.seed, cfg.task)
+    train_elbo(training, base.to(run.device), train, data["validation"])
+    run.seconds["base"] = training.total()["total"]
     if run.main:
         base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
-        base.save(root / "model")
-        (root / "seconds").write_text(f"{run.seconds['base']:.1f}")
-        shutil.rmtree(root / "checkpoint", ignore_errors=True)
+        base.save(training.path / "model")
+        (training.path / "seconds").write_text(f"{run.seconds['base']:.1f}")
+        shutil.rmtree(training.path / "checkpoint", ignore_errors=True)
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
-            shutil.move(root, kept)
+            shutil.move(training.path, kept)
     run.accelerator.wait_for_everyone()
     return str(kept), False
 
