@@ -304,11 +304,8 @@ METHODS = {
     "truncation": dict(remask="uniform", gamma=0.6, managed_randomness=True, advantage="std"),  # the paper's ablation
     "rotated-trace": dict(remask="rotated_trace", gamma=0.0, managed_randomness=False, advantage="std"),  # of no paper
 }
-# What these rows have instead where the completion is an image.
-IMAGE_METHODS = {name: dict(sampler="maskgit") for name in METHODS} | {
-    "maskgrpo": dict(remask="uniform", gamma=0.8, sampler="emerge"),
-    "truncation": dict(gamma=0.8, sampler="maskgit"),
-}
+# What two of them have instead where the completion is an image; the sampler of the others is maskgit.
+OF_IMAGES = {"maskgrpo": dict(remask="uniform", gamma=0.8, sampler="emerge"), "truncation": dict(gamma=0.8)}
 
 
 def flag(default, help: str, **more):
@@ -354,10 +351,8 @@ class Common:
 
     def tiny(self) -> bool:
         """Whether the model is the embedded default, or was trained from it: then the tiny tables apply."""
-        if self.model is None or not Path(self.model).is_dir():
-            return self.model is None
-        file = Path(resolve(self.model)[0], "config.json")
-        return file.is_file() and '"embedded_default": true' in file.read_text()
+        file = Path(resolve(self.model)[0], "config.json") if self.model else None
+        return file is None or (file.is_file() and '"embedded_default": true' in file.read_text())
 
     def generated(self) -> bool:
         """Whether the problems come from the task's generator."""
@@ -422,13 +417,13 @@ TINY_TASK = {
     "t2i": dict(gen_length=65, temperature=1.0, base_accuracy=0.25, batch_size=64, lr=1e-4, max_steps=120, pass_k=0)
     | dict(advantage="mean"),
 }
-BETAS = (0.9, 0.99)  # AdamW: a shorter memory than 0.999 for the spikes of the 1/t weight
+BETAS = (0.9, 0.99)  # of AdamW
 
 
 def tables(cfg: Config) -> list[dict]:
     """Where a run's defaults come from: its model, its method, its task; the last one wins."""
     of_model, of_task = (TINY, TINY_TASK) if cfg.tiny() else ({}, TASK)
-    image = IMAGE_METHODS[cfg.method] if TASKS[cfg.task].codebook else {}
+    image = dict(sampler="maskgit") | OF_IMAGES.get(cfg.method, {}) if TASKS[cfg.task].codebook else {}
     return [of_model, METHODS[cfg.method], image, of_task.get(cfg.task, {})]
 
 
@@ -497,8 +492,6 @@ def check(cfg, positive: str, rules: dict[str, object]) -> None:
     require(rules)
     if cfg.allow_code_execution:
         rewards.allow_code_execution()
-    if cfg.model:
-        resolve(cfg.model)  # a mistyped path, before anything is made or downloaded
 
 
 # --- The base model: LLaDA, MMaDA, Dream, AutoModelForMaskedLM checkpoints and the tiny default; text <-> tensors -----
@@ -653,18 +646,17 @@ class MaskedDiffusionModel(nn.Module):
 
     def __init__(self, hf: nn.Module, tokenizer, image: bool = False, bf16: bool = False):
         super().__init__()
-        self.bf16 = bf16
-        self.hf, self.tokenizer, self.name, config = hf, tokenizer, hf.config.name_or_path or "the model", hf.config
+        self.hf, self.tokenizer, self.bf16, config = hf, tokenizer, bf16, hf.config
+        self.name, self.shifted = config.name_or_path or "the model", getattr(config, "shifted_logits", False)
         known, first = tokenizer.get_vocab(), lambda *ids: next((i for i in ids if i is not None), None)
         self.mask_id = first(getattr(config, "mask_token_id", None), tokenizer.mask_token_id)
-        ends = [*map(known.get, END_OF_TURN), tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
-        self.end_id = first(*ends)
-        self.pad_id = first(tokenizer.pad_token_id, self.end_id)
-        of_config = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        self.eos_ids = sorted({self.end_id, self.pad_id, tokenizer.eos_token_id, *of_config} - {None, self.mask_id})
+        eos, pad, of_config = tokenizer.eos_token_id, tokenizer.pad_token_id, config.eos_token_id
+        self.end_id = first(*map(known.get, END_OF_TURN), eos, tokenizer.sep_token_id, pad)
+        self.pad_id = first(pad, self.end_id)
+        of_config = of_config if isinstance(of_config, list) else [of_config]
+        self.eos_ids = sorted({self.end_id, self.pad_id, eos, *of_config} - {None, self.mask_id})
         missing = f"{self.name}: no mask token; config.json needs mask_token_id, or the tokenizer a mask_token"
         require({missing: self.mask_id is not None, f"{self.name}: no EOS token": self.eos_ids})
-        self.shifted = getattr(config, "shifted_logits", False)
         forward = getattr(hf, "get_base_model", lambda: hf)().forward
         self.takes_positions = "position_ids" in inspect.signature(forward).parameters
         tables = [t for name, t in hf.named_modules() if name.endswith("position_embeddings")]
@@ -675,15 +667,13 @@ class MaskedDiffusionModel(nn.Module):
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
-        head = hf.get_output_embeddings()
+        head, self.first_id, self.codebook = hf.get_output_embeddings(), 0, 0
         head.register_forward_pre_hook(lambda head, args: (args[0][self.read],))
-        self.first_id, self.codebook = 0, 0
         if image:
             self.first_id, self.codebook = len(tokenizer), getattr(config, "codebook_size", None) or 0
             self.marks = {word: known.get(word, i) for word, i in IMAGE_MARKS.items()}
             self.pad_id, behind = self.marks["<|pad|>"], self.first_id + self.codebook
-            none = f"{self.name} draws no images: its config.json has codebook_size {self.codebook or 'missing'}; its "
-            none += f"codes would end at {behind}, its embedding at {config.vocab_size}. --task t2i needs MMaDA"
+            none = f"{self.name} draws no images: its config.json has codebook_size {self.codebook or 'missing'}"
             require({none: self.codebook and max(behind - 1, *self.marks.values()) < config.vocab_size})
             head.forward = lambda h: nn.functional.linear(h, head.weight[self.first_id : behind].to(h.dtype))
 
@@ -820,17 +810,36 @@ class Run:
         self.pixels: rewards.PixelReward | None = None  # the reward of --rewards
         self.seconds, self.began = dict.fromkeys(("base", "rollout", "update", "eval"), 0.0), time.perf_counter()
 
-    def steps(self, done: int, last: int, label: str) -> Iterator[int]:
-        """The steps of a training loop, under a bar with the time to completion where someone is looking (a terminal).
-        Within it the first Ctrl-C or SIGTERM waits for `end_step`; a second one, and one elsewhere, ends the run."""
+    def prepare(self, model: nn.Module, weight_decay: float, accumulation: int) -> tuple[nn.Module, object]:
+        """(the model as Accelerate wraps it, AdamW on those of its weights that train; `update` sets the rate)."""
+        trained, count = [p for p in model.parameters() if p.requires_grad], lambda of: sum(p.numel() for p in of) / 1e6
+        self.say(f"weights   {count(trained):.2f}M of {count(model.parameters()):.2f}M parameters train")
+        self.accelerator.gradient_accumulation_steps = accumulation
+        # a shorter memory than 0.999 for the spikes of the 1/t weight
+        return self.accelerator.prepare(model, torch.optim.AdamW(trained, betas=BETAS, weight_decay=weight_decay))
+
+    def steps(self, last: int, label: str, save_every: int) -> Iterator[int]:
+        """The steps of a training loop that are left, under a bar where someone is looking (a terminal). A checkpoint
+        follows every save_every-th one (0: none) and the last. The first Ctrl-C or SIGTERM waits for the end of a step,
+        which is saved before the process leaves; a second one, and one elsewhere, ends the run at once."""
 
         def on_signal(number: int, frame) -> None:
             signal.signal(number, signal.SIG_DFL)
             self.accelerator.set_trigger()
 
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        left = range(self.load_checkpoint(), last)
         try:
-            yield from tqdm(range(done, last), label, disable=None if self.main else True, dynamic_ncols=True)
+            for step in tqdm(left, label, disable=None if self.main else True, dynamic_ncols=True):
+                yield step
+                stop = self.accelerator.check_trigger()  # of any process
+                if stop or step + 1 == last or (save_every and (step + 1) % save_every == 0):
+                    self.save_checkpoint(step + 1)
+                if stop:
+                    path = self.accelerator.project_dir
+                    self.say(f"stopped after step {step + 1}; to go on: --resume --output_dir {path}")
+                    self.finish()
+                    sys.exit(128 + signal.SIGTERM)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -885,15 +894,14 @@ class Run:
                 file.write(json.dumps(line) + "\n")
         self.accelerator.log({k: v for k, v in line.items() if not isinstance(v, str)}, step=line["step"])
 
-    def end_step(self, step: int, due: bool) -> None:
-        """Save a checkpoint where one is due; where a process was asked to stop, save one and leave."""
-        stop = self.accelerator.check_trigger()
-        if due or stop:
-            self.save_checkpoint(step)
-        if stop:
-            self.say(f"stopped after step {step}; to go on: --resume --output_dir {self.accelerator.project_dir}")
-            self.finish()
-            sys.exit(128 + signal.SIGTERM)
+    def conclude(self, results: dict, table: str) -> None:
+        """results.json, with the settings, versions and memory behind its figures, and a table of them; the end."""
+        results |= {"config": vars(self.cfg), "versions": {v.__name__: v.__version__ for v in (torch, transformers)}}
+        if self.device.type == "cuda":
+            results["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.write("results.json", json.dumps(results, indent=1))
+        self.say(f"\n{table}\nresults   {self.path / 'results.json'}")
+        self.finish()
 
     def finish(self) -> None:
         """End trackers and process group together: a process that leaves early can hang the others."""
@@ -1079,12 +1087,10 @@ def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem]) 
     require({f"--gen_length {n}: none of the {len(train)} worked solutions fits": fitting})
     padded = lambda ids: ids + [base.pad_id] * (n - len(ids))
     lesson = [(base.prompt_ids(task, p), base.start_ids(task, p, n), padded(ids)) for p, ids in fitting]
-    trained, steps = [p for p in base.parameters() if p.requires_grad], cfg.sft_steps or cfg.base_steps
-    run.accelerator.gradient_accumulation_steps = 1
-    model, optimizer = run.accelerator.prepare(base, torch.optim.AdamW(trained, lr=cfg.sft_lr, betas=BETAS))
+    steps, look = cfg.sft_steps or cfg.base_steps, 200 if base.codebook else 50  # an image takes more forwards
+    model, optimizer = run.prepare(base, weight_decay=0.01, accumulation=1)
     run.say(f"ELBO training, at most {steps} steps, on {len(lesson)} solutions of up to {n} tokens")
-    look = 200 if base.codebook else 50  # an image takes more forwards
-    for step in run.steps(run.load_checkpoint(), steps, "ELBO training, at most"):
+    for step in run.steps(steps, "ELBO training, at most", 10 * cfg.save_every):
         elbo_step(run, model, base, optimizer, lesson, step)
         if (step + 1) % look == 0 or step + 1 == steps:
             rows = evaluate(run, model, base, validation)
@@ -1092,12 +1098,11 @@ def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem]) 
             run.say(f"  step {step + 1:>5}  validation accuracy {accuracy:.3f}")
             if accuracy >= cfg.base_accuracy and not cfg.model:
                 break
-        run.end_step(step + 1, cfg.save_every > 0 and (step + 1) % (10 * cfg.save_every) == 0)
-    run.accelerator.free_memory()
 
 
-OF_BASE = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed"  # of a tiny one
-OF_IMAGE_BASE = OF_BASE + " temperature guidance steps"
+# What a tiny base depends on, besides its problems and its size.
+OF_BASE = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed"
+OF_BASE = (OF_BASE + " temperature guidance steps").split()
 
 
 def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
@@ -1106,24 +1111,21 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     cfg, train, images = run.cfg, data["train"], bool(run.task.codebook)
     if cfg.model is not None and not cfg.sft_steps:
         return cfg.model, True
-    settings = [getattr(cfg, name) for name in (OF_IMAGE_BASE if images else OF_BASE).split()]
-    settings = json.dumps([run.world, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), settings])
-    tiny = Path("runs", f"base-{cfg.task}-s{cfg.seed}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}")
-    kept = run.path / "sft" if cfg.model else tiny
+    about = [run.world, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), [getattr(cfg, name) for name in OF_BASE]]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+    kept = run.path / "sft" if cfg.model else Path("runs", f"base-{cfg.task}-s{cfg.seed}-{key}")
     if (kept / "seconds").is_file():
         run.seconds["base"] = float((kept / "seconds").read_text())
         run.say(f"base      {kept}, trained earlier")
         return str(kept), True
     # A run within the run, and moved only when it is complete: runs that start together do not meet in there. Images
     # are drawn by emerge, so that every method starts from the same base, and the tiny ones judged by their verifier.
-    sampler = "emerge" if images else cfg.sampler
-    training = Run(dataclasses.replace(cfg, output_dir=str(run.path / "base"), sampler=sampler), run.accelerator)
+    of_base = dict(output_dir=str(run.path / "base"), sampler="emerge" if images else cfg.sampler)
+    training = Run(dataclasses.replace(cfg, **of_base), run.accelerator)
     training.pixels = None if cfg.tiny() else run.pixels
-    if cfg.model:
-        base = load_model(cfg.model, cfg, trainable=True)
-    else:
-        texts = [run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images) for p in train]
-        base = tiny_model(texts, cfg.seed, cfg.task)
+    words = lambda p: run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images)
+    fresh = lambda: tiny_model([words(p) for p in train], cfg.seed, cfg.task)
+    base = load_model(cfg.model, cfg, trainable=True) if cfg.model else fresh()
     train_elbo(training, base.to(run.device), train, data["validation"])
     run.seconds["base"] = training.total()["total"]
     if run.main:
@@ -1144,34 +1146,31 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
 def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel, path: str) -> Callable:
     """pi_ref, the policy before RL, as a context that yields a model: the base with its fresh adapter off, or a frozen
     copy. Without gradients, in the precision of the policy itself, so that equal weights give a KL of 0."""
-    copy, fresh_adapter = None, run.cfg.lora and resolve(path)[1] is None  # one that came with --model is a part of it
-    if run.cfg.beta and not fresh_adapter:
-        copy = load_model(path, run.cfg, trainable=True).to(run.device).eval().requires_grad_(False)
+    fresh_adapter = run.cfg.lora and resolve(path)[1] is None  # one that came with --model is a part of pi_ref
+    needed = run.cfg.beta and not fresh_adapter
+    copy = load_model(path, run.cfg, trainable=True).to(run.device).eval().requires_grad_(False) if needed else None
 
     @contextlib.contextmanager
     def reference() -> Iterator[nn.Module]:
-        switched_off = base.hf.disable_adapter() if copy is None else contextlib.nullcontext()
-        with torch.no_grad(), switched_off:
-            yield policy if copy is None else copy
+        with torch.no_grad(), contextlib.nullcontext() if copy else base.hf.disable_adapter():
+            yield copy or policy
 
     return reference
 
 
-def train_policy(run: Run, policy, base, reference, optimizer, data: dict, done: int) -> None:
-    """Steps done + 1 ... max_steps of MaskGRPO, with a look at the validation problems now and then."""
+def train_policy(run: Run, policy, base, reference, optimizer, data: dict) -> None:
+    """max_steps of MaskGRPO, with a look at the validation problems now and then."""
     cfg = run.cfg
-    for step in run.steps(done, cfg.max_steps, "RL steps"):
+    for step in run.steps(cfg.max_steps, "RL steps", cfg.save_every):
+        line = {"step": step + 1, "completions": (step + 1) * cfg.batch_size * cfg.accumulation * run.world}
         with run.clock("update"):
-            line = train_step(run, policy, base, reference, optimizer, data["train"], step)
-        completions = (step + 1) * cfg.batch_size * cfg.accumulation * run.world
-        line, last = {"step": step + 1, "completions": completions} | line, step + 1 == cfg.max_steps
-        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
+            line |= train_step(run, policy, base, reference, optimizer, data["train"], step)
+        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps):
             rows = evaluate(run, policy, base, data["validation"])
             line["validation_accuracy"] = rewards.accuracy([row["score"] for row in rows])["accuracy"]
             shown = ("reward", "kl", "validation_accuracy")
             run.say(f"  step {step + 1:>5}/{cfg.max_steps}  " + "  ".join(f"{name} {line[name]:.4f}" for name in shown))
         run.log(line)
-        run.end_step(step + 1, last or (cfg.save_every > 0 and (step + 1) % cfg.save_every == 0))
 
 
 def measure(run: Run, model, base, data: dict, phase: str) -> list[dict]:
@@ -1189,17 +1188,12 @@ def measure(run: Run, model, base, data: dict, phase: str) -> list[dict]:
 
 def report(run: Run, phases: dict[str, list[dict]], **more) -> None:
     """results.json, and its figures as a small table under the settings of the decoding. phases: name -> rows."""
-    cfg, results = run.cfg, {"task": run.cfg.task, "method": run.cfg.method, "seed": run.cfg.seed} | more
-    extra = f", guidance {cfg.guidance:g}" * (cfg.guidance > 0) + ", EOS last" * cfg.eos_last
+    cfg, results = run.cfg, {name: getattr(run.cfg, name) for name in ("task", "method", "seed")} | more
     image, text = f"{cfg.steps} steps of {cfg.sampler}", f"blocks of {cfg.block_length}, {cfg.tokens_per_step} per step"
-    results["decoding"] = f"{cfg.gen_length} tokens, {image if run.task.codebook else text}{extra}"
-    results |= rewards.figures(phases, cfg.pass_k) | {"config": vars(cfg)}
+    results["decoding"] = f"{cfg.gen_length} tokens, {image if run.task.codebook else text}"
+    results |= rewards.figures(phases, cfg.pass_k)
     results["seconds"] = {name: round(value, 1) for name, value in run.total().items()}
-    results["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if run.device.type == "cuda":
-        results["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    run.write("results.json", json.dumps(results, indent=1))
-    run.say(f"\n{rewards.table(results, [*phases])}\nresults   {run.path / 'results.json'}")
+    run.conclude(results, rewards.table(results, [*phases]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1215,54 +1209,41 @@ def main(argv: list[str] | None = None) -> None:
     }
     check(cfg, "temperature tokens_per_step steps accumulation sft_batch_size sft_lr base_steps", rules)
     run, data = start(cfg, "MaskGRPO")
-    for problem in sum(data.values(), []) if image and cfg.tiny() else ():
-        strange = f"prompt {problem['question']!r}: not one that the embedded t2i task knows"
-        require({strange: problem["question"] in rewards.scene_table()})
+    asked = {problem["question"]: 0 for problem in sum(data.values(), []) if image and cfg.tiny()}
+    require({f"prompt {q!r}: not one that the embedded t2i task knows": q in rewards.scene_table() for q in asked})
     if cfg.rewards:
         pictures = lambda codes: torch.stack([torch.from_numpy(run.task.render(row)) for row in codes.tolist()])
-        with in_one_line("--decoder"):
-            decode = pictures if cfg.tiny() else load_magvit(cfg.decoder, run.device).pixels
         with in_one_line("--rewards"):
+            decode = pictures if cfg.tiny() else load_magvit(cfg.decoder, run.device).pixels
             run.pixels = rewards.PixelReward(decode, cfg.rewards, run.device, verified=cfg.tiny())
     if cfg.eval_only:
         base = load_model(cfg.model, cfg, trainable=False)
         base.check_solution(run.task, data["test"])
         model = run.accelerator.prepare_model(base, evaluation_mode=True)
-        report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
-        return run.finish()
+        return report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
     torch.set_float32_matmul_precision("high" if cfg.bf16 else "highest")  # TF32: 8 times as exact as bf16
     path, cached = base_path(run, data)
     run.accelerator.free_memory()  # of the base's own training
     base = load_model(path, cfg, trainable=True).to(run.device)
     base.check_solution(run.task, data["train"])
-    trained, count = [p for p in base.parameters() if p.requires_grad], lambda of: sum(p.numel() for p in of) / 1e6
-    run.say(f"weights   {count(trained):.2f}M of {count(base.parameters()):.2f}M parameters train")
-    run.say(f"updates   {cfg.max_steps} rollouts x mu {cfg.mu}: {cfg.max_steps * cfg.mu:,}")
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=BETAS, weight_decay=cfg.weight_decay)
-    run.accelerator.gradient_accumulation_steps = cfg.accumulation
-    policy, optimizer = run.accelerator.prepare(base, optimizer)
-    reference, done = reference_of(run, policy, base, path), run.load_checkpoint()
+    policy, optimizer = run.prepare(base, cfg.weight_decay, cfg.accumulation)
     before = measure(run, policy, base, data, "before")
-    train_policy(run, policy, base, reference, optimizer, data, done)
+    train_policy(run, policy, base, reference_of(run, policy, base, path), optimizer, data)
     after = measure(run, policy, base, data, "after")
     if run.main:
         base.save(run.path / "model")
     report(run, {"before": before, "after": after}, base_cached=cached)
-    run.finish()
 
 
 def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskgrpo.py") -> int:
-    """main, with an exit code: 0 done; 2 something to change, one line says what; 143 or 130 stopped."""
+    """main, with an exit code: 0 done; 2 something to change, one line says what; 143 stopped."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # load_published checks by itself what the library warns of
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         main(argv)
         return 0
-    except KeyboardInterrupt:
-        print(f"{name}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except (UsageError, DataError, OSError) as error:
+    except (UsageError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
 
