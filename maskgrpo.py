@@ -56,11 +56,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -73,7 +71,7 @@ from typing import NamedTuple
 import jinja2
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -317,7 +315,6 @@ def flag(default, help: str, **more):
 class Common:
     """What maskgrpo.py and upo.py both ask."""
 
-    _argument_group_name = "the run"
     task: str = flag("gsm8k", "a row of rewards.TASKS", choices=tuple(TASKS))
     model: str | None = flag(None, "hub id, or path of a model, adapter or run; default: a tiny model, trained here")
     data: str | None = flag(None, 'training problems, a FILE or "generated"; default: published, for tiny generated')
@@ -360,10 +357,9 @@ class Common:
 
 
 @dataclasses.dataclass
-class MaskGRPO:
-    """What only maskgrpo.py asks."""
+class Config(Common):
+    """Every setting of a run of maskgrpo.py."""
 
-    _argument_group_name = "MaskGRPO"
     method: str = flag("maskgrpo", "a row of METHODS, which the next flags change", choices=tuple(METHODS))
     remask: str = flag("fading_out", "re-masking scheme of remask.py", choices=remask.SCHEMES)
     gamma: float = flag(0.6, "truncation: the lowest mask ratio")
@@ -388,23 +384,16 @@ class MaskGRPO:
     base_accuracy: float = flag(0.4, "tiny: or at this validation accuracy")
 
 
-@dataclasses.dataclass
-class Config(Common, MaskGRPO):
-    """Every setting of a run."""
-
-
 # What a task changes for published checkpoints: a sudoku's grid; all codes of an image and one end-of-image token.
 TASK = {
     "sudoku": dict(gen_length=64, tokens_per_step=1),
     "t2i": dict(gen_length=1025, guidance=3.5, temperature=1.0, rewards="clip=1"),
 }
 # The tiny model's values, and what a task changes in them.
-TINY = {
-    **dict(max_steps=250, save_every=25, bf16=False, gradient_checkpointing=False, sft_batch_size=64, sft_lr=3e-3),
-    **dict(gen_length=16, block_length=4, tokens_per_step=4, temperature=0.7, group_size=8, batch_size=128, mu=4),
-    **dict(accumulation=1, lr=1.5e-4, warmup=20, max_grad_norm=1.0, eval_n=1000, eval_every=25, eval_batch_size=256),
-    **dict(weight_decay=0.0, pass_k=8),
-}
+TINY = dict(max_steps=250, save_every=25, bf16=False, gradient_checkpointing=False, sft_batch_size=64, sft_lr=3e-3)
+TINY |= dict(gen_length=16, block_length=4, tokens_per_step=4, temperature=0.7, group_size=8, batch_size=128, mu=4)
+TINY |= dict(accumulation=1, lr=1.5e-4, warmup=20, weight_decay=0.0, max_grad_norm=1.0)
+TINY |= dict(eval_n=1000, eval_every=25, eval_batch_size=256, pass_k=8)
 TINY_TASK = {
     "math500": dict(base_accuracy=0.1),
     "mbpp": dict(max_steps=80, pass_k=0),  # programs take time to run
@@ -457,13 +446,13 @@ def parse(argv: list[str] | None = None, kind: type = Config, about: str = __doc
     """The configuration, a `kind`: field < tables < flag. With --resume: the saved run's, which flags may repeat but
     not contradict. Raises UsageError."""
     argv = sys.argv[1:] if argv is None else argv
-    parser, script = Parser(kind.__bases__, description=about.splitlines()[0], allow_abbrev=False), kind.__bases__[1]
+    parser = Parser(kind, description=about.splitlines()[0], allow_abbrev=False)
     first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     defaults = {k: v for table in tables(kind(**vars(first))) for k, v in table.items() if hasattr(first, k)}
-    of = lambda name: getattr(first, name) or defaults.get(name)
-    row, model = of(dataclasses.fields(script)[0].name), Path(first.model or "tiny").name  # the method or the reference
-    name = f"{script.__name__.lower()}-{of('task')}-{row}-{model}-s{first.seed}{'-eval' * first.eval_only}"
-    saved, path = {}, first.output_dir or f"runs/{name}"
+    row = [*kind.__annotations__][0]  # the method or the reference
+    task, row = (getattr(first, name) or defaults.get(name) for name in ("task", row))
+    name = f"{about.split(':')[0].lower()}-{task}-{row}-{Path(first.model or 'tiny').name}-s{first.seed}"
+    saved, path = {}, first.output_dir or f"runs/{name}{'-eval' * first.eval_only}"
     if first.resume:
         with in_one_line(f"--resume: {path} holds no run of this script and version"):
             saved = vars(kind(**json.loads(Path(path, "config.json").read_text())))
@@ -519,10 +508,8 @@ LLADA_SIZES |= dict(embedding_size="vocab_size", max_sequence_length="max_positi
 # its EOS, whose embedding has to learn.
 BIDIRECTIONAL = dict(is_causal=False, use_cache=False, pad_token_id=None, bos_token_id=None)
 # The embedded default: initializer_range 0.1 learns the first words faster than Llama's 0.02.
-TINY_SIZES = dict(
-    **dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.1),
-    **dict(max_position_embeddings=128, bos_token_id=None, pad_token_id=None, embedded_default=True),
-)
+TINY_SIZES = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4)
+TINY_SIZES |= dict(initializer_range=0.1, max_position_embeddings=128, embedded_default=True)
 TINY_SIZES_OF = {"sudoku": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=2)}  # quick upo.py rollouts
 # The tokens around an image. MMaDA's tokenizer does not spell its own: these are the ids it reserves for them.
 IMAGE_MARKS = {"<|t2i|>": 126088, "<|soi|>": 126084, "<|eoi|>": 126085, "<|pad|>": 126093}
@@ -544,8 +531,9 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
         options["config"] = Qwen2Config(**kept, **BIDIRECTIONAL, rope_parameters=rope, shifted_logits=True)
         words = transformers.Qwen2Tokenizer
     elif kind in ("llama", "qwen2"):  # saved by this project: is_causal=False and Dream's shift are in its config
-        wanted = f"--model {path}: a causal {kind}; a masked diffusion model's config has is_causal: false"
-        require({wanted: not raw.get("is_causal", True)})
+        require(
+            {f"--model {path}: a causal {kind}, without is_causal: false in its config": not raw.get("is_causal", True)}
+        )
     else:
         family = transformers.AutoModelForMaskedLM
     hf, info = family.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
@@ -657,8 +645,6 @@ class MaskedDiffusionModel(nn.Module):
         self.eos_ids = sorted({self.end_id, self.pad_id, eos, *of_config} - {None, self.mask_id})
         missing = f"{self.name}: no mask token; config.json needs mask_token_id, or the tokenizer a mask_token"
         require({missing: self.mask_id is not None, f"{self.name}: no EOS token": self.eos_ids})
-        forward = getattr(hf, "get_base_model", lambda: hf)().forward
-        self.takes_positions = "position_ids" in inspect.signature(forward).parameters
         tables = [t for name, t in hf.named_modules() if name.endswith("position_embeddings")]
         starts = [t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None]
         self.first_position = max(starts, default=0)  # RoBERTa counts from its padding_idx + 1
@@ -685,9 +671,8 @@ class MaskedDiffusionModel(nn.Module):
         # Dream reads the prediction of position i at i - 1; position 0 is a prompt's, so nothing wraps round
         self.read = positions.roll(-1, dims=1) if self.shifted else positions
         place = (attention.cumsum(1) - 1).clamp(min=0) + self.first_position
-        places = {"position_ids": place} if self.takes_positions else {}
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and rough):
-            logits = self.hf(input_ids=x, attention_mask=attention.long(), **places).logits.float()
+            logits = self.hf(input_ids=x, attention_mask=attention.long(), position_ids=place).logits.float()
         if not self.codebook:
             logits[:, self.mask_id] = -torch.inf  # in place: (N, V) is the largest tensor of a step
         return logits
@@ -728,8 +713,7 @@ class MaskedDiffusionModel(nn.Module):
         is_open = lambda first, behind: blanks[first:behind] != target[first:behind]  # a part of the token is blank
         spans = zip(spelled["input_ids"], spelled["offset_mapping"])
         ids = [self.mask_id if is_open(*span) else token for token, span in spans] + [self.end_id]
-        short = f"--gen_length {gen_length}: this task's completions have {len(ids)} tokens"
-        require({short: len(ids) <= gen_length})
+        require({f"--gen_length {gen_length}: this task's completions have {len(ids)} tokens": len(ids) <= gen_length})
         return ids + [self.pad_id] * (gen_length - len(ids))
 
     def target_ids(self, task, problem: Problem) -> list[int]:
@@ -816,7 +800,9 @@ class Run:
         self.say(f"weights   {count(trained):.2f}M of {count(model.parameters()):.2f}M parameters train")
         self.accelerator.gradient_accumulation_steps = accumulation
         # a shorter memory than 0.999 for the spikes of the 1/t weight
-        return self.accelerator.prepare(model, torch.optim.AdamW(trained, betas=BETAS, weight_decay=weight_decay))
+        optimizer = torch.optim.AdamW(trained, betas=BETAS, weight_decay=weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        return self.model, self.optimizer
 
     def steps(self, last: int, label: str, save_every: int) -> Iterator[int]:
         """The steps of a training loop that are left, under a bar where someone is looking (a terminal). A checkpoint
@@ -885,7 +871,7 @@ class Run:
         if self.main:
             part = self.path / f"{name}.part"
             part.write_text(text)
-            os.replace(part, self.path / name)
+            part.replace(self.path / name)
 
     def log(self, line: dict) -> None:
         """A line of metrics.jsonl, whose numbers go to --log_with's tracker too."""
@@ -909,48 +895,44 @@ class Run:
         self.accelerator.end_training()
 
     def save_checkpoint(self, step: int) -> None:
-        """All of the state after `step` steps: the weights that train and the optimiser (Accelerate), and the clocks.
-        Masks, noise and data order are functions of (seed, step, j, row): there is no other. Written beside, then
-        renamed, and only then the one before goes: a process killed anywhere in here leaves one that loads."""
-        root = self.path / "checkpoint"
-        part, whole = root / "part", root / f"{step:06d}"
-        with in_one_line(f"cannot write {part}; the checkpoint before is intact"):
-            self.accelerator.save_state(str(part))
-        self.accelerator.wait_for_everyone()
+        """All of the state after `step` steps: the weights that train, the optimiser's and the clocks; a LoRA checkpoint
+        holds the adapter, not the 16 GB below it. Masks, noise and data order are functions of (seed, step, j, row):
+        there is no other. Written beside, then renamed: a process killed anywhere in here leaves one that loads."""
         if self.main:
-            about = {"step": step, "processes": self.world, "seconds": self.total()}
-            (part / "progress.json").write_text(json.dumps(about))
-            part.rename(whole)
-            for old in set(root.iterdir()) - {whole}:
-                shutil.rmtree(old)
+            trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
+            state = {"weights": trained, "optimizer": self.optimizer.state_dict(), "seconds": self.total()}
+            part, kept = self.path / "checkpoint.part", self.path / "checkpoint.pt"
+            with in_one_line(f"cannot write {part}; {kept} is intact"):
+                torch.save(state | {"step": step, "processes": self.world}, part)
+            part.rename(kept)
         self.accelerator.wait_for_everyone()
 
     def load_checkpoint(self) -> int:
-        """Steps done, after restoring weights, optimiser and clocks from the last checkpoint; 0 without one. What
+        """Steps done, after restoring weights, optimiser and clocks from the checkpoint; 0 without one. What
         metrics.jsonl holds behind it is cut off, and will be made again."""
-        about, log = {"step": 0}, self.path / "metrics.jsonl"
-        for kept in sorted((self.path / "checkpoint").glob("[0-9]*"))[-1:]:
+        step, kept, log = 0, self.path / "checkpoint.pt", self.path / "metrics.jsonl"
+        if kept.is_file():
             with in_one_line(f"--resume: {kept}"):
-                about = json.loads((kept / "progress.json").read_text())
-                another = f"--resume: {kept} was written by {about['processes']} processes, here are {self.world}"
-                require({another: about["processes"] == self.world})
-                self.accelerator.load_state(str(kept), strict=False)
-                self.began -= about["seconds"].pop("total")
-                self.seconds = about["seconds"]
-            self.say(f"resumed   after {about['step']} steps")
+                state = torch.load(kept, "cpu")
+            another = f"--resume: {kept} was written by {state['processes']} processes, here are {self.world}"
+            require({another: state["processes"] == self.world})
+            self.model.load_state_dict(state["weights"], strict=False)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.began -= state["seconds"].pop("total")
+            self.seconds, step = state["seconds"], state["step"]
+            self.say(f"resumed   after {step} steps")
         if self.main and log.is_file():
-            self.write(log.name, "".join(log.read_text().splitlines(True)[: about["step"]]))
-        return about["step"]
+            self.write(log.name, "".join(log.read_text().splitlines(True)[:step]))
+        return step
 
 
 def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
-    """(the run, its problems by split): Accelerate, data, the run directory, signals and the first lines. An earlier
-    run in the directory is moved aside, never overwritten. Raises UsageError and DataError."""
+    """(the run, its problems by split): data, Accelerate, the run directory and the first lines. An earlier run in the
+    directory is moved aside, never overwritten. Raises UsageError."""
     data = rewards.splits(TASKS[cfg.task], cfg, cfg.generated())
     with in_one_line("accelerate"):
-        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]  # rotary tables, equal anyway
-        settings = dict(log_with=cfg.log_with, project_dir=cfg.output_dir, kwargs_handlers=handlers)
-        accelerator = Accelerator(mixed_precision="bf16" if cfg.bf16 else "no", **settings)
+        precision = "bf16" if cfg.bf16 else "no"
+        accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=cfg.output_dir)
     kind = accelerator.distributed_type.value
     require({f"accelerate: {kind} is not supported; use MULTI_GPU (DDP)": kind in ("NO", "MULTI_CPU", "MULTI_GPU")})
     run = Run(cfg, accelerator)
@@ -961,7 +943,6 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
         run.path.mkdir(parents=True, exist_ok=True)
     run.write("config.json", json.dumps(vars(cfg), indent=1))
     accelerator.wait_for_everyone()
-    accelerator.register_save_state_pre_hook(keep_trainable_only)
     accelerator.init_trackers(title.lower(), config={k: str(v) for k, v in vars(cfg).items()})
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
     run.say(f"{title:<9} {cfg.model or 'the tiny default, trained here first'} -> {run.path}")
@@ -971,13 +952,6 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
         run.say(f"sandbox   {rewards.protections()}")
     run.say("settings  " + " ".join(f"{name}={value}" for name, value in vars(cfg).items()))
     return run, data
-
-
-def keep_trainable_only(models: list, weights: list, output_dir: str) -> None:
-    """Accelerate's save hook: a LoRA checkpoint holds the adapter, not the 16 GB below it."""
-    for i, model in enumerate(models[: len(weights)]):
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        weights[i] = {name: value for name, value in weights[i].items() if name in trained}
 
 
 # --- Rollouts and evaluation ------------------------------------------------------------------------------------------
@@ -1132,7 +1106,7 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
         base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
         base.save(training.path / "model")
         (training.path / "seconds").write_text(f"{run.seconds['base']:.1f}")
-        shutil.rmtree(training.path / "checkpoint", ignore_errors=True)
+        (training.path / "checkpoint.pt").unlink(missing_ok=True)
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
             shutil.move(training.path, kept)

@@ -294,18 +294,11 @@ REFERENCES = {
 
 
 @dataclasses.dataclass
-class Shared(Common):
-    """What maskgrpo.py asks too."""
+class Config(Common):
+    """Every setting of a run of upo.py."""
 
-    task: str | None = flag(None, "sudoku, or that of --policy", choices=[t for t in TASKS if not TASKS[t].codebook])
-
-
-@dataclasses.dataclass
-class UPO:
-    """What only upo.py asks."""
-
-    _argument_group_name = "UPO"
     ref: str = flag("topk", "reference order, a row of REFERENCES", choices=tuple(REFERENCES))
+    task: str | None = flag(None, "sudoku, or that of --policy", choices=[t for t in TASKS if not TASKS[t].codebook])
     policy: str | None = flag(None, "with --eval_only: run directory of a trained policy; has its base and settings")
     position_temperature: float = flag(0.8, "of the positions, in rollouts")
     heads: int = flag(32, "attention heads of the layer")
@@ -321,11 +314,6 @@ class UPO:
     corpus: str = flag("plain", "tiny sudoku: digits in its base's training", choices=("plain", "spelled"))
     pass_n: int = flag(0, "held-out problems for pass@N of random and top-K orders, 0: none")
 
-
-@dataclasses.dataclass
-class Config(Shared, UPO):
-    """Every setting of a run."""
-
     def shape(self) -> tuple[int, int]:
         """(updates per pass over a rollout, micro-batches per update)."""
         parts = self.batch_size // self.minibatch_size
@@ -333,18 +321,14 @@ class Config(Shared, UPO):
 
 
 # What differs from maskgrpo.py's values, and what a task changes, for published checkpoints.
-PAPER = {
-    **dict(max_steps=219, block_length=32, temperature=0.0, batch_size=18, accumulation=0, mu=16, clip=0.5),
-    **dict(warmup=196, beta=1e-4, eval_every=25),
-}
+PAPER = dict(max_steps=219, block_length=32, temperature=0.0, batch_size=18, accumulation=0, mu=16, clip=0.5)
+PAPER |= dict(warmup=196, beta=1e-4, eval_every=25)
 TASK = {"sudoku": dict(gen_length=64, block_length=16, advantage="mean")}
 # The tiny model's values, and what a task changes in them.
-TINY = {
-    **dict(max_steps=350, save_every=25, bf16=False, gen_length=16, block_length=4, position_temperature=1.0, heads=4),
-    **dict(topk=3, init_steps=10, init_lr=2e-3, group_size=8, batch_size=256, minibatch_size=64, mu=2, clip=0.2),
-    **dict(steps_per_update=0, advantage="mean", lr=2e-3, lr_decay=True, warmup=40, weight_decay=0.0, accumulation=1),
-    **dict(beta=2.4e-3, max_grad_norm=1.0, eval_n=1500, eval_every=50, eval_batch_size=1024, pass_n=200),
-}
+TINY = dict(max_steps=350, save_every=25, bf16=False, gen_length=16, block_length=4, position_temperature=1.0, heads=4)
+TINY |= dict(topk=3, init_steps=10, init_lr=2e-3, group_size=8, batch_size=256, minibatch_size=64, mu=2, clip=0.2)
+TINY |= dict(steps_per_update=0, advantage="mean", lr=2e-3, lr_decay=True, warmup=40, weight_decay=0.0, accumulation=1)
+TINY |= dict(beta=2.4e-3, max_grad_norm=1.0, eval_n=1500, eval_every=50, eval_batch_size=1024, pass_n=200)
 TINY_TASK = {
     "mbpp": dict(max_steps=80),  # programs take time to run
     "zebra": dict(max_steps=100, eval_n=1000),

@@ -501,7 +501,7 @@ def test_published_format_on_published_data(llada, data_file, tmp_path):
     assert results["before"]["n"] == results["after"]["n"] == 3 and results["before_unseen"] is None
     assert [line["completions"] for line in lines] == [4, 8]  # batch 2, accumulation 2
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
-    saved = load_file(tmp_path / "run" / "checkpoint" / "000002" / "model.safetensors")
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt")["weights"]
     assert all("lora_" in name for name in saved)  # a checkpoint holds what trains, not the base
     # the adapter evaluates to the same figures from its directory, at any batch size, and no run overwrites another
     again = small_run(tmp_path / "again", model=tmp_path / "run", **sizes)
@@ -517,7 +517,7 @@ def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_what_rl_is_held_to(
     assert m.cli(small_run(tmp_path / "whole", **flags)) == 0
     argv = small_run(tmp_path / "run", **flags)
     assert ended(forked(argv, tmp_path, dies("elbo_step", 3, signal.SIGINT))) == [143]
-    assert (tmp_path / "run" / "base" / "checkpoint" / "000003" / "progress.json").is_file()
+    assert torch.load(tmp_path / "run" / "base" / "checkpoint.pt")["step"] == 3
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
     same_run(tmp_path / "whole", tmp_path / "run")
     assert lines_of(tmp_path / "run")[0]["kl"] == pytest.approx(0, abs=1e-9)  # the first update starts at the reference
@@ -540,9 +540,9 @@ def test_killed_and_resumed_to_the_same_numbers(where, call, uninterrupted, flag
     """In step 2, before any checkpoint; in step 4; and where step 4's is written, but not yet renamed."""
     argv = small_run(tmp_path / "run", **flags, **LONG)
     assert ended(forked(argv, tmp_path, dies(where, call, signal.SIGKILL))) == [-signal.SIGKILL]
-    whole = [path.name for path in (tmp_path / "run" / "checkpoint").glob("0*")]
-    assert whole == ([] if call == 3 else ["000002"])
-    assert (tmp_path / "run" / "checkpoint" / "part").exists() == (where == "rename")
+    kept = tmp_path / "run" / "checkpoint.pt"
+    assert (torch.load(kept)["step"] if kept.is_file() else None) == (None if call == 3 else 2)
+    assert (tmp_path / "run" / "checkpoint.part").exists() == (where == "rename")
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
     same_run(uninterrupted, tmp_path / "run")
 
