@@ -406,7 +406,7 @@ TINY_TASK = {
     "t2i": dict(gen_length=65, temperature=1.0, base_accuracy=0.25, batch_size=64, lr=1e-4, max_steps=120, pass_k=0)
     | dict(advantage="mean"),
 }
-BETAS = (0.9, 0.99)  # of AdamW
+BETAS = (0.9, 0.99)  # AdamW: a shorter memory than 0.999 for the spikes of the 1/t weight
 
 
 def tables(cfg: Config) -> list[dict]:
@@ -433,20 +433,12 @@ def in_one_line(what: str) -> Iterator[None]:
         raise error if isinstance(error, UsageError) else UsageError(f"{what}: {lacks}") from None
 
 
-class Parser(transformers.HfArgumentParser):
-    def error(self, message: str):
-        raise UsageError(message + " (see --help)")  # one line, not a page of usage
-
-
-# What may change when a run goes on; anything else would make it another run.
-FREE_ON_RESUME = set("resume output_dir max_steps save_every log_with eval_batch_size lr max_grad_norm".split())
-
-
 def parse(argv: list[str] | None = None, kind: type = Config, about: str = __doc__, tables: Callable = tables):
     """The configuration, a `kind`: field < tables < flag. With --resume: the saved run's, which flags may repeat but
     not contradict. Raises UsageError."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(kind, description=about.splitlines()[0], allow_abbrev=False)
+    parser = transformers.HfArgumentParser(kind, description=about.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: require({f"{message} (see --help)": False})  # one line, not a page of usage
     first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     defaults = {k: v for table in tables(kind(**vars(first))) for k, v in table.items() if hasattr(first, k)}
     row = [*kind.__annotations__][0]  # the method or the reference
@@ -459,7 +451,9 @@ def parse(argv: list[str] | None = None, kind: type = Config, about: str = __doc
     # so that --help shows the defaults of this model, method and task
     parser.set_defaults(**(saved or defaults) | {"output_dir": path, "resume": first.resume})
     cfg = kind(**vars(parser.parse_args(argv)))
-    for name in saved.keys() - FREE_ON_RESUME:
+    # with anything else changed it would be another run
+    free = set("resume output_dir max_steps save_every log_with eval_batch_size lr max_grad_norm".split())
+    for name in saved.keys() - free:
         of_run = f"--resume: --{name} {getattr(cfg, name)} contradicts {path}, which has {saved[name]}"
         require({of_run: getattr(cfg, name) == saved[name]})
     return cfg
@@ -513,7 +507,6 @@ TINY_SIZES |= dict(initializer_range=0.1, max_position_embeddings=128, embedded_
 TINY_SIZES_OF = {"sudoku": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=2)}  # quick upo.py rollouts
 # The tokens around an image. MMaDA's tokenizer does not spell its own: these are the ids it reserves for them.
 IMAGE_MARKS = {"<|t2i|>": 126088, "<|soi|>": 126084, "<|eoi|>": 126085, "<|pad|>": 126093}
-END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # what a chat model ends its turn with, where its vocabulary has it
 
 
 def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
@@ -626,10 +619,9 @@ def tiny_model(texts: list[str], seed: int, task: str = "gsm8k") -> "MaskedDiffu
 class MaskedDiffusionModel(nn.Module):
     """(x_t, attention, positions) -> logits at those positions, for every kind of base; and its text <-> tensors.
 
-    hf: the transformers model (or its PEFT wrapper); mask_id, pad_id, end_id: int; eos_ids: every id that
-    ends a completion; bf16: whether a `rough` forward is in bfloat16. The vocabulary head runs at the positions asked
-    for and nowhere else. Where the completion is an image (codebook > 0) it also runs for the image's codes alone, ids
-    first_id ... first_id + codebook - 1, which follow the tokenizer's own.
+    hf: the transformers model (or its PEFT wrapper); mask_id, pad_id, end_id: int; eos_ids: every id that ends a
+    completion; bf16: whether a `rough` forward is in bfloat16. The head runs at the positions asked for and nowhere
+    else; of an image (codebook > 0) for its codes alone, whose ids, from first_id on, follow the tokenizer's own.
     """
 
     def __init__(self, hf: nn.Module, tokenizer, image: bool = False, bf16: bool = False):
@@ -639,12 +631,12 @@ class MaskedDiffusionModel(nn.Module):
         known, first = tokenizer.get_vocab(), lambda *ids: next((i for i in ids if i is not None), None)
         self.mask_id = first(getattr(config, "mask_token_id", None), tokenizer.mask_token_id)
         eos, pad, of_config = tokenizer.eos_token_id, tokenizer.pad_token_id, config.eos_token_id
-        self.end_id = first(*map(known.get, END_OF_TURN), eos, tokenizer.sep_token_id, pad)
+        # what a chat model ends its turn with, where its vocabulary has it
+        self.end_id = first(known.get("<|eot_id|>"), known.get("<|im_end|>"), eos, tokenizer.sep_token_id, pad)
         self.pad_id = first(pad, self.end_id)
         of_config = of_config if isinstance(of_config, list) else [of_config]
         self.eos_ids = sorted({self.end_id, self.pad_id, eos, *of_config} - {None, self.mask_id})
-        missing = f"{self.name}: no mask token; config.json needs mask_token_id, or the tokenizer a mask_token"
-        require({missing: self.mask_id is not None, f"{self.name}: no EOS token": self.eos_ids})
+        require({f"{self.name}: no mask_token_id in config.json, no mask_token": self.mask_id is not None})
         tables = [t for name, t in hf.named_modules() if name.endswith("position_embeddings")]
         starts = [t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None]
         self.first_position = max(starts, default=0)  # RoBERTa counts from its padding_idx + 1
@@ -742,9 +734,8 @@ class MaskedDiffusionModel(nn.Module):
         return self.batch(*zip(*(ids[id(p)] for p in problems)), device)
 
     def texts(self, batch: Batch, completion: Tensor, gen_length: int) -> list[str]:
-        """What stands in the last gen_length columns of batch.x, without special tokens and what lies behind the first
-        EOS; completion (B, L) bool ends there. Where blanks were filled in, the text around them belongs to it. Of an
-        image: its codes, with spaces between."""
+        """What stands in the last gen_length columns of batch.x, text around blanks included, without special tokens
+        and what is behind the first EOS, where completion (B, L) bool ends. Of an image: its codes, spaces between."""
         if self.codebook:
             return [" ".join(map(str, codes)) for codes in (batch.x[:, -gen_length:-1] - self.first_id).tolist()]
         kept = ~(batch.completion & ~completion)[:, -gen_length:]
@@ -799,36 +790,30 @@ class Run:
         trained, count = [p for p in model.parameters() if p.requires_grad], lambda of: sum(p.numel() for p in of) / 1e6
         self.say(f"weights   {count(trained):.2f}M of {count(model.parameters()):.2f}M parameters train")
         self.accelerator.gradient_accumulation_steps = accumulation
-        # a shorter memory than 0.999 for the spikes of the 1/t weight
         optimizer = torch.optim.AdamW(trained, betas=BETAS, weight_decay=weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         return self.model, self.optimizer
 
     def steps(self, last: int, label: str, save_every: int) -> Iterator[int]:
         """The steps of a training loop that are left, under a bar where someone is looking (a terminal). A checkpoint
-        follows every save_every-th one (0: none) and the last. The first Ctrl-C or SIGTERM waits for the end of a step,
-        which is saved before the process leaves; a second one, and one elsewhere, ends the run at once."""
+        follows every save_every-th one (0: none) and the last. From here on the first Ctrl-C or SIGTERM waits for the
+        end of a step, which is saved before all processes leave; a second one ends the run at once."""
 
         def on_signal(number: int, frame) -> None:
             signal.signal(number, signal.SIG_DFL)
             self.accelerator.set_trigger()
 
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        left = range(self.load_checkpoint(), last)
-        try:
-            for step in tqdm(left, label, disable=None if self.main else True, dynamic_ncols=True):
-                yield step
-                stop = self.accelerator.check_trigger()  # of any process
-                if stop or step + 1 == last or (save_every and (step + 1) % save_every == 0):
-                    self.save_checkpoint(step + 1)
-                if stop:
-                    path = self.accelerator.project_dir
-                    self.say(f"stopped after step {step + 1}; to go on: --resume --output_dir {path}")
-                    self.finish()
-                    sys.exit(128 + signal.SIGTERM)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+        for step in tqdm(range(self.load_checkpoint(), last), label, disable=None if self.main else True):
+            yield step
+            stop, path = self.accelerator.check_trigger(), self.accelerator.project_dir
+            if stop or step + 1 == last or (save_every and (step + 1) % save_every == 0):
+                self.save_checkpoint(step + 1)
+            if stop:
+                self.say(f"stopped after step {step + 1}; to go on: --resume --output_dir {path}")
+                self.finish()
+                sys.exit(128 + signal.SIGTERM)
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -853,9 +838,8 @@ class Run:
         return self.average({"flag": float(flag)})["flag"] == 1.0
 
     def update(self, model: nn.Module, optimizer, lr: float, most: float, losses: list[dict], where: str) -> dict:
-        """One step of AdamW at the learning rate lr, on the gradient with its norm clipped to `most`. The means of the
-        micro-batches' losses over all processes, with `grad_norm` before clipping; UsageError before the step, on all
-        of them, if these are not finite."""
+        """One step of AdamW at the learning rate lr, on the gradient with its norm clipped to `most` -> means of the
+        micro-batches' losses over all processes, and the norm before; where they are not finite no step, UsageError."""
         norm = self.accelerator.clip_grad_norm_(model.parameters(), most)
         metrics = self.average(mean_of(losses) | {"grad_norm": float(norm)})
         lower = f"{where}: the loss or its gradient is not finite; --resume with a lower learning rate ({lr:g})"
@@ -895,9 +879,8 @@ class Run:
         self.accelerator.end_training()
 
     def save_checkpoint(self, step: int) -> None:
-        """All of the state after `step` steps: the weights that train, the optimiser's and the clocks; a LoRA checkpoint
-        holds the adapter, not the 16 GB below it. Masks, noise and data order are functions of (seed, step, j, row):
-        there is no other. Written beside, then renamed: a process killed anywhere in here leaves one that loads."""
+        """All of the state after `step` steps: the weights that train, the optimiser's and the clocks. Masks, noise and
+        data order are functions of (seed, step, j, row). Written beside, then renamed: a kill leaves one that loads."""
         if self.main:
             trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
             state = {"weights": trained, "optimizer": self.optimizer.state_dict(), "seconds": self.total()}
@@ -979,11 +962,9 @@ def roll_out(run: Run, model, base, problems: list[Problem], keys, temperature: 
 
 
 def sample_groups(run: Run, policy, base, problems: list[Problem], step: int, micro: int):
-    """(Rollouts, rewards (B,) float32, metrics) of one micro-batch: G completions of each of its prompts.
-
-    A group never straddles processes, so that advantages need no communication. Which prompts a step has, and the
-    noise of each completion, depend on its global number alone.
-    """
+    """(Rollouts, rewards (B,) float32, metrics) of one micro-batch: G completions of each of its prompts. A group never
+    straddles processes, so that advantages need no communication. Which prompts a step has, and the noise of each
+    completion, depend on its global number alone."""
     cfg, g = run.cfg, run.cfg.group_size
     per_batch = cfg.batch_size // g
     first = (micro * run.world + run.rank) * per_batch
@@ -1003,11 +984,9 @@ def sample_groups(run: Run, policy, base, problems: list[Problem], step: int, mi
 
 def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0) -> list[dict]:
     """Completions of every problem, greedy, or `samples` of each at --temperature; the same on all processes. Images
-    are never greedy: without noise one prompt has one image.
-
-    One dict per completion, in order: sample (None if it is the only one), score, the terms of its reward, category,
-    prompt, completion, answer. A row's noise is keyed by its problem, so the result depends on no batch size.
-    """
+    are never greedy: without noise one prompt has one image. One dict per completion, in order: sample (None if it is
+    the only one), score, the terms of its reward, category, prompt, completion, answer. A row's noise is keyed by its
+    problem, so the result depends on no batch size."""
     cfg, todo = run.cfg, [(i, s) for i in range(len(problems)) for s in range(max(samples, 1))]
     mine, done, size = todo[run.rank :: run.world], [], cfg.eval_batch_size
     temperature = cfg.temperature if samples or base.codebook else 0.0
@@ -1027,7 +1006,7 @@ def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0) -
     ]
 
 
-# --- The base: ELBO training, from nothing (tiny) or from a published checkpoint (--sft_steps) ------------------------
+# --- Training: a base by its ELBO, from nothing (tiny) or a checkpoint (--sft_steps); then RL, and before and after ---
 
 
 def elbo_step(run: Run, model, base, optimizer, lesson: list[tuple], step: int) -> None:
@@ -1067,16 +1046,10 @@ def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem]) 
     for step in run.steps(steps, "ELBO training, at most", 10 * cfg.save_every):
         elbo_step(run, model, base, optimizer, lesson, step)
         if (step + 1) % look == 0 or step + 1 == steps:
-            rows = evaluate(run, model, base, validation)
-            accuracy = rewards.accuracy([row["score"] for row in rows])["accuracy"]
+            accuracy = rewards.accuracy([row["score"] for row in evaluate(run, model, base, validation)])["accuracy"]
             run.say(f"  step {step + 1:>5}  validation accuracy {accuracy:.3f}")
             if accuracy >= cfg.base_accuracy and not cfg.model:
                 break
-
-
-# What a tiny base depends on, besides its problems and its size.
-OF_BASE = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed"
-OF_BASE = (OF_BASE + " temperature guidance steps").split()
 
 
 def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
@@ -1085,7 +1058,9 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     cfg, train, images = run.cfg, data["train"], bool(run.task.codebook)
     if cfg.model is not None and not cfg.sft_steps:
         return cfg.model, True
-    about = [run.world, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), [getattr(cfg, name) for name in OF_BASE]]
+    names = "gen_length block_length tokens_per_step temperature guidance steps base_accuracy base_steps sft_lr".split()
+    settings = [getattr(cfg, name) for name in [*names, "sft_batch_size", "seed"]]
+    about = [run.world, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), settings]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     kept = run.path / "sft" if cfg.model else Path("runs", f"base-{cfg.task}-s{cfg.seed}-{key}")
     if (kept / "seconds").is_file():
@@ -1097,6 +1072,7 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     of_base = dict(output_dir=str(run.path / "base"), sampler="emerge" if images else cfg.sampler)
     training = Run(dataclasses.replace(cfg, **of_base), run.accelerator)
     training.pixels = None if cfg.tiny() else run.pixels
+    training.path.mkdir(parents=True, exist_ok=True)
     words = lambda p: run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images)
     fresh = lambda: tiny_model([words(p) for p in train], cfg.seed, cfg.task)
     base = load_model(cfg.model, cfg, trainable=True) if cfg.model else fresh()
@@ -1112,9 +1088,6 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
             shutil.move(training.path, kept)
     run.accelerator.wait_for_everyone()
     return str(kept), False
-
-
-# --- RL, before and after ---------------------------------------------------------------------------------------------
 
 
 def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel, path: str) -> Callable:
