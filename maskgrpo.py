@@ -850,12 +850,12 @@ class Run:
         optimizer.zero_grad()
         return metrics
 
-    def write(self, name: str, text: str) -> None:
-        """A whole file of the run's directory, or the old one, whatever happens in between."""
+    def write(self, name: str, content: str | dict) -> None:
+        """A whole file of the run's directory, a text or tensors, or the old one, whatever happens in between."""
         if self.main:
             part = self.path / f"{name}.part"
-            part.write_text(text)
-            part.replace(self.path / name)
+            part.write_text(content) if isinstance(content, str) else torch.save(content, part)
+            part.rename(self.path / name)
 
     def log(self, line: dict) -> None:
         """A line of metrics.jsonl, whose numbers go to --log_with's tracker too."""
@@ -880,14 +880,11 @@ class Run:
 
     def save_checkpoint(self, step: int) -> None:
         """All of the state after `step` steps: the weights that train, the optimiser's and the clocks. Masks, noise and
-        data order are functions of (seed, step, j, row). Written beside, then renamed: a kill leaves one that loads."""
-        if self.main:
-            trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
-            state = {"weights": trained, "optimizer": self.optimizer.state_dict(), "seconds": self.total()}
-            part, kept = self.path / "checkpoint.part", self.path / "checkpoint.pt"
-            with in_one_line(f"cannot write {part}; {kept} is intact"):
-                torch.save(state | {"step": step, "processes": self.world}, part)
-            part.rename(kept)
+        data order are functions of (seed, step, j, row): there is no other."""
+        trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
+        state = {"weights": trained, "optimizer": self.optimizer.state_dict(), "seconds": self.total()}
+        with in_one_line("a new checkpoint cannot be written, the last one is intact"):
+            self.write("checkpoint.pt", state | {"step": step, "processes": self.world})
         self.accelerator.wait_for_everyone()
 
     def load_checkpoint(self) -> int:
@@ -1156,7 +1153,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     check(cfg, "temperature tokens_per_step steps accumulation sft_batch_size sft_lr base_steps", rules)
     run, data = start(cfg, "MaskGRPO")
-    asked = {problem["question"]: 0 for problem in sum(data.values(), []) if image and cfg.tiny()}
+    asked = {problem["question"] for problem in sum(data.values(), []) if image and cfg.tiny()}
     require({f"prompt {q!r}: not one that the embedded t2i task knows": q in rewards.scene_table() for q in asked})
     if cfg.rewards:
         pictures = lambda codes: torch.stack([torch.from_numpy(run.task.render(row)) for row in codes.tolist()])

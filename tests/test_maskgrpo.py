@@ -535,14 +535,14 @@ def uninterrupted(base, problem_file, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("where, call", [("policy_loss", 3), ("policy_loss", 8), ("rename", 2)])
+@pytest.mark.parametrize("where, call", [("policy_loss", 3), ("policy_loss", 8), ("rename", 4)])
 def test_killed_and_resumed_to_the_same_numbers(where, call, uninterrupted, flags, tmp_path):
     """In step 2, before any checkpoint; in step 4; and where step 4's is written, but not yet renamed."""
     argv = small_run(tmp_path / "run", **flags, **LONG)
     assert ended(forked(argv, tmp_path, dies(where, call, signal.SIGKILL))) == [-signal.SIGKILL]
     kept = tmp_path / "run" / "checkpoint.pt"
     assert (torch.load(kept)["step"] if kept.is_file() else None) == (None if call == 3 else 2)
-    assert (tmp_path / "run" / "checkpoint.part").exists() == (where == "rename")
+    assert (tmp_path / "run" / "checkpoint.pt.part").exists() == (where == "rename")
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
     same_run(uninterrupted, tmp_path / "run")
 
