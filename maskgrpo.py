@@ -1074,7 +1074,7 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     fresh = lambda: tiny_model([words(p) for p in train], cfg.seed, cfg.task)
     base = load_model(cfg.model, cfg, trainable=True) if cfg.model else fresh()
     train_elbo(training, base.to(run.device), train, data["validation"])
-    run.seconds["base"] = training.total()["total"]
+    run.seconds["base"], run.began = training.total()["total"], min(run.began, training.began)
     if run.main:
         base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
         base.save(training.path / "model")

@@ -407,7 +407,7 @@ def frozen_base(run: Run, data: dict[str, list[Problem]]) -> tuple[FrozenBase, s
     lessons = [spell(problem, i) for i, problem in enumerate(data["train"])]
     path, cached = base_path(training, data | {"train": lessons})
     run.accelerator.free_memory()  # of its training
-    run.seconds["base"] = training.seconds["base"]
+    run.seconds["base"], run.began = training.seconds["base"], min(run.began, training.began)
     base = FrozenBase(load_model(path, training.cfg, trainable=False).to(run.device))
     base.model.check_solution(run.task, data["train"] or data["test"])
     return base, path, cached
