@@ -1090,8 +1090,7 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
 def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel, path: str) -> Callable:
     """pi_ref, the policy before RL, as a context that yields a model: the base with its fresh adapter off, or a frozen
     copy. Without gradients, in the precision of the policy itself, so that equal weights give a KL of 0."""
-    fresh_adapter = run.cfg.lora and resolve(path)[1] is None  # one that came with --model is a part of pi_ref
-    needed = run.cfg.beta and not fresh_adapter
+    needed = run.cfg.beta and not (run.cfg.lora and resolve(path)[1] is None)  # an adapter of --model is part of pi_ref
     copy = load_model(path, run.cfg, trainable=True).to(run.device).eval().requires_grad_(False) if needed else None
 
     @contextlib.contextmanager
