@@ -56,15 +56,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -74,7 +71,7 @@ from typing import NamedTuple
 import jinja2
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -87,7 +84,8 @@ import remask
 import rewards
 from emerge_sampler import DECAYS, SAMPLERS, guided, load_magvit, through_eos
 from remask import Remask, seeded, shuffled
-from rewards import TASKS, DataError, Problem, first_line, judge_all, mean_of
+from rewards import TASKS, Problem, first_line, judge_all, mean_of
+from rewards import DataError as UsageError  # something the caller has to change, in one line
 
 # --- The paper, 1: the likelihood of a masked diffusion model (Eq. 2) -------------------------------------------------
 
@@ -304,11 +302,8 @@ METHODS = {
     "truncation": dict(remask="uniform", gamma=0.6, managed_randomness=True, advantage="std"),  # the paper's ablation
     "rotated-trace": dict(remask="rotated_trace", gamma=0.0, managed_randomness=False, advantage="std"),  # of no paper
 }
-# What these rows have instead where the completion is an image.
-IMAGE_METHODS = {name: dict(sampler="maskgit") for name in METHODS} | {
-    "maskgrpo": dict(remask="uniform", gamma=0.8, sampler="emerge"),
-    "truncation": dict(gamma=0.8, sampler="maskgit"),
-}
+# What two of them have instead where the completion is an image; the sampler of the others is maskgit.
+OF_IMAGES = {"maskgrpo": dict(remask="uniform", gamma=0.8, sampler="emerge"), "truncation": dict(gamma=0.8)}
 
 
 def flag(default, help: str, **more):
@@ -320,7 +315,6 @@ def flag(default, help: str, **more):
 class Common:
     """What maskgrpo.py and upo.py both ask."""
 
-    _argument_group_name = "the run"
     task: str = flag("gsm8k", "a row of rewards.TASKS", choices=tuple(TASKS))
     model: str | None = flag(None, "hub id, or path of a model, adapter or run; default: a tiny model, trained here")
     data: str | None = flag(None, 'training problems, a FILE or "generated"; default: published, for tiny generated')
@@ -332,7 +326,7 @@ class Common:
     save_every: int = flag(10, "steps between checkpoints, 0: only when stopped and at the end")
     resume: bool = flag(False, "go on from the last checkpoint in --output_dir")
     eval_only: bool = flag(False, "evaluate and leave")
-    log_with: str | None = flag(None, "a tracker of Accelerate's: tensorboard, wandb, ...")
+    log_with: str | None = flag(None, "a tracker that is installed", choices=tuple(map(str, get_available_trackers())))
     bf16: bool = flag(torch.cuda.is_available(), "frozen weights, rollouts and upo.py's policy in bfloat16")
     gen_length: int = flag(256, "completion length, tokens")
     block_length: int = flag(16, "tokens per semi-autoregressive block")
@@ -354,9 +348,8 @@ class Common:
 
     def tiny(self) -> bool:
         """Whether the model is the embedded default, or was trained from it: then the tiny tables apply."""
-        local = self.model is not None and Path(self.model).is_dir()
-        file = Path(resolve(self.model)[0], "config.json") if local else None
-        return self.model is None or bool(file and file.is_file() and read_json(file).get("embedded_default"))
+        file = Path(resolve(self.model)[0], "config.json") if self.model else None
+        return file is None or (file.is_file() and '"embedded_default": true' in file.read_text())
 
     def generated(self) -> bool:
         """Whether the problems come from the task's generator."""
@@ -364,10 +357,9 @@ class Common:
 
 
 @dataclasses.dataclass
-class MaskGRPO:
-    """What only maskgrpo.py asks."""
+class Config(Common):
+    """Every setting of a run of maskgrpo.py."""
 
-    _argument_group_name = "MaskGRPO"
     method: str = flag("maskgrpo", "a row of METHODS, which the next flags change", choices=tuple(METHODS))
     remask: str = flag("fading_out", "re-masking scheme of remask.py", choices=remask.SCHEMES)
     gamma: float = flag(0.6, "truncation: the lowest mask ratio")
@@ -392,23 +384,16 @@ class MaskGRPO:
     base_accuracy: float = flag(0.4, "tiny: or at this validation accuracy")
 
 
-@dataclasses.dataclass
-class Config(Common, MaskGRPO):
-    """Every setting of a run."""
-
-
 # What a task changes for published checkpoints: a sudoku's grid; all codes of an image and one end-of-image token.
 TASK = {
     "sudoku": dict(gen_length=64, tokens_per_step=1),
     "t2i": dict(gen_length=1025, guidance=3.5, temperature=1.0, rewards="clip=1"),
 }
 # The tiny model's values, and what a task changes in them.
-TINY = {
-    **dict(max_steps=250, save_every=25, bf16=False, gradient_checkpointing=False, sft_batch_size=64, sft_lr=3e-3),
-    **dict(gen_length=16, block_length=4, tokens_per_step=4, temperature=0.7, group_size=8, batch_size=128, mu=4),
-    **dict(accumulation=1, lr=1.5e-4, warmup=20, max_grad_norm=1.0, eval_n=1000, eval_every=25, eval_batch_size=256),
-    **dict(weight_decay=0.0, pass_k=8),
-}
+TINY = dict(max_steps=250, save_every=25, bf16=False, gradient_checkpointing=False, sft_batch_size=64, sft_lr=3e-3)
+TINY |= dict(gen_length=16, block_length=4, tokens_per_step=4, temperature=0.7, group_size=8, batch_size=128, mu=4)
+TINY |= dict(accumulation=1, lr=1.5e-4, warmup=20, weight_decay=0.0, max_grad_norm=1.0)
+TINY |= dict(eval_n=1000, eval_every=25, eval_batch_size=256, pass_k=8)
 TINY_TASK = {
     "math500": dict(base_accuracy=0.1),
     "mbpp": dict(max_steps=80, pass_k=0),  # programs take time to run
@@ -427,12 +412,8 @@ BETAS = (0.9, 0.99)  # AdamW: a shorter memory than 0.999 for the spikes of the 
 def tables(cfg: Config) -> list[dict]:
     """Where a run's defaults come from: its model, its method, its task; the last one wins."""
     of_model, of_task = (TINY, TINY_TASK) if cfg.tiny() else ({}, TASK)
-    image = IMAGE_METHODS[cfg.method] if TASKS[cfg.task].codebook else {}
+    image = dict(sampler="maskgit") | OF_IMAGES.get(cfg.method, {}) if TASKS[cfg.task].codebook else {}
     return [of_model, METHODS[cfg.method], image, of_task.get(cfg.task, {})]
-
-
-class UsageError(ValueError):
-    """Something the caller has to change: one line that says what, where, and what would be right."""
 
 
 def require(rules: dict[str, object]) -> None:
@@ -452,35 +433,29 @@ def in_one_line(what: str) -> Iterator[None]:
         raise error if isinstance(error, UsageError) else UsageError(f"{what}: {lacks}") from None
 
 
-class Parser(transformers.HfArgumentParser):
-    def error(self, message: str):
-        raise UsageError(message + " (see --help)")  # one line, not a page of usage
-
-
-# What may change when a run goes on; anything else would make it another run.
-FREE_ON_RESUME = set("resume output_dir max_steps save_every log_with eval_batch_size lr max_grad_norm".split())
-
-
 def parse(argv: list[str] | None = None, kind: type = Config, about: str = __doc__, tables: Callable = tables):
     """The configuration, a `kind`: field < tables < flag. With --resume: the saved run's, which flags may repeat but
     not contradict. Raises UsageError."""
     argv = sys.argv[1:] if argv is None else argv
-    parser, script = Parser(kind.__bases__, description=about.splitlines()[0], allow_abbrev=False), kind.__bases__[1]
+    parser = transformers.HfArgumentParser(kind, description=about.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: require({f"{message} (see --help)": False})  # one line, not a page of usage
     first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     defaults = {k: v for table in tables(kind(**vars(first))) for k, v in table.items() if hasattr(first, k)}
-    of = lambda name: getattr(first, name) or defaults.get(name)
-    row, model = of(dataclasses.fields(script)[0].name), Path(first.model or "tiny").name  # the method or the reference
-    name = f"{script.__name__.lower()}-{of('task')}-{row}-{model}-s{first.seed}{'-eval' * first.eval_only}"
-    defaults["output_dir"] = first.output_dir or f"runs/{name}"
+    row = [*kind.__annotations__][0]  # the method or the reference
+    task, row = (getattr(first, name) or defaults.get(name) for name in ("task", row))
+    name = f"{about.split(':')[0].lower()}-{task}-{row}-{Path(first.model or 'tiny').name}-s{first.seed}"
+    saved, path = {}, first.output_dir or f"runs/{name}{'-eval' * first.eval_only}"
     if first.resume:
-        what = f"--resume: {defaults['output_dir']} holds no run"
-        saved = defaults = read_json(Path(defaults["output_dir"], "config.json"), what) | {"resume": True}
-    parser.set_defaults(**defaults)  # so that --help shows those of this model, method and task
-    with in_one_line(f"--resume: {defaults['output_dir']} holds a run of another script or version"):
-        cfg = kind(**vars(parser.parse_args(argv)))
-    changed = {name for name in saved if getattr(cfg, name) != saved[name]} - FREE_ON_RESUME if first.resume else set()
-    of_run = f"contradicts {cfg.output_dir}, which has"
-    require({f"--resume: --{name} {getattr(cfg, name)} {of_run} {saved[name]}": False for name in sorted(changed)})
+        with in_one_line(f"--resume: {path} holds no run of this script and version"):
+            saved = vars(kind(**json.loads(Path(path, "config.json").read_text())))
+    # so that --help shows the defaults of this model, method and task
+    parser.set_defaults(**(saved or defaults) | {"output_dir": path, "resume": first.resume})
+    cfg = kind(**vars(parser.parse_args(argv)))
+    # with anything else changed it would be another run
+    free = set("resume output_dir max_steps save_every log_with eval_batch_size lr max_grad_norm".split())
+    for name in saved.keys() - free:
+        of_run = f"--resume: --{name} {getattr(cfg, name)} contradicts {path}, which has {saved[name]}"
+        require({of_run: getattr(cfg, name) == saved[name]})
     return cfg
 
 
@@ -488,25 +463,18 @@ def check(cfg, positive: str, rules: dict[str, object]) -> None:
     """Raise UsageError for what either script would compute something wrong from without a word, and for a script's own
     `rules`, message -> whether it holds; positive: names of its fields that must be above 0."""
     names = f"gen_length block_length batch_size mu eval_batch_size lr max_grad_norm clip {positive}"
-    whole_groups, code = cfg.group_size > 1 and cfg.batch_size % cfg.group_size == 0, TASKS[cfg.task].runs_code
-    above = {name: getattr(cfg, name) for name in names.split()}
-    rules = rules | {f"--{name} {value}: must be above 0": value > 0 for name, value in above.items()}
-    rules[f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}, 2 or more"] = whole_groups
+    rules = rules | {f"--{k} {vars(cfg)[k]}: must be above 0": vars(cfg)[k] > 0 for k in names.split()}
     rules |= {f"--{k} {v}: must be at least 0": v >= 0 for k, v in vars(cfg).items() if type(v) in (int, float)}
-    rules[f"--seed {cfg.seed}: must be below 2**63"] = cfg.seed < 2**63
-    trackers = [*map(str, get_available_trackers())]
-    rules[f"--log_with {cfg.log_with}: not installed; installed: {trackers}"] = cfg.log_with in (None, *trackers)
-    read = [Path(path).resolve() for path in (cfg.model, getattr(cfg, "policy", None)) if path]
-    own = f"--output_dir {cfg.output_dir} is the run that is read, or none; name another"
-    read = [path.parent if path.name == "model" else path for path in read]
-    rules[own] = Path(cfg.output_dir).name and Path(cfg.output_dir).resolve() not in read
-    rules[rewards.CODE_REFUSED.format(cfg.task)] = cfg.allow_code_execution or not code
+    whole_groups = cfg.group_size > 1 and cfg.batch_size % cfg.group_size == 0
+    rules[f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}, 2 or more"] = whole_groups
+    own, read = Path(cfg.output_dir).resolve(), [cfg.model, getattr(cfg, "policy", None)]
+    read = [place for path in read if path for place in (Path(path).resolve(), Path(path).resolve().parent)]
+    rules[f"--output_dir {cfg.output_dir} is the run that is read, or holds it; name another"] = own not in read
+    rules[rewards.CODE_REFUSED.format(cfg.task)] = cfg.allow_code_execution or not TASKS[cfg.task].runs_code
     rules["--eval_data needs published problems"] = cfg.eval_only or not (cfg.eval_data and cfg.generated())
     require(rules)
     if cfg.allow_code_execution:
         rewards.allow_code_execution()
-    if cfg.model:
-        resolve(cfg.model)  # a mistyped path, before anything is made or downloaded
 
 
 # --- The base model: LLaDA, MMaDA, Dream, AutoModelForMaskedLM checkpoints and the tiny default; text <-> tensors -----
@@ -525,18 +493,20 @@ LLADA_KEYS = {
     r"\.up_proj\.": ".mlp.up_proj.",
     r"\.ff_out\.": ".mlp.down_proj.",  # a block's; the top-level one is renamed above
 }
+# The same for its config.json; embedding_size, where it is given, counts the rows of padding too.
+LLADA_SIZES = {name: name for name in ("vocab_size", "rms_norm_eps", "eos_token_id", "mask_token_id", "codebook_size")}
+LLADA_SIZES |= dict(d_model="hidden_size", mlp_hidden_size="intermediate_size", n_layers="num_hidden_layers")
+LLADA_SIZES |= dict(n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", weight_tying="tie_word_embeddings")
+LLADA_SIZES |= dict(embedding_size="vocab_size", max_sequence_length="max_position_embeddings")
 # What bidirectional models have in common. A pad_token_id would become the embedding's padding_idx, and LLaDA's pad is
 # its EOS, whose embedding has to learn.
 BIDIRECTIONAL = dict(is_causal=False, use_cache=False, pad_token_id=None, bos_token_id=None)
 # The embedded default: initializer_range 0.1 learns the first words faster than Llama's 0.02.
-TINY_SIZES = dict(
-    **dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.1),
-    **dict(max_position_embeddings=128, bos_token_id=None, pad_token_id=None, embedded_default=True),
-)
+TINY_SIZES = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4)
+TINY_SIZES |= dict(initializer_range=0.1, max_position_embeddings=128, embedded_default=True)
 TINY_SIZES_OF = {"sudoku": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=2)}  # quick upo.py rollouts
 # The tokens around an image. MMaDA's tokenizer does not spell its own: these are the ids it reserves for them.
 IMAGE_MARKS = {"<|t2i|>": 126088, "<|soi|>": 126084, "<|eoi|>": 126085, "<|pad|>": 126093}
-END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # what a chat model ends its turn with, where its vocabulary has it
 
 
 def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
@@ -544,48 +514,35 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
     where weights are missing or misfit, of which the library only warns."""
     raw, _ = PreTrainedConfig.get_config_dict(path)
     kind, rope = str(raw.get("model_type")).lower(), dict(rope_type="default", rope_theta=raw.get("rope_theta", 1e4))
-    family, options, words = transformers.AutoModelForMaskedLM, {"trust_remote_code": False}, AutoTokenizer
+    family, options, words = transformers.AutoModelForCausalLM, {"trust_remote_code": False}, AutoTokenizer
     if "d_model" in raw:  # LLaDA, MMaDA
-        sizes = dict(vocab_size=raw.get("embedding_size") or raw["vocab_size"], hidden_size=raw["d_model"])
-        sizes |= dict(intermediate_size=raw["mlp_hidden_size"], num_hidden_layers=raw["n_layers"])
-        sizes |= dict(num_attention_heads=raw["n_heads"], num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"])
-        sizes |= dict(max_position_embeddings=raw["max_sequence_length"], rms_norm_eps=raw["rms_norm_eps"])
-        sizes |= dict(tie_word_embeddings=raw.get("weight_tying", False))
-        ids = {name: raw.get(name) for name in ("eos_token_id", "mask_token_id", "codebook_size")}
-        config = LlamaConfig(**sizes, **ids, **BIDIRECTIONAL, rope_parameters=rope)
-        family, options = LlamaForCausalLM, {"config": config, "key_mapping": LLADA_KEYS}
+        sizes = {"eos_token_id": None} | {LLADA_SIZES[k]: raw[k] for k in LLADA_SIZES if raw.get(k) is not None}
+        options |= dict(config=LlamaConfig(**sizes, **BIDIRECTIONAL, rope_parameters=rope), key_mapping=LLADA_KEYS)
     elif kind == "dream":  # position i is predicted at i - 1
         dropped = ("architectures", "auto_map", "model_type", "rope_theta", "rope_scaling", *BIDIRECTIONAL)
         kept = {name: value for name, value in raw.items() if name not in dropped}
-        config = Qwen2Config(**kept, **BIDIRECTIONAL, rope_parameters=rope, shifted_logits=True)
-        family, options, words = Qwen2ForCausalLM, {"config": config}, transformers.Qwen2Tokenizer
+        options["config"] = Qwen2Config(**kept, **BIDIRECTIONAL, rope_parameters=rope, shifted_logits=True)
+        words = transformers.Qwen2Tokenizer
     elif kind in ("llama", "qwen2"):  # saved by this project: is_causal=False and Dream's shift are in its config
-        wanted = f"--model {path}: a causal {kind}; a masked diffusion model's config has is_causal: false"
-        require({wanted: not raw.get("is_causal", True)})
-        family, options = LlamaForCausalLM if kind == "llama" else Qwen2ForCausalLM, {}
+        require(
+            {f"--model {path}: a causal {kind}, without is_causal: false in its config": not raw.get("is_causal", True)}
+        )
+    else:
+        family = transformers.AutoModelForMaskedLM
     hf, info = family.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    wrong = [f"{kind.replace('_', ' ')} {sorted(info[kind])[:3]} ..." for kind in kinds if info.get(kind)]
+    wrong = [f"{kind.replace('_', ' ')} {sorted(names)[:3]} ..." for kind, names in info.items() if names]
     require({f"--model {path}: its weights do not fit its config.json: {'; '.join(wrong)}": not wrong})
     return hf, words.from_pretrained(path, trust_remote_code=False)
-
-
-def read_json(path: Path, missing: str = "") -> dict:
-    """A JSON object from a file; UsageError where it is none, with `missing` where there is no file."""
-    with in_one_line(missing or f"{path}: not a JSON object"):
-        return {**json.loads(path.read_text())}
 
 
 def resolve(path: str) -> tuple[str, str | None]:
     """(base model, adapter or None) of a hub id, a model directory, an adapter directory or a run directory."""
     path = str(inner) if (inner := Path(path) / "model").is_dir() else path
-    local = Path(path).exists() or path.startswith(("/", ".", "~", "runs/")) or path.count("/") > 1
-    nowhere = f"--model {path}: not a directory, and not a hub id either (those read OWNER/NAME)"
-    require({nowhere: Path(path).is_dir() or not local})
-    adapter = Path(path) / "adapter_config.json"
-    file = adapter if adapter.is_file() else None if local else find_adapter_config_file(path)
+    hub_id = path.count("/") < 2 and not path.startswith(("/", ".", "~", "runs/"))
+    require({f"--model {path}: not a directory, and not a hub id either (OWNER/NAME)": Path(path).is_dir() or hub_id})
     with in_one_line(f"--model {path}: adapter_config.json"):
-        return (read_json(Path(file))["base_model_name_or_path"], path) if file else (path, None)
+        file = find_adapter_config_file(path)
+        return (json.loads(Path(file).read_text())["base_model_name_or_path"], path) if file else (path, None)
 
 
 def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel":
@@ -593,25 +550,24 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
     with --bf16: a bf16 weight of 0.02 cannot take a step of 3e-6. Frozen matrices are bf16 then (`in_bf16`); what is
     computed in bf16 is up to the model's `forward`. Raises UsageError."""
     base, adapter = resolve(path)
-    frozen = bool(cfg.lora or adapter) or not trainable
-    if adapter or (cfg.lora and trainable):
+    frozen, fresh = bool(cfg.lora or adapter) or not trainable, cfg.lora and trainable and not adapter
+    if adapter or fresh:
         with in_one_line("--lora and adapters need PEFT: pip install peft"):
             import peft
     with in_one_line(f"--model {base}: cannot be loaded"):
         hf, tokenizer = load_published(base, torch.bfloat16 if cfg.bf16 and frozen else torch.float32)
-    if adapter or (cfg.lora and trainable):
+    if adapter:
         with in_one_line(f"--model {adapter}: the adapter does not fit {base}"), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            if adapter:
-                hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
-            else:
-                # the authors' targets; a base of another family has all of its linear layers adapted
-                known = isinstance(hf, LlamaForCausalLM | Qwen2ForCausalLM)
-                targets = ["q_proj", "k_proj", "v_proj", "up_proj"] if known else "all-linear"
-                settings = dict(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules=targets)
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(cfg.seed)  # its initialisation; afterwards all is as before
-                    hf = peft.get_peft_model(hf, peft.LoraConfig(**settings))
+            hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
+    elif fresh:
+        # the authors' targets; a base of another family has all of its linear layers adapted
+        known = isinstance(hf, LlamaForCausalLM | Qwen2ForCausalLM)
+        targets = ["q_proj", "k_proj", "v_proj", "up_proj"] if known else "all-linear"
+        settings = dict(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules=targets)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(cfg.seed)  # its initialisation; afterwards all is as before
+            hf = peft.get_peft_model(hf, peft.LoraConfig(**settings))
     if cfg.bf16 and frozen:
         in_bf16(hf)
     if not trainable:
@@ -621,20 +577,19 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
     return MaskedDiffusionModel(hf, tokenizer, bool(TASKS[cfg.task].codebook), cfg.bf16)
 
 
-def widened(layer: nn.Linear, x: Tensor) -> Tensor:
-    """layer(x), whose bf16 weight becomes float32 for the length of the product, unless autocast wants bf16 anyway."""
-    rough = torch.is_autocast_enabled(x.device.type)
-    return nn.functional.linear(x, layer.weight if rough else layer.weight.to(x.dtype), layer.bias)
-
-
 def in_bf16(hf: nn.Module) -> None:
     """Let a model that was loaded in bf16 compute in float32 where autocast is off. The weights of its linear layers,
-    nearly all, stay bf16; norms, biases and embeddings become float32, and with them the residual stream."""
-    layers = [module for module in hf.modules() if type(module) is nn.Linear]
+    nearly all, stay bf16, and become float32 for the length of a product; norms, biases and embeddings become float32,
+    and with them the residual stream."""
+
+    def widened(layer: nn.Linear, x: Tensor) -> Tensor:
+        rough = torch.is_autocast_enabled(x.device.type)
+        return nn.functional.linear(x, layer.weight if rough else layer.weight.to(x.dtype), layer.bias)
+
     tied = {module.weight for module in hf.modules() if isinstance(module, nn.Embedding)}
-    narrow = {layer.weight for layer in layers} - tied
-    for p in hf.parameters():
-        p.data = p.data if p in narrow else p.data.float()
+    layers = [module for module in hf.modules() if type(module) is nn.Linear]
+    for p in set(hf.parameters()) - ({layer.weight for layer in layers} - tied):
+        p.data = p.data.float()
     for layer in layers:
         layer.forward = functools.partial(widened, layer)
 
@@ -664,28 +619,24 @@ def tiny_model(texts: list[str], seed: int, task: str = "gsm8k") -> "MaskedDiffu
 class MaskedDiffusionModel(nn.Module):
     """(x_t, attention, positions) -> logits at those positions, for every kind of base; and its text <-> tensors.
 
-    hf: the transformers model (or its PEFT wrapper); mask_id, pad_id, end_id: int; eos_ids: every id that
-    ends a completion; bf16: whether a `rough` forward is in bfloat16. The vocabulary head runs at the positions asked
-    for and nowhere else. Where the completion is an image (codebook > 0) it also runs for the image's codes alone, ids
-    first_id ... first_id + codebook - 1, which follow the tokenizer's own.
+    hf: the transformers model (or its PEFT wrapper); mask_id, pad_id, end_id: int; eos_ids: every id that ends a
+    completion; bf16: whether a `rough` forward is in bfloat16. The head runs at the positions asked for and nowhere
+    else; of an image (codebook > 0) for its codes alone, whose ids, from first_id on, follow the tokenizer's own.
     """
 
     def __init__(self, hf: nn.Module, tokenizer, image: bool = False, bf16: bool = False):
         super().__init__()
-        self.bf16 = bf16
-        self.hf, self.tokenizer, self.name, config = hf, tokenizer, hf.config.name_or_path or "the model", hf.config
+        self.hf, self.tokenizer, self.bf16, config = hf, tokenizer, bf16, hf.config
+        self.name, self.shifted = config.name_or_path or "the model", getattr(config, "shifted_logits", False)
         known, first = tokenizer.get_vocab(), lambda *ids: next((i for i in ids if i is not None), None)
         self.mask_id = first(getattr(config, "mask_token_id", None), tokenizer.mask_token_id)
-        ends = [*map(known.get, END_OF_TURN), tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
-        self.end_id = first(*ends)
-        self.pad_id = first(tokenizer.pad_token_id, self.end_id)
-        of_config = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        self.eos_ids = sorted({self.end_id, self.pad_id, tokenizer.eos_token_id, *of_config} - {None, self.mask_id})
-        missing = f"{self.name}: no mask token; config.json needs mask_token_id, or the tokenizer a mask_token"
-        require({missing: self.mask_id is not None, f"{self.name}: no EOS token": self.eos_ids})
-        self.shifted = getattr(config, "shifted_logits", False)
-        forward = getattr(hf, "get_base_model", lambda: hf)().forward
-        self.takes_positions = "position_ids" in inspect.signature(forward).parameters
+        eos, pad, of_config = tokenizer.eos_token_id, tokenizer.pad_token_id, config.eos_token_id
+        # what a chat model ends its turn with, where its vocabulary has it
+        self.end_id = first(known.get("<|eot_id|>"), known.get("<|im_end|>"), eos, tokenizer.sep_token_id, pad)
+        self.pad_id = first(pad, self.end_id)
+        of_config = of_config if isinstance(of_config, list) else [of_config]
+        self.eos_ids = sorted({self.end_id, self.pad_id, eos, *of_config} - {None, self.mask_id})
+        require({f"{self.name}: no mask_token_id in config.json, no mask_token": self.mask_id is not None})
         tables = [t for name, t in hf.named_modules() if name.endswith("position_embeddings")]
         starts = [t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None]
         self.first_position = max(starts, default=0)  # RoBERTa counts from its padding_idx + 1
@@ -694,15 +645,13 @@ class MaskedDiffusionModel(nn.Module):
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
-        head = hf.get_output_embeddings()
+        head, self.first_id, self.codebook = hf.get_output_embeddings(), 0, 0
         head.register_forward_pre_hook(lambda head, args: (args[0][self.read],))
-        self.first_id, self.codebook = 0, 0
         if image:
             self.first_id, self.codebook = len(tokenizer), getattr(config, "codebook_size", None) or 0
             self.marks = {word: known.get(word, i) for word, i in IMAGE_MARKS.items()}
             self.pad_id, behind = self.marks["<|pad|>"], self.first_id + self.codebook
-            none = f"{self.name} draws no images: its config.json has codebook_size {self.codebook or 'missing'}; its "
-            none += f"codes would end at {behind}, its embedding at {config.vocab_size}. --task t2i needs MMaDA"
+            none = f"{self.name} draws no images: its config.json has codebook_size {self.codebook or 'missing'}"
             require({none: self.codebook and max(behind - 1, *self.marks.values()) < config.vocab_size})
             head.forward = lambda h: nn.functional.linear(h, head.weight[self.first_id : behind].to(h.dtype))
 
@@ -714,9 +663,8 @@ class MaskedDiffusionModel(nn.Module):
         # Dream reads the prediction of position i at i - 1; position 0 is a prompt's, so nothing wraps round
         self.read = positions.roll(-1, dims=1) if self.shifted else positions
         place = (attention.cumsum(1) - 1).clamp(min=0) + self.first_position
-        places = {"position_ids": place} if self.takes_positions else {}
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and rough):
-            logits = self.hf(input_ids=x, attention_mask=attention.long(), **places).logits.float()
+            logits = self.hf(input_ids=x, attention_mask=attention.long(), position_ids=place).logits.float()
         if not self.codebook:
             logits[:, self.mask_id] = -torch.inf  # in place: (N, V) is the largest tensor of a step
         return logits
@@ -757,8 +705,7 @@ class MaskedDiffusionModel(nn.Module):
         is_open = lambda first, behind: blanks[first:behind] != target[first:behind]  # a part of the token is blank
         spans = zip(spelled["input_ids"], spelled["offset_mapping"])
         ids = [self.mask_id if is_open(*span) else token for token, span in spans] + [self.end_id]
-        short = f"--gen_length {gen_length}: this task's completions have {len(ids)} tokens"
-        require({short: len(ids) <= gen_length})
+        require({f"--gen_length {gen_length}: this task's completions have {len(ids)} tokens": len(ids) <= gen_length})
         return ids + [self.pad_id] * (gen_length - len(ids))
 
     def target_ids(self, task, problem: Problem) -> list[int]:
@@ -787,9 +734,8 @@ class MaskedDiffusionModel(nn.Module):
         return self.batch(*zip(*(ids[id(p)] for p in problems)), device)
 
     def texts(self, batch: Batch, completion: Tensor, gen_length: int) -> list[str]:
-        """What stands in the last gen_length columns of batch.x, without special tokens and what lies behind the first
-        EOS; completion (B, L) bool ends there. Where blanks were filled in, the text around them belongs to it. Of an
-        image: its codes, with spaces between."""
+        """What stands in the last gen_length columns of batch.x, text around blanks included, without special tokens
+        and what is behind the first EOS, where completion (B, L) bool ends. Of an image: its codes, spaces between."""
         if self.codebook:
             return [" ".join(map(str, codes)) for codes in (batch.x[:, -gen_length:-1] - self.first_id).tolist()]
         kept = ~(batch.completion & ~completion)[:, -gen_length:]
@@ -839,20 +785,35 @@ class Run:
         self.pixels: rewards.PixelReward | None = None  # the reward of --rewards
         self.seconds, self.began = dict.fromkeys(("base", "rollout", "update", "eval"), 0.0), time.perf_counter()
 
-    def steps(self, done: int, last: int, label: str) -> Iterator[int]:
-        """The steps of a training loop, under a bar with the time to completion where someone is looking (a terminal).
-        Within it the first Ctrl-C or SIGTERM waits for `end_step`; a second one, and one elsewhere, ends the run."""
+    def prepare(self, model: nn.Module, weight_decay: float, accumulation: int) -> tuple[nn.Module, object]:
+        """(the model as Accelerate wraps it, AdamW on those of its weights that train; `update` sets the rate)."""
+        trained, count = [p for p in model.parameters() if p.requires_grad], lambda of: sum(p.numel() for p in of) / 1e6
+        self.say(f"weights   {count(trained):.2f}M of {count(model.parameters()):.2f}M parameters train")
+        self.accelerator.gradient_accumulation_steps = accumulation
+        optimizer = torch.optim.AdamW(trained, betas=BETAS, weight_decay=weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        return self.model, self.optimizer
+
+    def steps(self, last: int, label: str, save_every: int) -> Iterator[int]:
+        """The steps of a training loop that are left, under a bar where someone is looking (a terminal). A checkpoint
+        follows every save_every-th one (0: none) and the last. From here on the first Ctrl-C or SIGTERM waits for the
+        end of a step, which is saved before all processes leave; a second one ends the run at once."""
 
         def on_signal(number: int, frame) -> None:
             signal.signal(number, signal.SIG_DFL)
             self.accelerator.set_trigger()
 
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield from tqdm(range(done, last), label, disable=None if self.main else True, dynamic_ncols=True)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+        for step in tqdm(range(self.load_checkpoint(), last), label, disable=None if self.main else True):
+            yield step
+            stop, path = self.accelerator.check_trigger(), self.accelerator.project_dir
+            if stop or step + 1 == last or (save_every and (step + 1) % save_every == 0):
+                self.save_checkpoint(step + 1)
+            if stop:
+                self.say(f"stopped after step {step + 1}; to go on: --resume --output_dir {path}")
+                self.finish()
+                sys.exit(128 + signal.SIGTERM)
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -877,9 +838,8 @@ class Run:
         return self.average({"flag": float(flag)})["flag"] == 1.0
 
     def update(self, model: nn.Module, optimizer, lr: float, most: float, losses: list[dict], where: str) -> dict:
-        """One step of AdamW at the learning rate lr, on the gradient with its norm clipped to `most`. The means of the
-        micro-batches' losses over all processes, with `grad_norm` before clipping; UsageError before the step, on all
-        of them, if these are not finite."""
+        """One step of AdamW at the learning rate lr, on the gradient with its norm clipped to `most` -> means of the
+        micro-batches' losses over all processes, and the norm before; where they are not finite no step, UsageError."""
         norm = self.accelerator.clip_grad_norm_(model.parameters(), most)
         metrics = self.average(mean_of(losses) | {"grad_norm": float(norm)})
         lower = f"{where}: the loss or its gradient is not finite; --resume with a lower learning rate ({lr:g})"
@@ -890,12 +850,12 @@ class Run:
         optimizer.zero_grad()
         return metrics
 
-    def write(self, name: str, text: str) -> None:
-        """A whole file of the run's directory, or the old one, whatever happens in between."""
+    def write(self, name: str, content: str | dict) -> None:
+        """A whole file of the run's directory, a text or tensors, or the old one, whatever happens in between."""
         if self.main:
             part = self.path / f"{name}.part"
-            part.write_text(text)
-            os.replace(part, self.path / name)
+            part.write_text(content) if isinstance(content, str) else torch.save(content, part)
+            part.rename(self.path / name)
 
     def log(self, line: dict) -> None:
         """A line of metrics.jsonl, whose numbers go to --log_with's tracker too."""
@@ -904,63 +864,55 @@ class Run:
                 file.write(json.dumps(line) + "\n")
         self.accelerator.log({k: v for k, v in line.items() if not isinstance(v, str)}, step=line["step"])
 
-    def end_step(self, step: int, due: bool, root: Path | None = None) -> None:
-        """Save a checkpoint where one is due; where a process was asked to stop, save one and leave."""
-        stop = self.accelerator.check_trigger()
-        if due or stop:
-            self.save_checkpoint(step, (root or self.path) / "checkpoint")
-        if stop:
-            self.say(f"stopped after step {step}; to go on: --resume --output_dir {self.path}")
-            self.finish()
-            sys.exit(128 + signal.SIGTERM)
+    def conclude(self, results: dict, table: str) -> None:
+        """results.json, with the settings, versions and memory behind its figures, and a table of them; the end."""
+        results |= {"config": vars(self.cfg), "versions": {v.__name__: v.__version__ for v in (torch, transformers)}}
+        if self.device.type == "cuda":
+            results["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.write("results.json", json.dumps(results, indent=1))
+        self.say(f"\n{table}\nresults   {self.path / 'results.json'}")
+        self.finish()
 
     def finish(self) -> None:
         """End trackers and process group together: a process that leaves early can hang the others."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
-    def save_checkpoint(self, step: int, root: Path) -> None:
-        """All of the state after `step` steps: the weights that train and the optimiser (Accelerate), and the clocks.
-        Masks, noise and data order are functions of (seed, step, j, row): there is no other. Written beside, then
-        renamed, and only then the one before goes: a process killed anywhere in here leaves one that loads."""
-        part, whole = root / "part", root / f"{step:06d}"
-        with in_one_line(f"cannot write {part}; the checkpoint before is intact"):
-            self.accelerator.save_state(str(part))
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            about = {"step": step, "processes": self.world, "seconds": self.total()}
-            (part / "progress.json").write_text(json.dumps(about))
-            part.rename(whole)
-            for old in set(root.iterdir()) - {whole}:
-                shutil.rmtree(old)
+    def save_checkpoint(self, step: int) -> None:
+        """All of the state after `step` steps: the weights that train, the optimiser's and the clocks. Masks, noise and
+        data order are functions of (seed, step, j, row): there is no other."""
+        trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
+        state = {"weights": trained, "optimizer": self.optimizer.state_dict(), "seconds": self.total()}
+        with in_one_line("a new checkpoint cannot be written, the last one is intact"):
+            self.write("checkpoint.pt", state | {"step": step, "processes": self.world})
         self.accelerator.wait_for_everyone()
 
-    def load_checkpoint(self, root: Path | None = None) -> int:
-        """Steps done, after restoring weights, optimiser and clocks from the last checkpoint; 0 without one. What
+    def load_checkpoint(self) -> int:
+        """Steps done, after restoring weights, optimiser and clocks from the checkpoint; 0 without one. What
         metrics.jsonl holds behind it is cut off, and will be made again."""
-        kept, log = sorted(((root or self.path) / "checkpoint").glob("[0-9]*")), self.path / "metrics.jsonl"
-        about = read_json(kept[-1] / "progress.json") if kept else {"step": 0}
-        if kept:
-            with in_one_line(f"--resume: {kept[-1]}"):
-                another = f"--resume: {kept[-1]} was written by {about['processes']} processes, here are {self.world}"
-                require({another: about["processes"] == self.world})
-                self.accelerator.load_state(str(kept[-1]), strict=False)
-                self.began -= about["seconds"].pop("total")
-                self.seconds = about["seconds"]
-            self.say(f"resumed   after {about['step']} steps")
-        if root is None and self.main and log.is_file():
-            self.write(log.name, "".join(log.read_text().splitlines(True)[: about["step"]]))
-        return about["step"]
+        step, kept, log = 0, self.path / "checkpoint.pt", self.path / "metrics.jsonl"
+        if kept.is_file():
+            with in_one_line(f"--resume: {kept}"):
+                state = torch.load(kept, "cpu")
+            another = f"--resume: {kept} was written by {state['processes']} processes, here are {self.world}"
+            require({another: state["processes"] == self.world})
+            self.model.load_state_dict(state["weights"], strict=False)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.began -= state["seconds"].pop("total")
+            self.seconds, step = state["seconds"], state["step"]
+            self.say(f"resumed   after {step} steps")
+        if self.main and log.is_file():
+            self.write(log.name, "".join(log.read_text().splitlines(True)[:step]))
+        return step
 
 
 def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
-    """(the run, its problems by split): Accelerate, data, the run directory, signals and the first lines. An earlier
-    run in the directory is moved aside, never overwritten. Raises UsageError and DataError."""
+    """(the run, its problems by split): data, Accelerate, the run directory and the first lines. An earlier run in the
+    directory is moved aside, never overwritten. Raises UsageError."""
     data = rewards.splits(TASKS[cfg.task], cfg, cfg.generated())
     with in_one_line("accelerate"):
-        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]  # rotary tables, equal anyway
-        settings = dict(log_with=cfg.log_with, project_dir=cfg.output_dir, kwargs_handlers=handlers)
-        accelerator = Accelerator(mixed_precision="bf16" if cfg.bf16 else "no", **settings)
+        precision = "bf16" if cfg.bf16 else "no"
+        accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=cfg.output_dir)
     kind = accelerator.distributed_type.value
     require({f"accelerate: {kind} is not supported; use MULTI_GPU (DDP)": kind in ("NO", "MULTI_CPU", "MULTI_GPU")})
     run = Run(cfg, accelerator)
@@ -971,60 +923,45 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
         run.path.mkdir(parents=True, exist_ok=True)
     run.write("config.json", json.dumps(vars(cfg), indent=1))
     accelerator.wait_for_everyone()
-    accelerator.register_save_state_pre_hook(keep_trainable_only)
     accelerator.init_trackers(title.lower(), config={k: str(v) for k, v in vars(cfg).items()})
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
     run.say(f"{title:<9} {cfg.model or 'the tiny default, trained here first'} -> {run.path}")
     run.say(f"data      {cfg.data or ('generated' if cfg.generated() else 'published')}: {sizes}")
-    processes = f"{run.world} process{'es' * (run.world > 1)}, {torch.get_num_threads()} threads"
-    run.say(f"device    {run.device}, {processes}")
+    run.say(f"device    {run.device}, {run.world} process{'es' * (run.world > 1)}, {torch.get_num_threads()} threads")
     if run.task.runs_code:
         run.say(f"sandbox   {rewards.protections()}")
-    values = " ".join(f"{name}={value}" for name, value in vars(cfg).items())
-    run.say(textwrap.fill(f"settings  {values}", 100, subsequent_indent=" " * 10, break_long_words=False))
+    run.say("settings  " + " ".join(f"{name}={value}" for name, value in vars(cfg).items()))
     return run, data
-
-
-def keep_trainable_only(models: list, weights: list, output_dir: str) -> None:
-    """Accelerate's save hook: a LoRA checkpoint holds the adapter, not the 16 GB below it."""
-    for i, model in enumerate(models[: len(weights)]):
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        weights[i] = {name: value for name, value in weights[i].items() if name in trained}
 
 
 # --- Rollouts and evaluation ------------------------------------------------------------------------------------------
 
 
-def roll_out(
-    run: Run, model, base, problems: list[Problem], keys, temperature: float, sampler: str | None = None
-) -> Rollouts:
-    """One completion per problem. keys: B keys of the rows' noise; sampler: cfg's, unless another is named. `model` is
-    the wrapped model: every process makes the same number of forwards, so nothing is unwrapped."""
+def roll_out(run: Run, model, base, problems: list[Problem], keys, temperature: float) -> Rollouts:
+    """One completion per problem. keys: B keys of the rows' noise. `model` is the wrapped model: every process makes
+    the same number of forwards, so nothing is unwrapped."""
     cfg, batch = run.cfg, base.open_batch(run.task, problems, run.cfg.gen_length, run.device)
     with_prompt = lambda x, positions: model(x, batch.attention, positions, rough=True)
     without_prompt = lambda x, positions: model(*base.unprompted(batch, x), positions, rough=True)
     ends, options = base.ends_of(run.task), dict(temperature=temperature, everyone=run.everyone)
-    sampler = sampler or cfg.sampler
     if base.codebook:
         options |= dict(steps=cfg.steps, schedule="cosine", first_id=base.first_id)
-        options |= dict(gumbel=cfg.gumbel, decay=cfg.gumbel_decay) if sampler == "maskgit" else {}
+        options |= dict(gumbel=cfg.gumbel, decay=cfg.gumbel_decay) if cfg.sampler == "maskgit" else {}
     else:
         options |= dict(block_length=cfg.block_length, tokens_per_step=cfg.tokens_per_step, eos_last=cfg.eos_last)
         options |= dict(eos_ids=ends, pad_id=base.pad_id)
     options["generator"] = [seeded(*key, device=run.device) for key in keys]
     denoise = guided(with_prompt, without_prompt, cfg.guidance)
-    done = SAMPLERS[sampler](denoise, batch.x, batch.completion, **options)
+    done = SAMPLERS[cfg.sampler](denoise, batch.x, batch.completion, **options)
     batch, completion = batch._replace(x=done.x), through_eos(done.x, batch.completion, ends)
     texts = base.texts(batch, completion, cfg.gen_length)
     return Rollouts(batch, completion, done.unmask_step, None, done.forwards, texts)
 
 
 def sample_groups(run: Run, policy, base, problems: list[Problem], step: int, micro: int):
-    """(Rollouts, rewards (B,) float32, metrics) of one micro-batch: G completions of each of its prompts.
-
-    A group never straddles processes, so that advantages need no communication. Which prompts a step has, and the
-    noise of each completion, depend on its global number alone.
-    """
+    """(Rollouts, rewards (B,) float32, metrics) of one micro-batch: G completions of each of its prompts. A group never
+    straddles processes, so that advantages need no communication. Which prompts a step has, and the noise of each
+    completion, depend on its global number alone."""
     cfg, g = run.cfg, run.cfg.group_size
     per_batch = cfg.batch_size // g
     first = (micro * run.world + run.rank) * per_batch
@@ -1042,27 +979,23 @@ def sample_groups(run: Run, policy, base, problems: list[Problem], step: int, mi
     return o._replace(groups=torch.tensor(groups).repeat_interleave(g)), r, run.average(metrics)
 
 
-def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, of_base: bool = False) -> list[dict]:
+def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0) -> list[dict]:
     """Completions of every problem, greedy, or `samples` of each at --temperature; the same on all processes. Images
-    are never greedy: without noise one prompt has one image. of_base: while a base is trained its images are drawn by
-    emerge, so that every method starts from the same one, and the tiny model's are judged by its verifier alone.
-
-    One dict per completion, in order: sample (None if it is the only one), score, the terms of its reward, category,
-    prompt, completion, answer. A row's noise is keyed by its problem, so the result depends on no batch size.
-    """
+    are never greedy: without noise one prompt has one image. One dict per completion, in order: sample (None if it is
+    the only one), score, the terms of its reward, category, prompt, completion, answer. A row's noise is keyed by its
+    problem, so the result depends on no batch size."""
     cfg, todo = run.cfg, [(i, s) for i in range(len(problems)) for s in range(max(samples, 1))]
     mine, done, size = todo[run.rank :: run.world], [], cfg.eval_batch_size
     temperature = cfg.temperature if samples or base.codebook else 0.0
-    sampler = "emerge" if of_base and base.codebook else None
-    pixels, category = None if of_base and cfg.tiny() else run.pixels, run.task.category or (lambda problem: None)
+    category = run.task.category or (lambda problem: None)
     model.eval()
     with run.clock("eval"):
-        for b in range(-(-len(todo) // (run.world * size))):  # as many on every process
-            part = mine[b * size : (b + 1) * size]
+        for first in range(0, -(-len(todo) // run.world), size):  # as many on every process
+            part = mine[first : first + size]
             rows = part or todo[:1]  # a process without a share still makes its forwards
             keys, asked = [(cfg.seed, EVALUATION, *row) for row in rows], [problems[i] for i, _ in rows]
-            texts = roll_out(run, model, base, asked, keys, temperature, sampler).texts[: len(part)]
-            done += zip(part, texts, judge_all(run.task, texts, asked[: len(part)], pixels))
+            texts = roll_out(run, model, base, asked, keys, temperature).texts[: len(part)]
+            done += zip(part, texts, judge_all(run.task, texts, asked[: len(part)], run.pixels))
     return [
         {"sample": s if samples else None, "score": score, "terms": terms, "category": category(problems[i]) or None}
         | {"prompt": problems[i]["question"], "completion": text, "answer": problems[i]["answer"]}
@@ -1070,7 +1003,7 @@ def evaluate(run: Run, model, base, problems: list[Problem], samples: int = 0, o
     ]
 
 
-# --- The base: ELBO training, from nothing (tiny) or from a published checkpoint (--sft_steps) ------------------------
+# --- Training: a base by its ELBO, from nothing (tiny) or a checkpoint (--sft_steps); then RL, and before and after ---
 
 
 def elbo_step(run: Run, model, base, optimizer, lesson: list[tuple], step: int) -> None:
@@ -1094,32 +1027,26 @@ def elbo_step(run: Run, model, base, optimizer, lesson: list[tuple], step: int) 
     run.update(model, optimizer, lr, 1.0, [{"loss": loss.item()}], f"ELBO training, step {step + 1}")
 
 
-def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem], target: float, root: Path) -> None:
-    """Minimise Eq. 2 on the solutions that fit, ended and padded with EOS as in LLaDA's SFT, until greedy validation
-    accuracy reaches `target`: a fixed number of steps would give bases of very different strength from seed to seed.
-    Goes on from root/checkpoint."""
+def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem]) -> None:
+    """Minimise Eq. 2 on the solutions that fit, ended and padded with EOS as in LLaDA's SFT. The tiny model stops when
+    greedy validation accuracy reaches --base_accuracy: a fixed number of steps would give bases of very different
+    strength from seed to seed."""
     cfg, task, n = run.cfg, run.task, run.cfg.gen_length
     solutions = [(p, base.target_ids(task, p)) for p in train]
     fitting = [(p, ids) for p, ids in solutions if len(ids) == n or (len(ids) < n and not task.codebook)]
     require({f"--gen_length {n}: none of the {len(train)} worked solutions fits": fitting})
     padded = lambda ids: ids + [base.pad_id] * (n - len(ids))
     lesson = [(base.prompt_ids(task, p), base.start_ids(task, p, n), padded(ids)) for p, ids in fitting]
-    trained, steps = [p for p in base.parameters() if p.requires_grad], cfg.sft_steps or cfg.base_steps
-    run.accelerator.gradient_accumulation_steps = 1
-    model, optimizer = run.accelerator.prepare(base, torch.optim.AdamW(trained, lr=cfg.sft_lr, betas=BETAS))
+    steps, look = cfg.sft_steps or cfg.base_steps, 200 if base.codebook else 50  # an image takes more forwards
+    model, optimizer = run.prepare(base, weight_decay=0.01, accumulation=1)
     run.say(f"ELBO training, at most {steps} steps, on {len(lesson)} solutions of up to {n} tokens")
-    look, done = 200 if base.codebook else 50, run.load_checkpoint(root)  # an image takes more forwards
-    for step in run.steps(done, steps, "ELBO training, at most"):
+    for step in run.steps(steps, "ELBO training, at most", 10 * cfg.save_every):
         elbo_step(run, model, base, optimizer, lesson, step)
         if (step + 1) % look == 0 or step + 1 == steps:
-            rows = evaluate(run, model, base, validation, of_base=True)
-            accuracy = rewards.accuracy([row["score"] for row in rows])["accuracy"]
-            if (step + 1) % 200 == 0 or step + 1 == steps or accuracy >= target:
-                run.say(f"  step {step + 1:>5}  validation accuracy {accuracy:.3f}")
-            if accuracy >= target:
+            accuracy = rewards.accuracy([row["score"] for row in evaluate(run, model, base, validation)])["accuracy"]
+            run.say(f"  step {step + 1:>5}  validation accuracy {accuracy:.3f}")
+            if accuracy >= cfg.base_accuracy and not cfg.model:
                 break
-        run.end_step(step + 1, cfg.save_every > 0 and (step + 1) % (10 * cfg.save_every) == 0, root)
-    run.accelerator.free_memory()
 
 
 def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
@@ -1128,70 +1055,65 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     cfg, train, images = run.cfg, data["train"], bool(run.task.codebook)
     if cfg.model is not None and not cfg.sft_steps:
         return cfg.model, True
-    kept = run.path / "sft"
-    if cfg.model is None:
-        names = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed".split()
-        names += "temperature guidance steps".split() if images else []
-        settings = [run.world, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), [getattr(cfg, n) for n in names]]
-        key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-        kept = Path("runs") / f"base-{cfg.task}-s{cfg.seed}-{key}"
+    names = "gen_length block_length tokens_per_step temperature guidance steps base_accuracy base_steps sft_lr".split()
+    settings = [getattr(cfg, name) for name in [*names, "sft_batch_size", "seed"]]
+    about = [run.world, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), settings]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+    kept = run.path / "sft" if cfg.model else Path("runs", f"base-{cfg.task}-s{cfg.seed}-{key}")
     if (kept / "seconds").is_file():
         run.seconds["base"] = float((kept / "seconds").read_text())
         run.say(f"base      {kept}, trained earlier")
         return str(kept), True
-    if cfg.model is None:
-        texts = [run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images) for p in train]
-    base = load_model(cfg.model, cfg, trainable=True) if cfg.model else tiny_model(texts, cfg.seed, cfg.task)
-    root = run.path / "base"  # moved only when it is complete: runs that start together do not meet in there
-    with run.clock("base"):
-        train_elbo(run, base.to(run.device), train, data["validation"], 2.0 if cfg.model else cfg.base_accuracy, root)
-    run.seconds |= {"base": run.seconds["base"] + run.seconds["eval"], "eval": 0.0}
+    # A run within the run, and moved only when it is complete: runs that start together do not meet in there. Images
+    # are drawn by emerge, so that every method starts from the same base, and the tiny ones judged by their verifier.
+    of_base = dict(output_dir=str(run.path / "base"), sampler="emerge" if images else cfg.sampler)
+    training = Run(dataclasses.replace(cfg, **of_base), run.accelerator)
+    training.pixels = None if cfg.tiny() else run.pixels
+    training.path.mkdir(parents=True, exist_ok=True)
+    words = lambda p: run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images)
+    fresh = lambda: tiny_model([words(p) for p in train], cfg.seed, cfg.task)
+    base = load_model(cfg.model, cfg, trainable=True) if cfg.model else fresh()
+    train_elbo(training, base.to(run.device), train, data["validation"])
+    run.seconds["base"], run.began = training.total()["total"], min(run.began, training.began)
     if run.main:
         base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
-        base.save(root / "model")
-        (root / "seconds").write_text(f"{run.seconds['base']:.1f}")
-        shutil.rmtree(root / "checkpoint", ignore_errors=True)
+        base.save(training.path / "model")
+        (training.path / "seconds").write_text(f"{run.seconds['base']:.1f}")
+        (training.path / "checkpoint.pt").unlink(missing_ok=True)
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
-            shutil.move(root, kept)
+            shutil.move(training.path, kept)
     run.accelerator.wait_for_everyone()
     return str(kept), False
-
-
-# --- RL, before and after ---------------------------------------------------------------------------------------------
 
 
 def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel, path: str) -> Callable:
     """pi_ref, the policy before RL, as a context that yields a model: the base with its fresh adapter off, or a frozen
     copy. Without gradients, in the precision of the policy itself, so that equal weights give a KL of 0."""
-    copy, fresh_adapter = None, run.cfg.lora and resolve(path)[1] is None  # one that came with --model is a part of it
-    if run.cfg.beta and not fresh_adapter:
-        copy = load_model(path, run.cfg, trainable=True).to(run.device).eval().requires_grad_(False)
+    needed = run.cfg.beta and not (run.cfg.lora and resolve(path)[1] is None)  # an adapter of --model is part of pi_ref
+    copy = load_model(path, run.cfg, trainable=True).to(run.device).eval().requires_grad_(False) if needed else None
 
     @contextlib.contextmanager
     def reference() -> Iterator[nn.Module]:
-        switched_off = base.hf.disable_adapter() if copy is None else contextlib.nullcontext()
-        with torch.no_grad(), switched_off:
-            yield policy if copy is None else copy
+        with torch.no_grad(), contextlib.nullcontext() if copy else base.hf.disable_adapter():
+            yield copy or policy
 
     return reference
 
 
-def train_policy(run: Run, policy, base, reference, optimizer, data: dict, done: int) -> None:
-    """Steps done + 1 ... max_steps of MaskGRPO, with a look at the validation problems now and then."""
+def train_policy(run: Run, policy, base, reference, optimizer, data: dict) -> None:
+    """max_steps of MaskGRPO, with a look at the validation problems now and then."""
     cfg = run.cfg
-    for step in run.steps(done, cfg.max_steps, "RL steps"):
+    for step in run.steps(cfg.max_steps, "RL steps", cfg.save_every):
+        line = {"step": step + 1, "completions": (step + 1) * cfg.batch_size * cfg.accumulation * run.world}
         with run.clock("update"):
-            line = train_step(run, policy, base, reference, optimizer, data["train"], step)
-        completions = (step + 1) * cfg.batch_size * cfg.accumulation * run.world
-        line, last = {"step": step + 1, "completions": completions} | line, step + 1 == cfg.max_steps
-        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
+            line |= train_step(run, policy, base, reference, optimizer, data["train"], step)
+        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps):
             rows = evaluate(run, policy, base, data["validation"])
             line["validation_accuracy"] = rewards.accuracy([row["score"] for row in rows])["accuracy"]
             shown = ("reward", "kl", "validation_accuracy")
             run.say(f"  step {step + 1:>5}/{cfg.max_steps}  " + "  ".join(f"{name} {line[name]:.4f}" for name in shown))
         run.log(line)
-        run.end_step(step + 1, last or (cfg.save_every > 0 and (step + 1) % cfg.save_every == 0))
 
 
 def measure(run: Run, model, base, data: dict, phase: str) -> list[dict]:
@@ -1209,17 +1131,12 @@ def measure(run: Run, model, base, data: dict, phase: str) -> list[dict]:
 
 def report(run: Run, phases: dict[str, list[dict]], **more) -> None:
     """results.json, and its figures as a small table under the settings of the decoding. phases: name -> rows."""
-    cfg, results = run.cfg, {"task": run.cfg.task, "method": run.cfg.method, "seed": run.cfg.seed} | more
-    extra = f", guidance {cfg.guidance:g}" * (cfg.guidance > 0) + ", EOS last" * cfg.eos_last
+    cfg, results = run.cfg, {name: getattr(run.cfg, name) for name in ("task", "method", "seed")} | more
     image, text = f"{cfg.steps} steps of {cfg.sampler}", f"blocks of {cfg.block_length}, {cfg.tokens_per_step} per step"
-    results["decoding"] = f"{cfg.gen_length} tokens, {image if run.task.codebook else text}{extra}"
-    results |= rewards.figures(phases, cfg.pass_k) | {"config": vars(cfg)}
+    results["decoding"] = f"{cfg.gen_length} tokens, {image if run.task.codebook else text}"
+    results |= rewards.figures(phases, cfg.pass_k)
     results["seconds"] = {name: round(value, 1) for name, value in run.total().items()}
-    results["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if run.device.type == "cuda":
-        results["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    run.write("results.json", json.dumps(results, indent=1))
-    run.say(f"\n{rewards.table(results, [*phases])}\nresults   {run.path / 'results.json'}")
+    run.conclude(results, rewards.table(results, [*phases]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1235,54 +1152,41 @@ def main(argv: list[str] | None = None) -> None:
     }
     check(cfg, "temperature tokens_per_step steps accumulation sft_batch_size sft_lr base_steps", rules)
     run, data = start(cfg, "MaskGRPO")
-    for problem in sum(data.values(), []) if image and cfg.tiny() else ():
-        strange = f"prompt {problem['question']!r}: not one that the embedded t2i task knows"
-        require({strange: problem["question"] in rewards.scene_table()})
+    asked = {problem["question"] for problem in sum(data.values(), []) if image and cfg.tiny()}
+    require({f"prompt {q!r}: not one that the embedded t2i task knows": q in rewards.scene_table() for q in asked})
     if cfg.rewards:
         pictures = lambda codes: torch.stack([torch.from_numpy(run.task.render(row)) for row in codes.tolist()])
-        with in_one_line("--decoder"):
-            decode = pictures if cfg.tiny() else load_magvit(cfg.decoder, run.device).pixels
         with in_one_line("--rewards"):
+            decode = pictures if cfg.tiny() else load_magvit(cfg.decoder, run.device).pixels
             run.pixels = rewards.PixelReward(decode, cfg.rewards, run.device, verified=cfg.tiny())
     if cfg.eval_only:
         base = load_model(cfg.model, cfg, trainable=False)
         base.check_solution(run.task, data["test"])
         model = run.accelerator.prepare_model(base, evaluation_mode=True)
-        report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
-        return run.finish()
+        return report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
     torch.set_float32_matmul_precision("high" if cfg.bf16 else "highest")  # TF32: 8 times as exact as bf16
     path, cached = base_path(run, data)
     run.accelerator.free_memory()  # of the base's own training
     base = load_model(path, cfg, trainable=True).to(run.device)
     base.check_solution(run.task, data["train"])
-    trained, count = [p for p in base.parameters() if p.requires_grad], lambda of: sum(p.numel() for p in of) / 1e6
-    run.say(f"weights   {count(trained):.2f}M of {count(base.parameters()):.2f}M parameters train")
-    run.say(f"updates   {cfg.max_steps} rollouts x mu {cfg.mu}: {cfg.max_steps * cfg.mu:,}")
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=BETAS, weight_decay=cfg.weight_decay)
-    run.accelerator.gradient_accumulation_steps = cfg.accumulation
-    policy, optimizer = run.accelerator.prepare(base, optimizer)
-    reference, done = reference_of(run, policy, base, path), run.load_checkpoint()
+    policy, optimizer = run.prepare(base, cfg.weight_decay, cfg.accumulation)
     before = measure(run, policy, base, data, "before")
-    train_policy(run, policy, base, reference, optimizer, data, done)
+    train_policy(run, policy, base, reference_of(run, policy, base, path), optimizer, data)
     after = measure(run, policy, base, data, "after")
     if run.main:
         base.save(run.path / "model")
     report(run, {"before": before, "after": after}, base_cached=cached)
-    run.finish()
 
 
 def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskgrpo.py") -> int:
-    """main, with an exit code: 0 done; 2 something to change, one line says what; 143 or 130 stopped."""
+    """main, with an exit code: 0 done; 2 something to change, one line says what; 143 stopped."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # load_published checks by itself what the library warns of
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         main(argv)
         return 0
-    except KeyboardInterrupt:
-        print(f"{name}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except (UsageError, DataError, OSError) as error:
+    except (UsageError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
 

@@ -56,7 +56,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import transformers
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -295,18 +294,11 @@ REFERENCES = {
 
 
 @dataclasses.dataclass
-class Shared(Common):
-    """What maskgrpo.py asks too."""
+class Config(Common):
+    """Every setting of a run of upo.py."""
 
-    task: str | None = flag(None, "sudoku, or that of --policy", choices=[t for t in TASKS if not TASKS[t].codebook])
-
-
-@dataclasses.dataclass
-class UPO:
-    """What only upo.py asks."""
-
-    _argument_group_name = "UPO"
     ref: str = flag("topk", "reference order, a row of REFERENCES", choices=tuple(REFERENCES))
+    task: str | None = flag(None, "sudoku, or that of --policy", choices=[t for t in TASKS if not TASKS[t].codebook])
     policy: str | None = flag(None, "with --eval_only: run directory of a trained policy; has its base and settings")
     position_temperature: float = flag(0.8, "of the positions, in rollouts")
     heads: int = flag(32, "attention heads of the layer")
@@ -322,11 +314,6 @@ class UPO:
     corpus: str = flag("plain", "tiny sudoku: digits in its base's training", choices=("plain", "spelled"))
     pass_n: int = flag(0, "held-out problems for pass@N of random and top-K orders, 0: none")
 
-
-@dataclasses.dataclass
-class Config(Shared, UPO):
-    """Every setting of a run."""
-
     def shape(self) -> tuple[int, int]:
         """(updates per pass over a rollout, micro-batches per update)."""
         parts = self.batch_size // self.minibatch_size
@@ -334,18 +321,14 @@ class Config(Shared, UPO):
 
 
 # What differs from maskgrpo.py's values, and what a task changes, for published checkpoints.
-PAPER = {
-    **dict(max_steps=219, block_length=32, temperature=0.0, batch_size=18, accumulation=0, mu=16, clip=0.5),
-    **dict(warmup=196, beta=1e-4, eval_every=25),
-}
+PAPER = dict(max_steps=219, block_length=32, temperature=0.0, batch_size=18, accumulation=0, mu=16, clip=0.5)
+PAPER |= dict(warmup=196, beta=1e-4, eval_every=25)
 TASK = {"sudoku": dict(gen_length=64, block_length=16, advantage="mean")}
 # The tiny model's values, and what a task changes in them.
-TINY = {
-    **dict(max_steps=350, save_every=25, bf16=False, gen_length=16, block_length=4, position_temperature=1.0, heads=4),
-    **dict(topk=3, init_steps=10, init_lr=2e-3, group_size=8, batch_size=256, minibatch_size=64, mu=2, clip=0.2),
-    **dict(steps_per_update=0, advantage="mean", lr=2e-3, lr_decay=True, warmup=40, weight_decay=0.0, accumulation=1),
-    **dict(beta=2.4e-3, tau=0.2, max_grad_norm=1.0, eval_n=1500, eval_every=50, eval_batch_size=1024, pass_n=200),
-}
+TINY = dict(max_steps=350, save_every=25, bf16=False, gen_length=16, block_length=4, position_temperature=1.0, heads=4)
+TINY |= dict(topk=3, init_steps=10, init_lr=2e-3, group_size=8, batch_size=256, minibatch_size=64, mu=2, clip=0.2)
+TINY |= dict(steps_per_update=0, advantage="mean", lr=2e-3, lr_decay=True, warmup=40, weight_decay=0.0, accumulation=1)
+TINY |= dict(beta=2.4e-3, tau=0.2, max_grad_norm=1.0, eval_n=1500, eval_every=50, eval_batch_size=1024, pass_n=200)
 TINY_TASK = {
     "mbpp": dict(max_steps=80),  # programs take time to run
     "zebra": dict(max_steps=100, eval_n=1000),
@@ -424,7 +407,7 @@ def frozen_base(run: Run, data: dict[str, list[Problem]]) -> tuple[FrozenBase, s
     lessons = [spell(problem, i) for i, problem in enumerate(data["train"])]
     path, cached = base_path(training, data | {"train": lessons})
     run.accelerator.free_memory()  # of its training
-    run.seconds["base"] = training.seconds["base"]
+    run.seconds["base"], run.began = training.seconds["base"], min(run.began, training.began)
     base = FrozenBase(load_model(path, training.cfg, trainable=False).to(run.device))
     base.model.check_solution(run.task, data["train"] or data["test"])
     return base, path, cached
@@ -709,12 +692,12 @@ def init_step(run: Run, base: FrozenBase, g: nn.Module, optimizer, problems: lis
     return metrics | mean_of(updates)
 
 
-def train_policy(run: Run, base: FrozenBase, g: nn.Module, optimizer, data: dict, done: int) -> None:
-    """init_steps of cross-entropy to the reference (--init pretrained), then max_steps of UPO, but for `done` steps."""
+def train_policy(run: Run, base: FrozenBase, g: nn.Module, optimizer, data: dict) -> None:
+    """init_steps of cross-entropy to the reference (--init pretrained), then max_steps of UPO."""
     cfg, policy = run.cfg, run.accelerator.unwrap_model(g)
     warm = cfg.init_steps if cfg.init == "pretrained" else 0
     total = warm + cfg.max_steps
-    for step in run.steps(done, total, "steps"):
+    for step in run.steps(total, "steps", cfg.save_every):
         phase, one_step, n = ("init", init_step, step) if step < warm else ("upo", train_step, step - warm)
         with run.clock("update"):
             line = {"step": step + 1, "phase": phase} | one_step(run, base, g, optimizer, data["train"], n)
@@ -724,7 +707,6 @@ def train_policy(run: Run, base: FrozenBase, g: nn.Module, optimizer, data: dict
             shown = ("reward", "group_reward_std", "entropy", "validation_accuracy")
             run.say(f"  {phase:>4} {step + 1:>5}/{total}  " + "  ".join(f"{name} {line[name]:.3f}" for name in shown))
         run.log(line)
-        run.end_step(step + 1, step + 1 == total or (cfg.save_every > 0 and (step + 1) % cfg.save_every == 0))
 
 
 # --- Report -----------------------------------------------------------------------------------------------------------
@@ -757,25 +739,21 @@ def figures_of(run: Run, rows: dict, lucky: dict, problems: list[Problem]) -> di
 def report(run: Run, rows: dict, lucky: dict, problems: list[Problem], **more) -> None:
     """results.json and completions.jsonl, and the same as a table."""
     results = figures_of(run, rows, lucky, problems) | more
-    if run.device.type == "cuda":
-        results["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    results |= {"config": vars(run.cfg), "versions": {v.__name__: v.__version__ for v in (torch, transformers)}}
     lines = [json.dumps({"method": name} | row) + "\n" for name, of in rows.items() for row in of]
     run.write("completions.jsonl", "".join(lines))
-    run.write("results.json", json.dumps(results, indent=1))
-    run.say(f"\n{len(problems)} held-out problems, one position per forward of the base")
-    run.say(f"{'order':<19} accuracy ± stderr   forwards   upo is better by, paired p")
+    lines = [f"{len(problems)} held-out problems, one position per forward of the base"]
+    lines += [f"{'order':<19} accuracy ± stderr   forwards   upo is better by, paired p"]
     for name, a in results["accuracy"].items():
         of = results["paired"].get(name)
         gap = f"{of['difference']:+.3f} ± {of['stderr']:.3f}, {of['p']:.0e}" if of else ""
-        run.say(f"{name:<19} {a['mean']:.3f} ± {a['stderr']:.3f}       {a['nfe']:>6.2f}     {gap}".rstrip())
+        lines += [f"{name:<19} {a['mean']:.3f} ± {a['stderr']:.3f}       {a['nfe']:>6.2f}     {gap}".rstrip()]
     for name, values in results["pass_at_n"].items():
         cells = "  ".join(f"@{n} {value:.3f}" for n, value in values.items())
-        run.say(f"pass {cells}   {name}, {min(run.cfg.pass_n, len(problems))} problems")
+        lines += [f"pass {cells}   {name}, {min(run.cfg.pass_n, len(problems))} problems"]
     if "bayes" in results["ceiling"]:
-        run.say(f"ceiling {results['ceiling']['bayes']:.3f}: each cell's most probable digit, given the clues")
-    clock = "  ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
-    run.say(f"seconds   {clock}\nresults   {run.path / 'results.json'}")
+        lines += [f"ceiling {results['ceiling']['bayes']:.3f}: each cell's most probable digit, given the clues"]
+    lines += ["seconds   " + "  ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())]
+    run.conclude(results, "\n".join(lines))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -788,13 +766,8 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.eval_only:
         policy = run.accelerator.prepare_model(policy, evaluation_mode=True)
     else:
-        count = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters"
-        updates, run.accelerator.gradient_accumulation_steps = cfg.shape()
-        run.say(f"weights   {count(policy)} train, the frozen base has {count(base.model)}")
-        run.say(f"updates   {cfg.max_steps} rollouts x mu {cfg.mu} x {updates}: {cfg.max_steps * cfg.mu * updates:,}")
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
-        g, optimizer = run.accelerator.prepare(policy, optimizer)
-        train_policy(run, base, g, optimizer, data, run.load_checkpoint())
+        g, optimizer = run.prepare(policy, cfg.weight_decay, accumulation=cfg.shape()[1])
+        train_policy(run, base, g, optimizer, data)
         # what --policy needs: the weights, and the settings that go with them
         run.accelerator.save_model(policy, run.path / "policy")
         about = {name: getattr(cfg, name) for name in OF_THE_POLICY + OF_ITS_TASK}
@@ -802,7 +775,6 @@ def main(argv: list[str] | None = None) -> None:
         run.write("policy/config.json", json.dumps(about, indent=1))
     rows, lucky = measure(run, base, policy, data["test"])
     report(run, rows, lucky, data["test"], base=path, base_cached=cached)
-    run.finish()
 
 
 if __name__ == "__main__":

@@ -257,8 +257,8 @@ def test_held_out_problems_have_a_greedy_answer_and_pass_k_at_the_temperature(co
     flags = dict(pass_k=2, temperature=0.4, eval_batch_size=3)
     run, asked = m.Run(m.parse(small_run(tmp_path, **flags)), Accelerator()), []
 
-    def roll_out(run, model, base, problems, keys, temperature, sampler):
-        asked.extend((p["question"], key, temperature, sampler) for p, key in zip(problems, keys, strict=True))
+    def roll_out(run, model, base, problems, keys, temperature):
+        asked.extend((p["question"], key, temperature) for p, key in zip(problems, keys, strict=True))
         return SimpleNamespace(texts=[f"#### {key[-1]}" for key in keys])
 
     monkeypatch.setattr(m, "roll_out", roll_out)
@@ -266,7 +266,7 @@ def test_held_out_problems_have_a_greedy_answer_and_pass_k_at_the_temperature(co
     rows = m.measure(run, nn.Identity(), SimpleNamespace(codebook=codebook), data, "before")
     places = [("test", 1, 0.4 * (codebook > 0)), ("unseen", 1, 0.4 * (codebook > 0)), ("test", 2, 0.4)]
     expected = [(of, i, s, t) for of, n, t in places for i in range(2) for s in range(n)]
-    assert asked == [(f"{of}{i}", (0, m.EVALUATION, i, s), t, None) for of, i, s, t in expected]
+    assert asked == [(f"{of}{i}", (0, m.EVALUATION, i, s), t) for of, i, s, t in expected]
     assert [(row["prompt"], row["score"]) for row in rows] == [(f"{of}{i}", s) for of, i, s, _ in expected]
     assert [row["sample"] for row in rows] == [None] * 4 + [0, 1] * 2
 
@@ -475,7 +475,7 @@ def test_what_a_run_gives_its_steps_and_its_looks(flags, tmp_path, monkeypatch):
     steps, looks = spied(monkeypatch, m, "train_step", {"reward": 0.0, "kl": 0.0}), spied(monkeypatch, m, "evaluate")
     loops, values = spied(monkeypatch, m, "train_policy"), dict(accumulation=3, weight_decay=0.3, eval_every=1)
     assert m.cli(small_run(tmp_path / "run", **flags, **values, max_steps=2)) == 0
-    (run, *_, data, _), group = loops[0], loops[0][4].param_groups[0]
+    (run, *_, data), group = loops[0], loops[0][4].param_groups[0]
     assert [step for *_, step in steps] == [0, 1] and all(problems is data["train"] for *_, problems, _ in steps)
     names = [name for look in looks for name in data if data[name] is look[3]]
     assert names == ["test", "unseen", "validation", "validation", "test", "unseen"]
@@ -532,7 +532,7 @@ def test_published_format_on_published_data(llada, data_file, tmp_path):
     assert results["before"]["n"] == results["after"]["n"] == 3 and results["before_unseen"] is None
     assert [line["completions"] for line in lines] == [4, 8]  # batch 2, accumulation 2
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
-    saved = load_file(tmp_path / "run" / "checkpoint" / "000002" / "model.safetensors")
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt")["weights"]
     assert all("lora_" in name for name in saved)  # a checkpoint holds what trains, not the base
     # the adapter evaluates to the same figures from its directory, at any batch size, and no run overwrites another
     again = small_run(tmp_path / "again", model=tmp_path / "run", **sizes)
@@ -548,7 +548,7 @@ def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_what_rl_is_held_to(
     assert m.cli(small_run(tmp_path / "whole", **flags)) == 0
     argv = small_run(tmp_path / "run", **flags)
     assert ended(forked(argv, tmp_path, dies("elbo_step", 3, signal.SIGINT))) == [143]
-    assert (tmp_path / "run" / "base" / "checkpoint" / "000003" / "progress.json").is_file()
+    assert torch.load(tmp_path / "run" / "base" / "checkpoint.pt")["step"] == 3
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
     same_run(tmp_path / "whole", tmp_path / "run")
     assert lines_of(tmp_path / "run")[0]["kl"] == pytest.approx(0, abs=1e-9)  # the first update starts at the reference
@@ -566,14 +566,14 @@ def uninterrupted(base, problem_file, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("where, call", [("policy_loss", 3), ("policy_loss", 8), ("rename", 2)])
+@pytest.mark.parametrize("where, call", [("policy_loss", 3), ("policy_loss", 8), ("rename", 4)])
 def test_killed_and_resumed_to_the_same_numbers(where, call, uninterrupted, flags, tmp_path):
     """In step 2, before any checkpoint; in step 4; and where step 4's is written, but not yet renamed."""
     argv = small_run(tmp_path / "run", **flags, **LONG)
     assert ended(forked(argv, tmp_path, dies(where, call, signal.SIGKILL))) == [-signal.SIGKILL]
-    whole = [path.name for path in (tmp_path / "run" / "checkpoint").glob("0*")]
-    assert whole == ([] if call == 3 else ["000002"])
-    assert (tmp_path / "run" / "checkpoint" / "part").exists() == (where == "rename")
+    kept = tmp_path / "run" / "checkpoint.pt"
+    assert (torch.load(kept)["step"] if kept.is_file() else None) == (None if call == 3 else 2)
+    assert (tmp_path / "run" / "checkpoint.pt.part").exists() == (where == "rename")
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
     same_run(uninterrupted, tmp_path / "run")
 

@@ -455,7 +455,7 @@ def test_what_a_run_gives_its_steps_and_its_looks(tiny_base, puzzles, tmp_path, 
     looks, loops = spied(monkeypatch, upo, "evaluate"), spied(monkeypatch, upo, "train_policy")
     values = dict(model=tiny_base, data=puzzles, init="pretrained", max_steps=2, weight_decay=0.3, pass_n=0)
     assert upo_cli(flags_of(tmp_path / "run", **values)) == 0
-    (*_, data, _), group = loops[0], loops[0][3].param_groups[0]
+    (*_, data), group = loops[0], loops[0][3].param_groups[0]
     assert [[n for *_, n in calls] for calls in (warm, steps)] == [[0, 1]] * 2
     assert all(problems is data["train"] for *_, problems, _ in warm + steps)
     assert all(problems is data["test" if i > 1 else "validation"] for i, (_, _, _, problems, _) in enumerate(looks))
