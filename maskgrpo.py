@@ -796,15 +796,14 @@ class Run:
 
     def steps(self, last: int, label: str, save_every: int) -> Iterator[int]:
         """The steps of a training loop that are left, under a bar where someone is looking (a terminal). A checkpoint
-        follows every save_every-th one (0: none) and the last. From here on the first Ctrl-C or SIGTERM waits for the
-        end of a step, which is saved before all processes leave; a second one ends the run at once."""
+        follows every save_every-th one (0: none) and the last. Within the loop the first Ctrl-C or SIGTERM waits for
+        the end of a step, which is saved before all processes leave; a second one ends the run at once."""
 
         def on_signal(number: int, frame) -> None:
             signal.signal(number, signal.SIG_DFL)
             self.accelerator.set_trigger()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         for step in tqdm(range(self.load_checkpoint(), last), label, disable=None if self.main else True):
             yield step
             stop, path = self.accelerator.check_trigger(), self.accelerator.project_dir
@@ -814,6 +813,8 @@ class Run:
                 self.say(f"stopped after step {step + 1}; to go on: --resume --output_dir {path}")
                 self.finish()
                 sys.exit(128 + signal.SIGTERM)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -1055,8 +1056,8 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     cfg, train, images = run.cfg, data["train"], bool(run.task.codebook)
     if cfg.model is not None and not cfg.sft_steps:
         return cfg.model, True
-    names = "gen_length block_length tokens_per_step temperature guidance steps base_accuracy base_steps sft_lr".split()
-    settings = [getattr(cfg, name) for name in [*names, "sft_batch_size", "seed"]]
+    names = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed".split()
+    settings = [getattr(cfg, name) for name in names + ["temperature", "guidance", "steps"] * images]
     about = [run.world, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), settings]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     kept = run.path / "sft" if cfg.model else Path("runs", f"base-{cfg.task}-s{cfg.seed}-{key}")
@@ -1104,6 +1105,7 @@ def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel, path: 
 def train_policy(run: Run, policy, base, reference, optimizer, data: dict) -> None:
     """max_steps of MaskGRPO, with a look at the validation problems now and then."""
     cfg = run.cfg
+    run.say(f"updates   {cfg.max_steps} rollouts x mu {cfg.mu}: {cfg.max_steps * cfg.mu:,}")
     for step in run.steps(cfg.max_steps, "RL steps", cfg.save_every):
         line = {"step": step + 1, "completions": (step + 1) * cfg.batch_size * cfg.accumulation * run.world}
         with run.clock("update"):
@@ -1133,7 +1135,8 @@ def report(run: Run, phases: dict[str, list[dict]], **more) -> None:
     """results.json, and its figures as a small table under the settings of the decoding. phases: name -> rows."""
     cfg, results = run.cfg, {name: getattr(run.cfg, name) for name in ("task", "method", "seed")} | more
     image, text = f"{cfg.steps} steps of {cfg.sampler}", f"blocks of {cfg.block_length}, {cfg.tokens_per_step} per step"
-    results["decoding"] = f"{cfg.gen_length} tokens, {image if run.task.codebook else text}"
+    extra = f", guidance {cfg.guidance:g}" * (cfg.guidance > 0) + ", EOS last" * cfg.eos_last
+    results["decoding"] = f"{cfg.gen_length} tokens, {image if run.task.codebook else text}{extra}"
     results |= rewards.figures(phases, cfg.pass_k)
     results["seconds"] = {name: round(value, 1) for name, value in run.total().items()}
     run.conclude(results, rewards.table(results, [*phases]))
@@ -1179,13 +1182,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskgrpo.py") -> int:
-    """main, with an exit code: 0 done; 2 something to change, one line says what; 143 stopped."""
+    """main, with an exit code: 0 done; 2 something to change, one line says what; 143 or 130 stopped."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # load_published checks by itself what the library warns of
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         main(argv)
         return 0
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except (UsageError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2

@@ -697,6 +697,8 @@ def train_policy(run: Run, base: FrozenBase, g: nn.Module, optimizer, data: dict
     cfg, policy = run.cfg, run.accelerator.unwrap_model(g)
     warm = cfg.init_steps if cfg.init == "pretrained" else 0
     total = warm + cfg.max_steps
+    updates = cfg.mu * cfg.shape()[0]
+    run.say(f"updates   {cfg.max_steps} rollouts, {updates} each: {cfg.max_steps * updates:,}")
     for step in run.steps(total, "steps", cfg.save_every):
         phase, one_step, n = ("init", init_step, step) if step < warm else ("upo", train_step, step - warm)
         with run.clock("update"):
