@@ -261,7 +261,8 @@ def test_the_table_has_each_order_as_it_is_and_the_policy_s_best_position(monkey
     candidates, p = torch.tensor([[True, False, True, True]]), torch.tensor([[0.4, 0.6], [0.9, 0.1], [0.2, 0.8]])
     state = SimpleNamespace(candidates=candidates, top=torch.tensor([[[0.6], [0], [0.9], [0.8]]]))
     monkeypatch.setattr(upo, "evaluate", lambda run, base, order, *asked: (order, asked))
-    run = SimpleNamespace(cfg=dataclasses.replace(TABULAR, topk=2, pass_n=2, position_temperature=0.7, tau=0.5))
+    values = dict(topk=2, pass_n=2, position_temperature=0.7, tau=0.5, corpus="plain")
+    run = SimpleNamespace(cfg=dataclasses.replace(TABULAR, **values))
     rows, lucky = upo.measure(run, None, lambda *state: state[-1], [5, 6, 7])
     assert [(name, *asked) for name, (_, asked) in rows.items()] == [(n, [5, 6, 7], n) for n in [*upo.ORDERS, "upo"]]
     few = [(name, [5, 6], f"{name}, pass@N", 16) for name in ("random", "topk_random")]
@@ -514,7 +515,7 @@ def test_transfer(whole, puzzles, tmp_path):
 BAD = {
     "--ref best": "argument --ref: invalid choice: 'best'", "--eval_only": "--eval_only needs --policy",
     "--topk 17": "--topk 17: at most 16 positions are masked at once", "--ref none --init pretrained": "no reference",
-    "--minibatch_size 7": "--batch_size 256 is no multiple of 7, --minibatch_size",
+    "--minibatch_size 7": "--batch_size 512 is no multiple of 7, --minibatch_size",
     "--temperature -1": "--temperature -1.0: 0 (argmax) or above",
     "--data bad.csv": "bad.csv, line 2: '1234341221434321' is no solution of '1100000000000000'",
     "--eval_only --policy nowhere": "--policy nowhere: no trained policy there",
