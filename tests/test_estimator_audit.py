@@ -54,13 +54,6 @@ def weighted_sum(model, chances, weights):
     return total
 
 
-@pytest.mark.parametrize("r", [0.2, 0.7, 1.0])
-def test_uniform_counts_every_token_once(r):
-    model = Enumerable(True)
-    got = mean_over_masks(model, lambda u: remask.uniform(WHOLE, r, u), [r] * 4, hiding=0.0)
-    assert got == pytest.approx(weighted_sum(model, [r] * 4, [1] * 4), rel=1e-5)
-
-
 @pytest.mark.parametrize("r", [0.3, 0.5, 0.7, 1.0])
 def test_fading_out_counts_a_token_by_its_chance_over_r_and_inverse_weights_count_it_once(r):
     """Below r = 1/2 the first tokens are never hidden: no weight brings them back."""
@@ -78,7 +71,7 @@ def test_whole_range_is_the_mean_over_all_orders_of_generation():
     model, got = Enumerable(True), 0.0
     for node, weight in zip(*np.polynomial.legendre.leggauss(8)):
         r = (node + 1) / 2
-        scheme = lambda u: remask.whole_range(WHOLE, u, torch.tensor([1 - r]))
+        scheme = lambda u: remask.whole_range(WHOLE, u, torch.tensor([1 - r]), 1, 1)
         got += weight / 2 * mean_over_masks(model, scheme, [r] * 4, hiding=0.0)
     orders = list(itertools.permutations(range(4)))
     expected = sum(log_p_of(model, n, order[i:]) for order in orders for i, n in enumerate(order)) / len(orders)
@@ -104,8 +97,6 @@ def test_every_update_of_rotated_trace_has_the_mean_of_trace(mu):
     slices = [ell_of(model, remask.trace(WHOLE, STEPS, j, mu)) for j in range(1, mu + 1)]
     for j in range(1, mu + 1):
         assert sum(ell_of(model, rotated(phase, j)) for phase in phases) / mu == pytest.approx(sum(slices) / mu)
-    for phase in phases:  # and a rollout's updates score every slice, once
-        assert sorted(ell_of(model, rotated(phase, j)) for j in range(1, mu + 1)) == pytest.approx(sorted(slices))
 
 
 @pytest.mark.parametrize("order", ["confident", "random"])
