@@ -59,12 +59,12 @@ def same_run(one, two):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def one_error(argv, capfd):
+def one_error(argv, capfd, run=m.cli, script="maskgrpo.py"):
     """The one line that a run says, which has to end with code 2."""
     capfd.readouterr()
-    assert m.cli([str(word) for word in argv]) == 2
+    assert run([str(word) for word in argv]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
-    assert line.startswith("maskgrpo.py: error: ")
+    assert line.startswith(f"{script}: error: ")
     return line
 
 
