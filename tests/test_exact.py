@@ -11,7 +11,7 @@ from slow import Enumerable
 WORDS, LENGTH = 3, 4
 MASK, T = WORDS, 0.7
 STRINGS = list(itertools.product(range(WORDS), repeat=LENGTH))
-SIZES = [(4, 1), (4, 2), (4, 3), (4, 4), (2, 1), (3, 2), (1, 1)]  # block length, tokens per step
+SIZES = [(4, 1), (4, 2), (4, 3), (4, 4), (2, 1), (2, 2), (3, 2), (1, 1)]  # block length, tokens per step
 
 
 def denoiser(model):

@@ -17,36 +17,11 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT, llada_checkpoint, write_checkpoint
-from runs import (
-    dies,
-    ended,
-    forked,
-    forked_pair,
-    lines_of,
-    one_error,
-    results_of,
-    same_run,
-    same_training,
-    small_run,
-    spied,
-)
+from runs import dies, ended, forked, forked_pair, lines_of, one_error, results_of, same_run, same_training, small_run
+from runs import spied
 from safetensors.torch import load_file, save_file
-from slow import (
-    MASK,
-    SCORE,
-    Enumerable,
-    advantage_by_hand,
-    batch_of,
-    chance,
-    masks_of,
-    merged,
-    plain,
-    slow_ell,
-    slow_forward,
-    slow_objective,
-    slow_rollout,
-    step_by_hand,
-)
+from slow import MASK, SCORE, Enumerable, advantage_by_hand, batch_of, chance, masks_of, merged, plain, slow_ell
+from slow import slow_forward, slow_objective, slow_rollout, step_by_hand
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
@@ -682,13 +657,11 @@ def test_blanks_are_masked_and_the_rest_is_given(llada):
     problems = task.generate("train", 20, 0)
     tiny = m.tiny_model([task.messages(p)[-1]["content"] + "\n" + task.target(p) for p in problems], 0, "sudoku")
     for model in (tiny, load(llada)):
-        starts, targets = [], []
-        for p in problems:
-            start, target = model.start_ids(task, p, 40), model.target_ids(task, p)
-            target += [model.pad_id] * (40 - len(target))
+        starts = [model.start_ids(task, p, 40) for p in problems]
+        targets = [(ids := model.target_ids(task, p)) + [model.pad_id] * (40 - len(ids)) for p in problems]
+        for p, start, target in zip(problems, starts, targets):
             assert all(s in (model.mask_id, t) for s, t in zip(start, target, strict=True))  # what is given is right
             assert model.tokenizer.decode(target, skip_special_tokens=True) == task.target(p)
-            starts, targets = [*starts, start], [*targets, target]
         batch = model.batch([model.prompt_ids(task, p) for p in problems], starts, "cpu", targets)
         assert batch.completion.sum(1).tolist() == [p["question"].count("0") for p in problems]
         texts = model.texts(batch, batch.completion, 40)

@@ -294,7 +294,6 @@ def test_the_head_has_the_papers_size():
 
 
 frozen = lambda path: upo.FrozenBase(m.load_model(str(path), m.parse(["--bf16", "false"]), trainable=False))
-open_batch = lambda base, problems, n: base.model.open_batch(rewards.TASKS["gsm8k"], problems, n, "cpu")
 
 
 def config_for(**values) -> upo.Config:
