@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,66 +17,40 @@ torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 import rewards  # noqa: E402
 
 
-def llada_checkpoint(path: Path, tokenizer, *, drop="", extra="", mask_token_id=None, codebook=0) -> Path:
+def random_weights(seed: int, top: dict, layers: str, layer: dict) -> dict:
+    """Of two layers, from the shapes by name; those of norms are about 1."""
+    torch.manual_seed(seed)
+    shapes = top | {f"{layers}.{n}.{name}": shape for n in range(2) for name, shape in layer.items()}
+    norm = lambda name: len(shapes[name]) == 1 and not name.endswith("bias")
+    return {name: torch.randn(s) * (0.3 if len(s) > 1 else 0.1) + norm(name) for name, s in shapes.items()}
+
+
+def llada_checkpoint(path: Path, tokenizer, codebook=0, change=lambda config, weights: None) -> Path:
     """A random checkpoint with LLaDA's config.json and weight names: hidden 32, 2 layers, 4 heads. With a codebook:
     MMaDA's, whose image codes follow the tokenizer's tokens."""
-    torch.manual_seed(0)
-    d, f, v, layers = 32, 48, len(tokenizer) + codebook, 2
+    d, f, v = 32, 48, len(tokenizer) + codebook
     config = {
         "architectures": ["LLaDAModelLM"], "model_type": "llada", "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"},
-        "d_model": d, "mlp_hidden_size": f, "n_layers": layers, "n_heads": 4, "n_kv_heads": 4, "vocab_size": v, "embedding_size": v,
+        "d_model": d, "mlp_hidden_size": f, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "vocab_size": v, "embedding_size": v,
         "max_sequence_length": 512, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "weight_tying": False,
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-        "mask_token_id": tokenizer.convert_tokens_to_ids("<|mdm_mask|>") if mask_token_id is None else mask_token_id,
+        "mask_token_id": tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
     }  # fmt: skip
     if codebook:
         config |= {"architectures": ["MMadaModelLM"], "model_type": "mmada", "num_vq_tokens": 16}
         config |= {"codebook_size": codebook, "new_vocab_size": v}
-    if mask_token_id == -1:
-        del config["mask_token_id"]
-    square, up, down = ("q_proj", "k_proj", "v_proj", "attn_out"), ("ff_proj", "up_proj"), ("ff_out",)
-    block = {"attn_norm": (d,), "ff_norm": (d,)} | dict.fromkeys(square, (d, d)) | dict.fromkeys(up, (f, d))
-    block |= dict.fromkeys(down, (d, f))
-    shapes = {"wte.weight": (v, d), "ln_f.weight": (d,), "ff_out.weight": (v, d)}
-    shapes |= {f"blocks.{n}.{name}.weight": shape for n in range(layers) for name, shape in block.items()}
-    draw = lambda shape: torch.randn(shape) * (0.3 if len(shape) > 1 else 0.1) + (len(shape) == 1)
-    weights = {f"model.transformer.{name}": draw(shape) for name, shape in shapes.items()}
-    weights = {k: w for k, w in weights.items() if not (drop and drop in k)}
-    return write_checkpoint(path, config, weights | ({extra: torch.zeros(2)} if extra else {}), tokenizer)
+    shapes = {(d,): "attn_norm ff_norm", (d, d): "q_proj k_proj v_proj attn_out", (f, d): "ff_proj up_proj"}
+    layer = {f"{name}.weight": s for s, names in (shapes | {(d, f): "ff_out"}).items() for name in names.split()}
+    top = {"wte.weight": (v, d), "ln_f.weight": (d,), "ff_out.weight": (v, d)}
+    top = {f"model.transformer.{name}": shape for name, shape in top.items()}
+    weights = random_weights(0, top, "model.transformer.blocks", layer)
+    change(config, weights)
+    return write_checkpoint(path, config, weights, tokenizer)
 
 
-def dream_checkpoint(path: Path, tokenizer) -> Path:
-    """A random checkpoint with Dream's config.json and weight names: Qwen2-shaped, 2 key heads for 4 query heads."""
-    torch.manual_seed(1)
-    d, f, v, layers = 32, 48, len(tokenizer), 2
-    config = {
-        "architectures": ["DreamModel"], "model_type": "Dream", "auto_map": {"AutoModel": "modeling_dream.DreamModel"},
-        "hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": v, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
-        "tie_word_embeddings": False, "hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True,
-        "bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-        "mask_token_id": tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
-    }  # fmt: skip
-    shapes = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,), "lm_head.weight": (v, d)}
-    layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,), "self_attn.o_proj.weight": (d, d)}
-    layer |= {"mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
-    for part, rows in (("q", d), ("k", 16), ("v", 16)):
-        layer |= {f"self_attn.{part}_proj.weight": (rows, d), f"self_attn.{part}_proj.bias": (rows,)}
-    shapes |= {f"model.layers.{n}.{name}": shape for n in range(layers) for name, shape in layer.items()}
-    weights = {k: torch.randn(s) * (0.3 if len(s) > 1 else 0.1) + ("norm" in k) for k, s in shapes.items()}
-    return write_checkpoint(path, config, weights, tokenizer, tokenizer_class="DreamTokenizer")
-
-
-def write_checkpoint(path: Path, config: dict, weights: dict, tokenizer, tokenizer_class: str | None = None) -> Path:
+def write_checkpoint(path: Path, config: dict, weights: dict, tokenizer) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(path)
-    if tokenizer_class:  # Dream ships vocab.json and merges.txt, and a tokenizer class of its own
-        tokenizer.backend_tokenizer.model.save(str(path))
-        (path / "tokenizer.json").unlink()
-        file = path / "tokenizer_config.json"
-        remote = {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}
-        settings = json.loads(file.read_text()) | {"tokenizer_class": tokenizer_class, "auto_map": remote}
-        file.write_text(json.dumps(settings))
     (path / "config.json").write_text(json.dumps(config))
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return path
@@ -123,13 +96,28 @@ def llada(tmp_path_factory, bpe) -> Path:
 
 @pytest.fixture(scope="session")
 def dream(tmp_path_factory, bpe) -> Path:
-    return dream_checkpoint(tmp_path_factory.mktemp("dream") / "dream", bpe)
-
-
-def launch(*argv) -> subprocess.CompletedProcess:
-    """What `accelerate launch` makes of maskgrpo.py on two processes."""
-    # `--cpu --num_processes 2` would start one process (accelerate issue 2741); this starts two, with gloo
-    flags = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 maskgrpo.py".split()
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *map(str, argv)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    """A random checkpoint with Dream's config.json and weight names: Qwen2-shaped, 2 key heads for 4 query heads."""
+    d, f, v = 32, 48, len(bpe)
+    config = {
+        "architectures": ["DreamModel"], "model_type": "Dream", "auto_map": {"AutoModel": "modeling_dream.DreamModel"},
+        "hidden_size": d, "intermediate_size": f, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": v, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
+        "tie_word_embeddings": False, "hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True,
+        "bos_token_id": bpe.eos_token_id, "eos_token_id": bpe.eos_token_id, "pad_token_id": bpe.pad_token_id,
+        "mask_token_id": bpe.convert_tokens_to_ids("<|mdm_mask|>"),
+    }  # fmt: skip
+    top = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,), "lm_head.weight": (v, d)}
+    layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,), "self_attn.o_proj.weight": (d, d)}
+    layer |= {"mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
+    for part, rows in (("q", d), ("k", 16), ("v", 16)):
+        layer |= {f"self_attn.{part}_proj.weight": (rows, d), f"self_attn.{part}_proj.bias": (rows,)}
+    weights = random_weights(1, top, "model.layers", layer)
+    path = write_checkpoint(tmp_path_factory.mktemp("dream") / "dream", config, weights, bpe)
+    bpe.backend_tokenizer.model.save(str(path))  # Dream ships vocab.json and merges.txt, and a tokenizer of its own
+    (path / "tokenizer.json").unlink()
+    own = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+    }
+    (file := path / "tokenizer_config.json").write_text(json.dumps(json.loads(file.read_text()) | own))
+    return path

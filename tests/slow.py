@@ -49,8 +49,9 @@ def masks_of(length):
 
 
 def chance(mask, t):
-    """The probability of a mask that hides each position with probability t."""
-    return t ** int(mask.sum()) * (1 - t) ** int((~mask).sum())
+    """The probability of a mask that hides each position with probability t, one for all or one for each."""
+    t = torch.as_tensor(t, dtype=torch.float64)
+    return torch.where(mask, t, 1 - t).prod().item()
 
 
 def slow_ell(model, x0, masked, t):

@@ -4,9 +4,9 @@ import itertools
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from slow import slow_emerge, slow_rollout
 
@@ -39,10 +39,11 @@ def rollout(denoise, x, **changed):
 
 @pytest.mark.parametrize("block,k", [(1, 1), (4, 1), (4, 3), (4, 4), (8, 2), (3, 2)])
 def test_greedy_rollout_equals_the_slow_loop(block, k):
-    """And a sampled one, whose rows have noise of their own. Completions start anywhere; only masked places are read."""
+    """And a sampled one, whose rows have noise of their own. Completions start anywhere, also behind an EOS; only masked
+    places are read."""
     before, gens = torch.get_rng_state(), lambda: [torch.Generator().manual_seed(r) for r in range(3)]
     x, everywhere = torch.full((3, 10), MASK), torch.ones(1, 10, dtype=torch.bool)
-    x[0, :1], x[1, :2], x[2, :5] = 0, torch.tensor([2, 3]), 4
+    x[0, :1], x[1, :2], x[2, :5] = 0, torch.tensor([2, EOS]), 4
     for denoise, temperature, eos_last in itertools.product(map(network, range(6)), (0.0, 0.7), (False, True)):
         read = lambda x, places: denoise(torch.tensor([x]), everywhere)[places]  # noqa: B023
         settings = dict(block_length=block, tokens_per_step=k, temperature=temperature, eos_last=eos_last)
@@ -88,9 +89,10 @@ def test_schedules_run_from_all_masked_to_all_visible():
     """The mask ratio after a share r of the steps; MaskGIT's is cos(pi r / 2)."""
     ratios = {"cosine": lambda r: math.cos(math.pi * r / 2), "linear": lambda r: 1 - r}
     for schedule, steps in itertools.product(es.SCHEDULES, (1, 2, 7)):
-        pairs = [es.alphas(schedule, n, steps) for n in range(steps)]
-        assert [1 - a_t for a_t, _ in pairs] == pytest.approx([ratios[schedule](n / steps) for n in range(steps)])
-        assert [a_s for _, a_s in pairs] == pytest.approx([a_t for a_t, _ in pairs[1:]] + [1]) and pairs[-1][1] == 1
+        for n in range(steps):
+            a_t, a_s = es.alphas(schedule, n, steps)
+            assert (1 - a_t, 1 - a_s) == pytest.approx([ratios[schedule](done / steps) for done in (n, n + 1)])
+        assert a_s == 1
 
 
 def test_emerge_probabilities_are_the_formula_and_sum_to_one():
@@ -171,70 +173,37 @@ def test_the_demonstration_s_denoisers_are_exact():
         torch.testing.assert_close(es.streaks(x, x == v, v, stay).softmax(-1).double(), by_hand)
 
 
-def test_through_eos():
-    x = torch.tensor([[EOS, 1, EOS, 2, PAD], [1, 2, 3, 4, 0], [0, 1, 2, 3, PAD]])
-    completion = torch.tensor([[False, True, True, True, True]] * 3)  # an EOS in the prompt does not count
-    through = torch.arange(5) <= torch.tensor([[2], [4], [4]])
-    assert torch.equal(es.through_eos(x, completion, [EOS, PAD]), completion & through)
-
-
 # --- Tokens -> pixels: MAGVIT-v2's decoder against a slow one ---------------------------------------------------------
 
 TINY = {"ch": 32, "ch_mult": (1, 2, 2), "num_res_blocks": (1, 2, 1), "z_channels": 5}
 
 
-def conv(x, weight, bias):
-    """A convolution of (C, H, W), padded to its own size, as a sum of shifted products."""
-    k = weight.shape[-1]
-    padded = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2)))
-    out = np.zeros((len(weight), *x.shape[1:])) + bias[:, None, None]
-    for dy, dx in itertools.product(range(k), range(k)):
-        moved = padded[:, dy : dy + x.shape[1], dx : dx + x.shape[2]]
-        out += (weight[:, :, dy, dx] @ moved.reshape(len(x), -1)).reshape(out.shape)
-    return out
-
-
-def slow_decode(weights: dict, config: dict, codes: list[int]) -> np.ndarray:
-    """One image (3, H, H), about -1 to 1, in float64 and by the published names."""
-    layer = lambda name, x: conv(x, weights[f"decoder.{name}.weight"], weights[f"decoder.{name}.bias"])
-    swish = lambda x: x / (1 + np.exp(-x))
-
-    def norm(name, x):
-        out, size = np.empty_like(x), len(x) // 32
-        for c in range(len(x)):
-            group = x[c // size * size : c // size * size + size]
-            out[c] = (x[c] - group.mean()) / math.sqrt(group.var() + 1e-6)
-            out[c] = out[c] * weights[f"decoder.{name}.weight"][c] + weights[f"decoder.{name}.bias"][c]
-        return out
+def slow_decode(weights: dict, counts: tuple, codes: list[int]) -> torch.Tensor:
+    """One image (3, H, H), about -1 to 1, by the published names; counts: residual blocks of each level."""
+    of = lambda name: (weights[f"decoder.{name}.weight"], weights[f"decoder.{name}.bias"])
+    layer = lambda name, x: F.conv2d(x, *of(name), padding="same")
+    norm = lambda name, x: F.group_norm(x[None], 32, *of(name), eps=1e-6)[0]
+    part = lambda name, n, x: layer(f"{name}.conv{n}", F.silu(norm(f"{name}.norm{n}", x)))
 
     def block(name, x):
-        h = layer(f"{name}.conv1", swish(norm(f"{name}.norm1", x)))
-        h = layer(f"{name}.conv2", swish(norm(f"{name}.norm2", h)))
+        h = part(name, 2, part(name, 1, x))
         return h + (layer(f"{name}.nin_shortcut", x) if len(h) != len(x) else x)
 
     def attention(name, x):
-        h = norm(f"{name}.norm", x)
-        q, k, v = (layer(f"{name}.{part}", h).reshape(len(x), -1) for part in "qkv")
-        out = np.empty_like(q)
-        for i in range(q.shape[1]):
-            weight = np.array([math.exp(q[:, i] @ k[:, j] / math.sqrt(len(x))) for j in range(q.shape[1])])
-            out[:, i] = v @ weight / weight.sum()
-        return x + layer(f"{name}.proj_out", out.reshape(x.shape))
+        q, k, v = (layer(f"{name}.{part}", norm(f"{name}.norm", x)).flatten(1) for part in "qkv")  # (C, places)
+        weight = (q.T @ k / math.sqrt(len(x))).softmax(1)
+        return x + layer(f"{name}.proj_out", (v @ weight.T).view_as(x))
 
-    side, bits = math.isqrt(len(codes)), config["z_channels"]
-    z = np.empty((bits, side, side))
-    for place, code in enumerate(codes):
-        for bit, digit in enumerate(f"{code:0{bits}b}"):
-            z[bit, place // side, place % side] = 1 if digit == "1" else -1
-    x = layer("conv_in", layer("post_quant_conv", z))
+    bits = [[1.0 if digit == "1" else -1.0 for digit in f"{code:05b}"] for code in codes]
+    x = torch.tensor(bits, dtype=torch.float64).T.unflatten(1, (math.isqrt(len(codes)), -1))
+    x = layer("conv_in", layer("post_quant_conv", x))
     x = block("mid.block_2", attention("mid.attn_1", block("mid.block_1", x)))
     for level in (2, 1, 0):
-        for i in range(config["num_res_blocks"][level]):
+        for i in range(counts[level]):
             x = block(f"up.{level}.block.{i}", x)
         if level:
-            doubled = np.array([[[row[j // 2] for j in range(2 * len(row))] for row in plane] for plane in x])
-            x = layer(f"up.{level}.upsample.conv", doubled.repeat(2, axis=1))
-    return layer("conv_out", swish(norm("norm_out", x)))
+            x = layer(f"up.{level}.upsample.conv", x.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    return layer("conv_out", F.silu(norm("norm_out", x)))
 
 
 def magvit(path, form="model.safetensors", change=lambda weights: weights, **sizes):
@@ -263,19 +232,19 @@ def test_published_size():
 def test_decoder_is_the_slow_one(tmp_path, form):
     """In float64 to rounding error; as 8-bit pixels but for a value in 100 that float32 rounds to the next level."""
     weights = magvit(tmp_path / "magvit", form)
-    exact = {name: w.double().numpy() for name, w in weights.items()}
+    exact = {name: w.double() for name, w in weights.items()}
     decoder = es.load_magvit(str(tmp_path / "magvit"))
     codes = torch.randint(0, 32, (3, 9), generator=torch.Generator().manual_seed(1))
     codes[0, :2] = torch.tensor([0, 31])
-    slow = np.stack([slow_decode(exact, TINY, row) for row in codes.tolist()])
+    slow = torch.stack([slow_decode(exact, TINY["num_res_blocks"], row) for row in codes.tolist()])
     pixels = decoder.pixels(codes, batch=2)
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 12, 12, 3)
-    levels = np.round((np.clip(slow, -1, 1) + 1) * 127.5).transpose(0, 2, 3, 1)
-    away = np.abs(pixels.numpy() - levels)
+    levels = ((slow.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1)
+    away = (pixels - levels).abs()
     assert away.max() <= 1 and away.mean() < 0.01
     assert levels.std() > 20 and levels.min() == 0 and levels.max() == 255  # a picture, clipped at both ends
     alone = es.load_magvit(str(tmp_path / "magvit" / form))
-    assert np.abs(alone.double()(codes).numpy() - slow).max() < 1e-9
+    assert (alone.double()(codes) - slow).abs().max() < 1e-9
 
 
 def test_bad_codes_and_weights(tmp_path):

@@ -1,7 +1,6 @@
 """Text to image: the miniature's scenes and verifier, MMaDA's layout, and runs of maskgrpo.py --task t2i."""
 
 import copy
-import json
 import string
 from types import SimpleNamespace
 
@@ -10,8 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import llada_checkpoint
 from runs import lines_of, one_error, results_of, small_run
-from safetensors.torch import save_file
 from slow import plain, slow_emerge
+from test_emerge_sampler import magvit
 
 import emerge_sampler
 import maskgrpo as m
@@ -156,11 +155,7 @@ def test_mmada_from_prompts_to_pixels_to_rewards(bpe, tmp_path, monkeypatch):
     tokenizer = copy.deepcopy(bpe)
     tokenizer.add_special_tokens({"additional_special_tokens": list(m.IMAGE_MARKS)}, replace_extra_special_tokens=False)
     mmada = llada_checkpoint(tmp_path / "mmada", tokenizer, codebook=32)
-    sizes = dict(ch=32, ch_mult=[1, 1], num_res_blocks=[1, 1], z_channels=5)
-    weights = {f"decoder.{name}": w for name, w in emerge_sampler.MagvitDecoder(**sizes).state_dict().items()}
-    (tmp_path / "magvit").mkdir()
-    save_file(weights, tmp_path / "magvit" / "model.safetensors")
-    (tmp_path / "magvit" / "config.json").write_text(json.dumps(sizes))
+    magvit(tmp_path / "magvit")
     (tmp_path / "prompts.txt").write_text("".join(f"a {word} in the sun\n" for word in string.ascii_lowercase))
     flags = dict(model=mmada, data=tmp_path / "prompts.txt", decoder=tmp_path / "magvit", bf16=False)
     flags |= dict(task="t2i", gen_length=17, batch_size=4, group_size=2, steps=2, max_steps=2, rewards="http://a/b=0.5")

@@ -4,8 +4,11 @@ runs as a user makes them, stopped and killed. The slow versions are in slow.py.
 import dataclasses
 import itertools
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import llada_checkpoint, launch, write_checkpoint
+from conftest import ROOT, llada_checkpoint, write_checkpoint
 from runs import dies, ended, forked, forked_pair, lines_of, one_error, results_of, same_run, same_training, small_run
 from runs import spied
 from safetensors.torch import load_file, save_file
@@ -512,7 +515,11 @@ LONG = dict(max_steps=6, save_every=2, eval_n=3, pass_k=2)
 def on_two(base, problem_file, tmp_path_factory):
     """A whole run on two processes, which `accelerate launch` starts."""
     path = tmp_path_factory.mktemp("two")
-    done = launch(*small_run(path / "run", model=base, data=problem_file, batch_size=8, **LONG))
+    # `--cpu --num_processes 2` would start one process (accelerate issue 2741); this starts two, with gloo
+    command = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    argv = small_run(path / "run", model=base, data=problem_file, batch_size=8, **LONG)
+    command, env = [sys.executable, *command.split(), "maskgrpo.py", *argv], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "2 processes" in done.stdout, done.stdout + done.stderr
     return path / "run"
 
@@ -578,18 +585,11 @@ def test_killed_and_resumed_to_the_same_numbers(where, call, uninterrupted, flag
     same_run(uninterrupted, tmp_path / "run")
 
 
-def test_sigterm_finishes_the_step_saves_says_how_to_go_on_and_leaves(uninterrupted, flags, tmp_path):
-    argv = small_run(tmp_path / "run", **flags, **LONG)
-    assert ended(forked(argv, tmp_path, dies("policy_loss", 5, signal.SIGTERM))) == [143]  # in step 3
-    assert f"stopped after step 3; to go on: --resume --output_dir {argv[1]}" in (tmp_path / "out").read_text()
-    assert len(lines_of(tmp_path / "run")) == 3 and not (tmp_path / "run" / "results.json").exists()
-    assert m.cli(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
-    same_run(uninterrupted, tmp_path / "run")
-
-
 def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two, flags, tmp_path, capfd):
     argv = small_run(tmp_path / "run", **flags, batch_size=8, **LONG)
-    assert forked_pair(argv, tmp_path, dies("policy_loss", 5, signal.SIGTERM)) == [143, 143]
+    assert forked_pair(argv, tmp_path, dies("policy_loss", 5, signal.SIGTERM)) == [143, 143]  # in step 3
+    assert f"stopped after step 3; to go on: --resume --output_dir {argv[1]}" in (tmp_path / "out").read_text()
+    assert len(lines_of(tmp_path / "run")) == 3 and not (tmp_path / "run" / "results.json").exists()
     resume = ["--resume", "--output_dir", tmp_path / "run"]
     assert "written by 2 processes, here are 1" in one_error(resume, capfd)
     assert "--mu 7 contradicts" in one_error([*resume, "--mu", 7], capfd)
@@ -623,10 +623,11 @@ def test_usage_errors_are_one_line_and_exit_2(argv, capfd, tmp_path, monkeypatch
 
 def test_bad_checkpoints_are_named(tmp_path, bpe, data_file, capfd):
     named = lambda path: one_error(["--model", path, "--data", data_file, "--output_dir", tmp_path / "run"], capfd)
-    missing = llada_checkpoint(tmp_path / "missing", bpe, drop="blocks.1.attn_out")
-    assert "missing keys ['model.layers.1.self_attn.o_proj.weight']" in named(missing)
-    assert "surprise" in named(llada_checkpoint(tmp_path / "extra", bpe, extra="model.transformer.surprise"))
-    assert "mask_token_id" in named(llada_checkpoint(tmp_path / "unmasked", bpe, mask_token_id=-1))
+    changed = lambda name, change: named(llada_checkpoint(tmp_path / name, bpe, change=change))
+    missing = changed("missing", lambda _, weights: weights.pop("model.transformer.blocks.1.attn_out.weight"))
+    assert "missing keys ['model.layers.1.self_attn.o_proj.weight']" in missing
+    assert "surprise" in changed("extra", lambda _, weights: weights.update(surprise=torch.zeros(2)))
+    assert "mask_token_id" in changed("unmasked", lambda config, _: config.pop("mask_token_id"))
     causal = write_checkpoint(tmp_path / "causal", {"model_type": "llama"}, {"a": torch.zeros(1)}, bpe)
     assert "is_causal" in named(causal)
     weights = (broken := llada_checkpoint(tmp_path / "broken", bpe)) / "model.safetensors"
@@ -656,14 +657,11 @@ def test_blanks_are_masked_and_the_rest_is_given(llada):
     problems = task.generate("train", 20, 0)
     tiny = m.tiny_model([task.messages(p)[-1]["content"] + "\n" + task.target(p) for p in problems], 0, "sudoku")
     for model in (tiny, load(llada)):
-        starts, targets = [], []
-        for p in problems:
-            start, target = model.start_ids(task, p, 40), model.target_ids(task, p)
-            target += [model.pad_id] * (40 - len(target))
-            assert len(start) == 40 and start.count(model.mask_id) == p["question"].count("0")
-            assert all(s in (model.mask_id, t) for s, t in zip(start, target))  # what is given is right
+        starts = [model.start_ids(task, p, 40) for p in problems]
+        targets = [(ids := model.target_ids(task, p)) + [model.pad_id] * (40 - len(ids)) for p in problems]
+        for p, start, target in zip(problems, starts, targets):
+            assert all(s in (model.mask_id, t) for s, t in zip(start, target, strict=True))  # what is given is right
             assert model.tokenizer.decode(target, skip_special_tokens=True) == task.target(p)
-            starts, targets = [*starts, start], [*targets, target]
         batch = model.batch([model.prompt_ids(task, p) for p in problems], starts, "cpu", targets)
         assert batch.completion.sum(1).tolist() == [p["question"].count("0") for p in problems]
         texts = model.texts(batch, batch.completion, 40)

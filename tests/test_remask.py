@@ -64,23 +64,6 @@ def test_a_scheme_is_the_one_of_its_name(scheme):
     assert "".join(map(str, (masks.masked.long() + masks.scored)[0].tolist())) == SCHEMES[scheme][0]
 
 
-@pytest.mark.parametrize("mu", [1, 2, 3, 5])
-def test_trace_scores_each_token_once_in_the_recorded_order(mu):
-    completion = torch.tensor([[False, True, True, True, True, True], [False, True, True, True, False, False]])
-    step = torch.tensor([[-1, 3, 0, 4, 1, 2], [-1, 1, 0, 2, 3, 3]])  # row 1 ends early: its last steps do not count
-    total = torch.zeros(2, 6)
-    for j in range(1, mu + 1):
-        masks = remask.trace(completion, step, j, mu)
-        total += masks.scored
-        assert not (masks.scored & ~masks.masked).any()
-        for row in range(2):
-            scored, visible = step[row][masks.scored[row]], step[row][completion[row] & ~masks.masked[row]]
-            if len(scored) and len(visible):
-                assert visible.max() < scored.min()  # everything revealed before is visible, nothing later is
-        torch.testing.assert_close(masks.t, torch.full((2,), 1 / mu))
-    assert torch.equal(total.bool(), completion) and total.max() == 1
-
-
 def test_inner_times():
     assert remask.inner_time(1, 1, 0.6) == 1.0  # mu = 1: fully masked
     assert [remask.inner_time(j, 4, 0.6) for j in (1, 2, 3, 4)] == pytest.approx([0.7, 0.8, 0.9, 1.0])
