@@ -132,7 +132,7 @@ def solved(cells: list[str]) -> list[str] | None:
 
 def board(row: dict) -> list[Cell]:
     """The sixteen cells of a line of completions.jsonl. The tiny tokenizer has a token per digit and per line break."""
-    digits = unicodedata.normalize("NFKC", row["completion"]).split()
+    digits = [c for c in unicodedata.normalize("NFKC", row["completion"]) if c.isdigit()]
     steps = [step for i, step in enumerate(row["steps"]) if i % 5 < 4][:16]
     right = solved([d if step < 0 else "0" for d, step in zip(digits, steps)])
     return [Cell(d, step, d == r) for d, step, r in zip(digits, steps, right, strict=True)]
