@@ -20,7 +20,7 @@ ROWS = {
     "fading_out": "MaskGRPO, text: late tokens more often, $\\gamma = .6$",
     "uniform": "MaskGRPO, images: every token alike, $\\gamma = .8$",
     "full": "diffu-GRPO: everything, and 15% of the prompt",
-    "whole_range": "UniGRPO: every token alike, at any ratio",
+    "whole_range": "UniGRPO: every token alike, from a random ratio up to all",
     "trace": "TraceRL: the recorded order, one slice each",
 }
 COLOURS = {"prompt": "#e9e4d8", "visible": "#e3e7ec", "hidden": "#9db7d5", "scored": "#1f4e8c"}
