@@ -32,8 +32,7 @@ def colours(scheme: str, j: int) -> list[str]:
     width = PROMPT + LENGTH
     completion = torch.arange(width)[None] >= PROMPT
     order = ((torch.arange(width)[None] - PROMPT) // 2).clamp(min=-1)  # left to right, two tokens a step
-    noise = remask.seeded(DRAW, j)
-    u, u_ratio = torch.rand(1, width, generator=noise), torch.rand(1, generator=noise)
+    u, u_ratio = torch.rand(1, width, generator=remask.seeded(DRAW, j)), torch.rand(1, generator=remask.seeded(DRAW))
     masks = remask.by_name(scheme, completion, ~completion, order, u, u_ratio, j, MU, 0.8 if scheme == "uniform" else 0.6)
     kinds = []
     for n in range(width):
