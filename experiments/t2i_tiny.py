@@ -1,5 +1,5 @@
-"""The tables and the picture of text to image: 3 seeds of UniGRPO, + truncation, + emerge, from the same bases; and
-the two samplers on these bases before RL, with and without guidance.
+"""The tables and the picture of text to image: 3 seeds of UniGRPO, + truncation, + emerge, from the same bases, MaskGIT
+with the authors' noise and with its own; and the samplers on these bases before RL, with and without guidance.
 
 python experiments/t2i_tiny.py                  # runs what is not there yet, then prints and draws
 python experiments/t2i_tiny.py RUN FILE.png     # draws the images of one run of the embedded task
@@ -17,7 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rewards  # noqa: E402
 
 SEEDS = (0, 1, 2)
-METHODS = {"unigrpo": "UniGRPO", "truncation": "+ truncation", "maskgrpo": "+ emerge (default)"}
+OWN_NOISE = " --gumbel 4.5 --gumbel_decay linear"
+METHODS = {
+    "unigrpo": "UniGRPO",
+    "truncation": "+ truncation",
+    "truncation" + OWN_NOISE: "+ truncation, MaskGIT's own noise",
+    "maskgrpo": "+ emerge (default)",
+}
+SAMPLERS = {"maskgit": "maskgit", "maskgit" + OWN_NOISE: "maskgit, its own noise", "emerge": "emerge"}
 GUIDANCES = (0, 1, 3)
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
@@ -25,14 +32,19 @@ CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "
 def path(method: str, seed: int) -> Path:
     """The directory of one finished run."""
     command = f"accelerate launch maskgrpo.py --task t2i --method {method} --seed {seed}"
-    return run(command, f"runs/t2i-{method}-s{seed}")
+    return run(command, f"runs/t2i-{plain(method)}-s{seed}")
+
+
+def plain(flags: str) -> str:
+    """Flags as a part of a directory's name."""
+    return flags.replace("--", "").replace(" ", "-")
 
 
 def before_rl(sampler: str, guidance: int, seed: int) -> float:
     """Accuracy of a base under another sampler or guidance."""
     base = next(Path("runs").glob(f"base-t2i-s{seed}-*"))  # which the first run of that seed has trained
     command = f"accelerate launch maskgrpo.py --task t2i --eval_only --model {base} --sampler {sampler}"
-    ended = run(f"{command} --guidance {guidance} --seed {seed}", f"runs/t2i-base-{sampler}-{guidance}-s{seed}")
+    ended = run(f"{command} --guidance {guidance} --seed {seed}", f"runs/t2i-base-{plain(sampler)}-{guidance}-s{seed}")
     return results(ended)["eval_only"]["accuracy"]
 
 
@@ -61,7 +73,8 @@ def main() -> None:
     columns = ["", "sampler", "test, before", "after", "unseen, before", "after", "largest p"]
     table([*columns, "unbroken, before", "after", "objects, before", "after", "seconds"], rows)
     table(["test prompts", *CATEGORIES], by_category)
-    rows = {s: [spread([before_rl(s, g, seed) for seed in SEEDS]) for g in GUIDANCES] for s in ("maskgit", "emerge")}
+    accuracies = lambda s: [spread([before_rl(s, g, seed) for seed in SEEDS]) for g in GUIDANCES]
+    rows = {name: accuracies(sampler) for sampler, name in SAMPLERS.items()}
     table(["test prompts, before RL", *(f"guidance {g}" for g in GUIDANCES)], rows)
     draw(path("maskgrpo", 0), "assets/t2i.png")
 
