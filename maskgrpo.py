@@ -804,17 +804,19 @@ class Run:
             self.accelerator.set_trigger()
 
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        for step in tqdm(range(self.load_checkpoint(), last), label, disable=None if self.main else True):
-            yield step
-            stop, path = self.accelerator.check_trigger(), self.accelerator.project_dir
-            if stop or step + 1 == last or (save_every and (step + 1) % save_every == 0):
-                self.save_checkpoint(step + 1)
-            if stop:
-                self.say(f"stopped after step {step + 1}; to go on: --resume --output_dir {path}")
-                self.finish()
-                sys.exit(128 + signal.SIGTERM)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        try:
+            for step in tqdm(range(self.load_checkpoint(), last), label, disable=None if self.main else True):
+                yield step
+                stop, path = self.accelerator.check_trigger(), self.accelerator.project_dir
+                if stop or step + 1 == last or (save_every and (step + 1) % save_every == 0):
+                    self.save_checkpoint(step + 1)
+                if stop:
+                    self.say(f"stopped after step {step + 1}; to go on: --resume --output_dir {path}")
+                    self.finish()
+                    sys.exit(128 + signal.SIGTERM)
+        finally:  # a base that is good enough leaves the loop early
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -838,12 +840,14 @@ class Run:
         """Whether the flag holds on all processes, which all have to ask."""
         return self.average({"flag": float(flag)})["flag"] == 1.0
 
-    def update(self, model: nn.Module, optimizer, lr: float, most: float, losses: list[dict], where: str) -> dict:
+    def update(
+        self, model, optimizer, lr: float, most: float, losses: list[dict], where: str, rate="--lr, by --resume"
+    ):
         """One step of AdamW at the learning rate lr, on the gradient with its norm clipped to `most` -> means of the
         micro-batches' losses over all processes, and the norm before; where they are not finite no step, UsageError."""
         norm = self.accelerator.clip_grad_norm_(model.parameters(), most)
         metrics = self.average(mean_of(losses) | {"grad_norm": float(norm)})
-        lower = f"{where}: the loss or its gradient is not finite; --resume with a lower learning rate ({lr:g})"
+        lower = f"{where}: the loss or its gradient is not finite; lower {rate}"
         require({lower: math.isfinite(metrics["loss"] + metrics["grad_norm"])})
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1025,7 +1029,8 @@ def elbo_step(run: Run, model, base, optimizer, lesson: list[tuple], step: int) 
     loss = elbo_loss(model, batch, r, u, base.mask_id, base.first_id)
     run.accelerator.backward(loss)
     lr = cfg.sft_lr * min(1.0, (step + 1) / 100)
-    run.update(model, optimizer, lr, 1.0, [{"loss": loss.item()}], f"ELBO training, step {step + 1}")
+    where, rate = f"ELBO training, step {step + 1}", "--sft_lr, in a new run"
+    run.update(model, optimizer, lr, 1.0, [{"loss": loss.item()}], where, rate)
 
 
 def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem]) -> None:
@@ -1038,12 +1043,13 @@ def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem]) 
     require({f"--gen_length {n}: none of the {len(train)} worked solutions fits": fitting})
     padded = lambda ids: ids + [base.pad_id] * (n - len(ids))
     lesson = [(base.prompt_ids(task, p), base.start_ids(task, p, n), padded(ids)) for p, ids in fitting]
-    steps, look = cfg.sft_steps or cfg.base_steps, 200 if base.codebook else 50  # an image takes more forwards
+    steps = cfg.sft_steps or cfg.base_steps
+    look = cfg.eval_every if cfg.model else 200 if base.codebook else 50  # an image takes more forwards
     model, optimizer = run.prepare(base, weight_decay=0.01, accumulation=1)
     run.say(f"ELBO training, at most {steps} steps, on {len(lesson)} solutions of up to {n} tokens")
     for step in run.steps(steps, "ELBO training, at most", 10 * cfg.save_every):
         elbo_step(run, model, base, optimizer, lesson, step)
-        if (step + 1) % look == 0 or step + 1 == steps:
+        if look and ((step + 1) % look == 0 or step + 1 == steps):
             accuracy = rewards.accuracy([row["score"] for row in evaluate(run, model, base, validation)])["accuracy"]
             run.say(f"  step {step + 1:>5}  validation accuracy {accuracy:.3f}")
             if accuracy >= cfg.base_accuracy and not cfg.model:
@@ -1080,10 +1086,10 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
         base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
         base.save(training.path / "model")
         (training.path / "seconds").write_text(f"{run.seconds['base']:.1f}")
-        (training.path / "checkpoint.pt").unlink(missing_ok=True)
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
             shutil.move(training.path, kept)
+        (kept / "checkpoint.pt").unlink(missing_ok=True)
     run.accelerator.wait_for_everyone()
     return str(kept), False
 

@@ -350,14 +350,15 @@ def pick_text(row: dict, names: tuple[str, ...], where: str) -> str:
 
 def read_rows(path: str) -> Iterator[tuple[str, dict]]:
     """(where, row) of each row of a file, names of fields in small letters: .csv with a header; JSON, a list or an
-    object with a list of objects in it, as d1 writes; .txt, a prompt per line; else JSONL. A text is a prompt.
+    object with a list of objects in it, as d1 writes; JSONL; else a prompt per line. A text is a prompt.
 
     DataError for what is none of these, and for a lone surrogate, which no tokenizer takes.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file) if path.lower().endswith(".csv") else ()
-            rows = [(f"line {table.line_num}", row) for row in table if any(row.values())]
+            table, rows = csv.DictReader(file), []
+            if path.lower().endswith(".csv"):
+                rows = [(f"line {table.line_num}", row) for row in table if any(row.values())]
             text = file.read()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
@@ -367,7 +368,8 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
     if isinstance(whole, list):
         rows = [(f"item {number}", row) for number, row in enumerate(whole, 1)]
     elif not rows:
-        value = str.strip if path.endswith(".txt") else read
+        as_json = path.lower().endswith((".json", ".jsonl")) or text.lstrip().startswith("{")
+        value = read if as_json else str.strip
         rows = [(f"line {number}", value(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     for place, row in rows:
         row = {"prompt": row} if isinstance(row, str) else row
@@ -615,10 +617,12 @@ def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], str]
     tests = []
     for test in problem["tests"]:
         (tree,) = ast.parse(test.strip()).body
+        own = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         calls = Calls({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - known)
         condition = calls.visit(tree.test) if isinstance(tree, ast.Assert) else None
-        if not calls.found:
-            raise ValueError(f"it asserts nothing of the program: {test[:80]}")
+        asked = {node.id for call in calls.found for node in ast.walk(ast.parse(call)) if isinstance(node, ast.Name)}
+        if not calls.found or own & asked:
+            raise ValueError(f"it asserts nothing of the program, or calls it in a loop of its own: {test[:80]}")
         tests.append((tuple(calls.found), ast.unparse(condition)))
     return "\n".join(map(ast.unparse, imports)), tests
 
@@ -667,7 +671,7 @@ def allow_code_execution() -> None:
 
 # The sandbox's process: read a job, give up rights and time, run the program, write what each test comes to: one line.
 INSIDE = r'''
-import collections.abc, json, os, resource, sys, types
+import collections.abc, json, os, resource, sys, types  # the first: a program could not load it by the paths below
 
 def plain(value):
     """A value without classes of its own; what can only be gone through becomes a tuple."""
@@ -1268,9 +1272,10 @@ def judge_all(task: Task, completions: list[str], problems: list[Problem], pixel
         terms = pixels(codes, [problem["question"] for problem in problems])
         scores = map(task.score, completions, problems) if pixels.verified else [sum(of.values()) for of in terms]
         return list(zip(terms, scores))
+    if not task.runs_code:
+        return [task.verdict(text, problem)[1:] for text, problem in zip(completions, problems)]
     with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
-        verdicts = (pool.map if task.runs_code else map)(task.verdict, completions, problems)
-        return [(terms, score) for _, terms, score in verdicts]
+        return [(terms, score) for _, terms, score in pool.map(task.verdict, completions, problems)]
 
 
 def splits(task: Task, cfg, generated: bool) -> dict[str, list[Problem]]:

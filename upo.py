@@ -88,7 +88,7 @@ class Trajectories(NamedTuple):
     keeps no steps: None."""
 
     x: Tensor  # (B, W) long: x_0
-    unmask_step: Tensor  # (B, W) long: the step that revealed a position, -1 where nothing was revealed
+    unmask_step: Tensor  # (B, W) long: the step that revealed a position, -1: nothing was, or behind the EOS
     length: Tensor  # (B,) long: L
     log_ratio: Tensor | None = None  # (B,) float32: log g_old - log g_ref of the whole trajectory
     entropy: Tensor | None = None  # (B,) float32: of g, mean over steps, nats
@@ -159,6 +159,24 @@ def sinusoids(position: Tensor, width: int) -> Tensor:
     rate = math.pi * (torch.arange(width // 2, device=position.device) + 0.5) / (width // 2)
     angle = position[..., None] * rate
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+def place(values: Tensor, positions: Tensor) -> Tensor:
+    """values (N,) at the N True positions (B, W), -inf elsewhere; float32."""
+    return torch.full(positions.shape, -torch.inf, device=values.device).masked_scatter(positions, values.float())
+
+
+def layer_at(layer: nn.TransformerEncoderLayer, h: Tensor, attention: Tensor, allowed: Tensor) -> Tensor:
+    """The layer's output where g is not 0, (N, D) row-major: all other positions are keys and values, nothing more."""
+    first = allowed.long().argsort(dim=1, descending=True, stable=True)[:, : int(allowed.sum(1).max())]
+    here = first[..., None].expand(-1, -1, h.shape[-1])  # each row's allowed positions, then some others
+    normed = layer.norm1(h)  # (U, W, D)
+    # on a CPU PyTorch's fused attention is slower than its plain one for sequences this short
+    with sdpa_kernel(SDPBackend.MATH) if h.device.type == "cpu" else contextlib.nullcontext():
+        queries = normed.gather(1, here)
+        attended, _ = layer.self_attn(queries, normed, normed, key_padding_mask=~attention, need_weights=False)
+    x = (h.gather(1, here) + attended)[allowed.gather(1, first)]  # (N, D)
+    return x + layer.linear2(F.gelu(layer.linear1(layer.norm2(x))))
 
 
 class UnmaskingPolicy(nn.Module):
@@ -337,7 +355,7 @@ TINY_TASK = {
 }
 # What a policy was trained with, and needs when it is evaluated; and what its task needs, unless that is another.
 OF_THE_POLICY = "ref tau heads temperature position_temperature bf16 seed".split()
-OF_ITS_TASK = "task topk gen_length block_length data eval_data".split()
+OF_ITS_TASK = "task topk gen_length block_length data eval_data corpus".split()
 
 
 def tables(cfg: Config) -> list[dict]:
@@ -353,7 +371,8 @@ def tables(cfg: Config) -> list[dict]:
     tiny = dataclasses.replace(cfg, model=cfg.model or trained.get("model")).tiny()
     task = cfg.task or trained.get("task", "sudoku")
     of_task, of_ref = (TINY_TASK if tiny else TASK).get(task, {}), REFERENCES[trained.get("ref", cfg.ref)]
-    return [PAPER, TINY if tiny else {}, of_task, of_ref, {"task": task}, trained]
+    of_model = {"corpus": "plain"} if cfg.model else {}  # its base is trained already
+    return [PAPER, TINY if tiny else {}, of_task, of_ref, of_model, {"task": task}, trained]
 
 
 def rules(cfg: Config) -> dict[str, object]:
@@ -365,10 +384,10 @@ def rules(cfg: Config) -> dict[str, object]:
     pair = "--eval_only needs --policy, the run directory of a trained policy, and --policy needs --eval_only"
     none = "--ref none has no reference: --init random, --beta 0"
     return {
-        f"--temperature {cfg.temperature}: 0 (argmax) or above": cfg.temperature >= 0,
         parts: update > 0 and cfg.batch_size % update == 0,
         few: cfg.topk <= positions or cfg.ref != "topk",
-        f"--corpus {cfg.corpus}: not for --task {cfg.task}": cfg.corpus == "plain" or TASKS[cfg.task].corpus,
+        f"--corpus {cfg.corpus}: of the tiny sudoku base, which is trained here": cfg.corpus == "plain"
+        or (TASKS[cfg.task].corpus and (cfg.policy or not cfg.model)),
         none: cfg.ref != "none" or (cfg.init == "random" and not cfg.beta),
         pair: cfg.eval_only == bool(cfg.policy),
     }
@@ -413,19 +432,6 @@ def frozen_base(run: Run, data: dict[str, list[Problem]]) -> tuple[FrozenBase, s
     return base, path, cached
 
 
-def layer_at(layer: nn.TransformerEncoderLayer, h: Tensor, attention: Tensor, allowed: Tensor) -> Tensor:
-    """The layer's output where g is not 0, (N, D) row-major: all other positions are keys and values, nothing more."""
-    first = allowed.long().argsort(dim=1, descending=True, stable=True)[:, : int(allowed.sum(1).max())]
-    here = first[..., None].expand(-1, -1, h.shape[-1])  # each row's allowed positions, then some others
-    normed = layer.norm1(h)  # (U, W, D)
-    # on a CPU PyTorch's fused attention is slower than its plain one for sequences this short
-    with sdpa_kernel(SDPBackend.MATH) if h.device.type == "cpu" else contextlib.nullcontext():
-        queries = normed.gather(1, here)
-        attended, _ = layer.self_attn(queries, normed, normed, key_padding_mask=~attention, need_weights=False)
-    x = (h.gather(1, here) + attended)[allowed.gather(1, first)]  # (N, D)
-    return x + layer.linear2(F.gelu(layer.linear1(layer.norm2(x))))
-
-
 def new_policy(cfg: Config, base: FrozenBase, device) -> UnmaskingPolicy:
     """The head for a base, its random weights from the seed; with --policy, those of that policy."""
     require({f"--heads {cfg.heads} does not divide the base's width, {base.width}": base.width % cfg.heads == 0})
@@ -451,11 +457,6 @@ DATA, ROLLOUT, SUBSET, PRETRAIN, EVALUATION = range(100, 105)
 Order = tuple[Callable[[State, Tensor], Tensor], bool]
 
 
-def place(values: Tensor, positions: Tensor) -> Tensor:
-    """values (N,) at the N True positions (B, W), -inf elsewhere; float32."""
-    return torch.full(positions.shape, -torch.inf, device=values.device).masked_scatter(positions, values.float())
-
-
 def learned(policy: nn.Module, cfg: Config, sampled: bool) -> Order:
     """The policy: sampled in rollouts, its most probable position in evaluation."""
     return lambda state, logits: policy(*state, cfg.position_temperature), sampled
@@ -468,6 +469,7 @@ def see(base: FrozenBase, x: Tensor, attention: Tensor, candidates: Tensor, cfg:
     top = torch.zeros(*x.shape, TOP, device=x.device)
     top[candidates] = F.pad(best, (0, TOP - best.shape[1]))
     allowed = most_confident_k(top[..., 0], candidates, cfg.topk) if cfg.ref == "topk" else candidates
+    hidden = hidden.bfloat16() if cfg.bf16 else hidden  # as it is kept: rollouts and updates see the same
     return State(hidden, top, attention, candidates, allowed), logits
 
 
@@ -504,7 +506,6 @@ class Record:
         weight = self.weights[rows, n]  # (R,)
         kept = weight > 0
         used, at = same[kept].unique(return_inverse=True)
-        state = state._replace(hidden=state.hidden.bfloat16() if self.cfg.bf16 else state.hidden)
         self.states.append((*(v[used].cpu() if self.cfg.offload else v[used] for v in state), log_ref[used]))
         self.steps.append((rows[kept], at + self.seen, a[kept], log_old[kept], weight[kept]))
         self.seen += len(used)
@@ -641,7 +642,7 @@ def answer_confidence(base: FrozenBase) -> Order:
     return scores, False
 
 
-def evaluate(run: Run, base: FrozenBase, order: Order, problems: list[Problem], label: str, samples: int = 1):
+def evaluate(run: Run, base: FrozenBase, order: Order, problems: list[Problem], samples: int = 1):
     """Completions of every problem by an order, `samples` of each; the same on all processes. One dict per completion:
     problem (index), sample, completion, nfe (forwards of the base), steps (that revealed its tokens, -1: none did),
     tokens, score (0 to 1)."""
@@ -665,9 +666,9 @@ def measure(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Proble
     methods = {name: rule(name, cfg) for name in ORDERS}
     methods |= {"answer_confidence": answer_confidence(base)} if cfg.corpus == "spelled" else {}
     methods["upo"] = learned(policy, cfg, sampled=False)
-    rows = {name: evaluate(run, base, order, problems, name) for name, order in methods.items()}
+    rows = {name: evaluate(run, base, order, problems) for name, order in methods.items()}
     lucky = ("random", "topk_random") if few else ()
-    return rows, {name: evaluate(run, base, methods[name], few, f"{name}, pass@N", PASS_AT[-1]) for name in lucky}
+    return rows, {name: evaluate(run, base, methods[name], few, PASS_AT[-1]) for name in lucky}
 
 
 # --- The run ----------------------------------------------------------------------------------------------------------
@@ -678,6 +679,7 @@ def init_step(run: Run, base: FrozenBase, g: nn.Module, optimizer, problems: lis
     cfg, updates = run.cfg, []
     g_ref = (lambda state, logits: log_reference(cfg, state.top[..., 0], state.allowed), True)
     e, _, metrics = sample_groups(run, base, g_ref, problems, step, PRETRAIN)
+    where = f"init step {step + 1}", "--init_lr, in a new run"
     for minibatch in minibatches(run, e):
         losses = []
         for _, part in minibatch:
@@ -688,7 +690,7 @@ def init_step(run: Run, base: FrozenBase, g: nn.Module, optimizer, problems: lis
                 run.accelerator.backward(loss)
             figures = {"cross_entropy": mean_over_steps(divergence, part), "clipped": 0.0, "log_ratio": 0.0}
             losses.append({"loss": loss.item()} | figures)
-        updates.append(run.update(g, optimizer, cfg.init_lr, cfg.max_grad_norm, losses, f"init step {step + 1}"))
+        updates.append(run.update(g, optimizer, cfg.init_lr, cfg.max_grad_norm, losses, *where))
     return metrics | mean_of(updates)
 
 
@@ -704,7 +706,7 @@ def train_policy(run: Run, base: FrozenBase, g: nn.Module, optimizer, data: dict
         with run.clock("update"):
             line = {"step": step + 1, "phase": phase} | one_step(run, base, g, optimizer, data["train"], n)
         if cfg.eval_every and ((step + 1 - warm) % cfg.eval_every == 0 or step + 1 in (warm, total)):
-            rows = evaluate(run, base, learned(policy, cfg, sampled=False), data["validation"], "validation")
+            rows = evaluate(run, base, learned(policy, cfg, sampled=False), data["validation"])
             line["validation_accuracy"] = rewards.accuracy([row["score"] for row in rows])["accuracy"]
             shown = ("reward", "group_reward_std", "entropy", "validation_accuracy")
             run.say(f"  {phase:>4} {step + 1:>5}/{total}  " + "  ".join(f"{name} {line[name]:.3f}" for name in shown))

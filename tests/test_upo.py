@@ -261,8 +261,8 @@ def test_the_table_has_each_order_as_it_is_and_the_policy_s_best_position(monkey
     values = dict(topk=2, pass_n=2, position_temperature=0.7, tau=0.5, corpus="plain")
     run = SimpleNamespace(cfg=dataclasses.replace(TABULAR, **values))
     rows, lucky = upo.measure(run, None, lambda *state: state[-1], [5, 6, 7])
-    assert [(name, *asked) for name, (_, asked) in rows.items()] == [(n, [5, 6, 7], n) for n in [*upo.ORDERS, "upo"]]
-    few = [(name, [5, 6], f"{name}, pass@N", 16) for name in ("random", "topk_random")]
+    assert [(name, *asked) for name, (_, asked) in rows.items()] == [(n, [5, 6, 7]) for n in [*upo.ORDERS, "upo"]]
+    few = [(name, [5, 6], 16) for name in ("random", "topk_random")]
     assert [(name, *asked) for name, (_, asked) in lucky.items()] == few
     sampled = [name for name, (order, _) in rows.items() if order[1]]
     assert sampled == ["random", "softmax_confidence", "topk_random"] and rows["upo"][0][0]((1, 2), None) == 0.7
@@ -279,7 +279,7 @@ def test_every_sample_of_a_problem_has_noise_of_its_own(monkeypatch):
 
     monkeypatch.setattr(upo, "complete", complete)
     run, seen = m.Run(dataclasses.replace(TABULAR, task="gsm8k", eval_batch_size=3), Accelerator()), []
-    rows = upo.evaluate(run, None, None, [{"question": "", "answer": f"#### {i + 1}"} for i in range(2)], "", 2)
+    rows = upo.evaluate(run, None, None, [{"question": "", "answer": f"#### {i + 1}"} for i in range(2)], 2)
     assert seen == [(0, upo.EVALUATION, i, s) for i in range(2) for s in range(2)]
     assert [(row["problem"], row["sample"], row["score"]) for row in rows] == [(i, s, s) for *_, i, s in seen]
 
@@ -429,7 +429,7 @@ def whole(tiny_base, puzzles, tmp_path_factory):
 def test_the_tables_figures_are_those_of_the_completions(whole, puzzles):
     results, rows, task = results_of(whole), lines_of(whole, "completions"), rewards.TASKS["sudoku"]
     assert [results[name] for name in ("task", "ref", "seed", "n")] == ["sudoku", "topk", 0, 6]
-    assert list(rows[0]) == "method problem sample completion nfe steps tokens score".split() and len(rows) == 8 * 6
+    assert list(rows[0]) == "method problem sample completion nfe steps tokens score".split() and len(rows) == 7 * 6
     problems, scores = task.load(str(puzzles), "train")[9::10], {}
     for row in rows:  # each blank once, in some order; clues are given
         problem = problems[row["problem"]]
@@ -437,7 +437,7 @@ def test_the_tables_figures_are_those_of_the_completions(whole, puzzles):
         assert sorted(step for step in row["steps"] if step >= 0) == list(range(blanks)) and row["nfe"] == blanks
         assert row["score"] == task.score(row["completion"], problem)
         scores.setdefault(row["method"], []).append(row["score"])
-    assert list(results["accuracy"]) == [*upo.ORDERS, "answer_confidence", "upo"] == list(scores)
+    assert list(results["accuracy"]) == [*upo.ORDERS, "upo"] == list(scores)
     for name, figures in results["accuracy"].items():
         assert figures["mean"] == pytest.approx(sum(scores[name]) / 6, abs=1e-6)
     for name, figures in results["paired"].items():
@@ -455,7 +455,7 @@ def test_what_a_run_gives_its_steps_and_its_looks(tiny_base, puzzles, tmp_path, 
     (*_, data), group = loops[0], loops[0][3].param_groups[0]
     assert [[n for *_, n in calls] for calls in (warm, steps)] == [[0, 1]] * 2
     assert all(problems is data["train"] for *_, problems, _ in warm + steps)
-    assert all(problems is data["test" if i > 1 else "validation"] for i, (_, _, _, problems, _) in enumerate(looks))
+    assert all(problems is data["test" if i > 1 else "validation"] for i, (_, _, _, problems) in enumerate(looks))
     assert not any(order[1] for _, _, order, *_ in looks[:2])  # after init_steps and at the end
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.3)
 
@@ -512,7 +512,7 @@ BAD = {
     "--ref best": "argument --ref: invalid choice: 'best'", "--eval_only": "--eval_only needs --policy",
     "--topk 17": "--topk 17: at most 16 positions are masked at once", "--ref none --init pretrained": "no reference",
     "--minibatch_size 7": "--batch_size 512 is no multiple of 7, --minibatch_size",
-    "--temperature -1": "--temperature -1.0: 0 (argmax) or above",
+    "--temperature -1": "--temperature -1.0: must be at least 0",
     "--data bad.csv": "bad.csv, line 2: '1234341221434321' is no solution of '1100000000000000'",
     "--eval_only --policy nowhere": "--policy nowhere: no trained policy there",
     "--eval_only --policy WHOLE --output_dir WHOLE": "is the run that is read",
