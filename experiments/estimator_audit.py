@@ -65,7 +65,7 @@ class Estimator(NamedTuple):
 ESTIMATORS = {
     "full: diffu-GRPO": Estimator("full"),
     "full, clean prompt": Estimator("uniform", 1.0),
-    "uniform (0, 1): UniGRPO": Estimator("whole_range"),
+    "uniform, random start: UniGRPO": Estimator("whole_range"),
     "uniform, gamma .6": Estimator("uniform", 0.6),
     "uniform, ratios of AR, gamma 0": Estimator("fading_out", 0.0, flat=True),
     "AR, gamma 0": Estimator("fading_out", 0.0),
@@ -77,7 +77,7 @@ ESTIMATORS = {
 VARIANTS = {"token": dict(ratio="token"), "managed": dict(managed=True)}
 RIVALS = (
     ("AR, gamma .6: MaskGRPO", "AR, gamma 0"),
-    ("uniform, gamma .6", "uniform (0, 1): UniGRPO"),
+    ("uniform, gamma .6", "uniform, random start: UniGRPO"),
     ("AR, gamma 0", "uniform, ratios of AR, gamma 0"),
     ("AR, gamma .6: MaskGRPO", "uniform, gamma .6"),
     ("AR, gamma .6: MaskGRPO", "full, clean prompt"),
