@@ -35,6 +35,8 @@ Departures from the authors' code
  8. --steps_per_update draws its steps stratified over the trajectory, with known inclusion probability.
  9. The softmax_confidence reference is a softmax over positions; in their code it sums over the vocabulary.
 10. A step is a rollout with its updates; their `max_steps` counts updates, 3,500 of which are 219 steps at mu = 16.
+11. The tiny sudoku base reads each digit in several spellings (--corpus spelled), so that it knows more than its
+    confidence says; on an honest base (--corpus plain) an order gains next to nothing. experiments/README.md has both.
 
     python upo.py --task sudoku --ref topk                 # the tiny default, minutes on a laptop
     accelerate launch upo.py --task gsm8k --model GSAI-ML/LLaDA-8B-Instruct
