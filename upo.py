@@ -19,13 +19,11 @@ as in the authors' code, so that a trajectory has as many steps as the puzzle ha
     K, tau        int, float       of topk and softmax_confidence
 
 Departures from the paper
- 1. Proposition 1 is used as it is meant: the token-level surrogate has the gradient of the output-level
-    objective only at g = g_old (tests/test_upo.py measures how they part). The losses sum over a trajectory's
-    steps, as the authors' code: with an EOS L depends on the policy, and a mean over steps is another objective.
+ 1. Proposition 1 holds at g = g_old alone (tests/test_upo.py measures how the gradients part), and for sums over a
+    trajectory's steps, as the authors have: with an EOS L depends on the policy, and a mean is another objective.
  2. The KL of the softmax_confidence and topk references is the KL over trajectories, an upper bound of
     the output-level one; its gradient is estimated (`kl_gradient`), its value is only reported.
- 3. The MLP sees the top-8 token probabilities, and not the two flags "masked" and "in the current block": g is read
-    only where both hold.
+ 3. The MLP sees the top-8 probabilities, but no flags "masked" and "in the block": g is read only where both hold.
 Departures from the authors' code
  4. Left padding is attended to by no one, so an action does not depend on the batch it was taken in.
  5. Everything on trajectories stays in log space and float32; no product of probabilities is formed.
@@ -35,8 +33,7 @@ Departures from the authors' code
  8. --steps_per_update draws its steps stratified over the trajectory, with known inclusion probability.
  9. The softmax_confidence reference is a softmax over positions; in their code it sums over the vocabulary.
 10. A step is a rollout with its updates; their `max_steps` counts updates, 3,500 of which are 219 steps at mu = 16.
-11. The tiny sudoku base reads each digit in several spellings (--corpus spelled), so that it knows more than its
-    confidence says; on an honest base (--corpus plain) an order gains next to nothing. experiments/README.md has both.
+11. The tiny sudoku base has seen digits in several spellings, so that it knows more than its confidence says.
 
     python upo.py --task sudoku --ref topk                 # the tiny default, minutes on a laptop
     accelerate launch upo.py --task gsm8k --model GSAI-ML/LLaDA-8B-Instruct
