@@ -599,7 +599,7 @@ def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two,
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_resumes_it(flags, tmp_path, capfd):
     wild = one_error(small_run(tmp_path / "run", **flags, lr=1e30, warmup=0), capfd)
-    assert "step 1, update 2: the loss or its gradient is not finite; --resume with a lower learning rate" in wild
+    assert "step 1, update 2: the loss or its gradient is not finite; lower --lr, by --resume" in wild
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run"), "--lr", "1e-4"]) == 0
     assert len(lines_of(tmp_path / "run")) == 3
 
