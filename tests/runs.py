@@ -1,10 +1,10 @@
 """What tests of runs share: small runs of maskgrpo.py in this process or in copies of it, and what they leave."""
 
 import contextlib
+import faulthandler
 import itertools
 import json
 import os
-import signal
 import socket
 import traceback
 from pathlib import Path
@@ -78,10 +78,10 @@ def forked(argv, cwd, patch=lambda: None, run=m.cli, **env) -> int:
         return child
     code = 1
     try:
-        signal.alarm(120)  # ends one that hangs
         os.chdir(cwd)
         os.environ |= env
         with open("out", "a", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            faulthandler.dump_traceback_later(120, exit=True, file=out)  # where one hangs, and ends it
             try:
                 patch()
                 AcceleratorState._reset_state(reset_partial_state=True)

@@ -587,7 +587,8 @@ def test_killed_and_resumed_to_the_same_numbers(where, call, uninterrupted, flag
 
 def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two, flags, tmp_path, capfd):
     argv = small_run(tmp_path / "run", **flags, batch_size=8, **LONG)
-    assert forked_pair(argv, tmp_path, dies("policy_loss", 5, signal.SIGTERM)) == [143, 143]  # in step 3
+    stopped = forked_pair(argv, tmp_path, dies("policy_loss", 5, signal.SIGTERM))  # in step 3
+    assert stopped == [143, 143], (tmp_path / "out").read_text()
     assert f"stopped after step 3; to go on: --resume --output_dir {argv[1]}" in (tmp_path / "out").read_text()
     assert len(lines_of(tmp_path / "run")) == 3 and not (tmp_path / "run" / "results.json").exists()
     resume = ["--resume", "--output_dir", tmp_path / "run"]
