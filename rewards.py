@@ -319,6 +319,7 @@ def generator(draw: Callable) -> Callable[[str, int, int], list[Problem]]:
     task = draw.__name__.removeprefix("generate_")
 
     def generate(split: str, n: int, seed: int) -> list[Problem]:
+        """As many different problems of a split, a function of the seed; DataError where there are not as many."""
         rng, problems = random.Random(f"{task} {split} {seed}"), {}
         for _ in range(1000 * n + 100_000):
             if len(problems) == n:
