@@ -598,6 +598,14 @@ def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two,
     same_run(on_two, tmp_path / "run")
 
 
+def test_signals_are_given_back_by_a_loop_that_is_left_early(tmp_path):
+    run, before = m.Run(m.parse(small_run(tmp_path)), Accelerator()), signal.getsignal(signal.SIGTERM)
+    for _ in run.steps(3, "a base that is good enough", 0):
+        assert signal.getsignal(signal.SIGTERM) != before
+        break
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_resumes_it(flags, tmp_path, capfd):
     wild = one_error(small_run(tmp_path / "run", **flags, lr=1e30, warmup=0), capfd)
     assert "step 1, update 2: the loss or its gradient is not finite; lower --lr, by --resume" in wild
