@@ -893,14 +893,14 @@ def generate_sudoku(rng: random.Random, split: str) -> Problem | None:
         return {"question": puzzle, "answer": solution}
 
 
-def spelled_sudoku(problem: Problem, index: int) -> Problem:
-    """The problem as upo.py's tiny base reads it: on the dark squares each digit is in a spelling of SPELLED.
+def spelled_sudoku(problem: Problem, index: int, spellings=SPELLED, dark=DARK) -> Problem:
+    """The problem as upo.py's tiny base reads it: on the dark squares each digit is in one of the spellings.
 
     One answer with several spellings shares its probability among them ("surface form competition", Holtzman et al.,
     2021): on a dark square the base is a quarter as sure as it is right, and no confidence, margin or entropy can tell.
     """
     rng = random.Random(f"spelling {index} {problem['question']}")
-    tables = {cell: str.maketrans(SPELLED[0], rng.choice(SPELLED)) for cell in DARK}
+    tables = {cell: str.maketrans(SPELLED[0], rng.choice(spellings)) for cell in dark}
     write = lambda digits: "".join(digit.translate(tables.get(cell, {})) for cell, digit in enumerate(digits))
     return {name: write(digits) for name, digits in problem.items()}
 

@@ -9,12 +9,12 @@ as in the authors' code, so that a trajectory has as many steps as the puzzle ha
 
     symbol        shape            meaning
     x_n, x_0      (B, W) long      the sequence with n tokens of its completion masked; the finished one
-    a_n           (S,) long        the position that is revealed in x_n
+    a_n           (S,) long        the position that is revealed in x_n; with k of them per step, an action each
     g, g_old      (U, W) float32   the policy, log g(a | x_n); as it was in the rollout
     g_ref         (U, W) float32   the reference: max_confidence, softmax_confidence, topk
     pi            (N, V) float32   the frozen base's logits at N positions
-    L             (B,) long        steps of a trajectory, one position each
-    S, U, W       int              steps of a batch's trajectories; different states x_n among them; columns of x
+    L             (B,) long        steps of a trajectory, each a forward of the base
+    S, U, W       int              actions of a batch's trajectories; different states among them; columns of x
     rho, A, G     (S,), (B,), int  g / g_old at a_n; advantage; group size
     K, tau        int, float       of topk and softmax_confidence
 
@@ -34,6 +34,8 @@ Departures from the authors' code
  9. The softmax_confidence reference is a softmax over positions; in their code it sums over the vocabulary.
 10. A step is a rollout with its updates; their `max_steps` counts updates, 3,500 of which are 219 steps at mu = 16.
 11. The tiny sudoku base has seen digits in several spellings, so that it knows more than its confidence says.
+12. --positions_per_step k, which neither has: k positions are drawn from g without replacement and filled from one
+    forward of the base. Each is an action, g's choice among those that are left (Plackett-Luce), and all above holds.
 
     python upo.py --task sudoku --ref topk                 # the tiny default, minutes on a laptop
     accelerate launch upo.py --task gsm8k --model GSAI-ML/LLaDA-8B-Instruct
@@ -79,19 +81,19 @@ class State(NamedTuple):
     top: Tensor  # (U, W, 8) float32: the largest token probabilities at the candidates, 0 elsewhere
     attention: Tensor  # (U, W) bool: False at padding
     candidates: Tensor  # (U, W) bool: masked, and in the current block
-    allowed: Tensor  # (U, W) bool: g's support
+    allowed: Tensor  # (U, W) bool: g's support, less what the same step has revealed before
 
 
 class Trajectories(NamedTuple):
-    """B trajectories x_L, a_L, ..., x_0, and the S of their steps that updates see, in U different states. Evaluation
-    keeps no steps: None."""
+    """B trajectories x_L, a_L, ..., x_0, and the S of their actions that updates see, in U different states. Evaluation
+    keeps none: None."""
 
     x: Tensor  # (B, W) long: x_0
     unmask_step: Tensor  # (B, W) long: the step that revealed a position, -1: nothing was, or behind the EOS
     length: Tensor  # (B,) long: L
     log_ratio: Tensor | None = None  # (B,) float32: log g_old - log g_ref of the whole trajectory
     entropy: Tensor | None = None  # (B,) float32: of g, mean over steps, nats
-    row: Tensor | None = None  # (S,) long: whose step it is
+    row: Tensor | None = None  # (S,) long: whose action it is
     at: Tensor | None = None  # (S,) long: in which state
     action: Tensor | None = None  # (S,) long: a_n
     log_old: Tensor | None = None  # (S,) float32: log g_old(a_n | x_n)
@@ -100,19 +102,22 @@ class Trajectories(NamedTuple):
     log_ref: Tensor | None = None  # (U, W) float32: log g_ref
 
 
-def reveal(log_g: Tensor, candidates: Tensor, logits_at: Callable, temperature: float, for_a, for_token):
-    """One step of the MDP, p(x_{n-1} | x_n) = g(a_n | x_n) pi(x_{n-1} | x_n, a_n), in R rows: (positions a_n, tokens),
-    (R,) long both. log_g (R, W), -inf where g is 0; candidates (R, W) bool; logits_at(a_n) -> (R, V); for_a, for_token:
-    one generator per row. Without for_a the most probable position is taken, at temperature 0 the most likely token."""
-    if for_a is not None:  # argmax_a g(a) / E_a, E_a ~ Exp(1), is distributed as g
+def reveal(log_g: Tensor, candidates: Tensor, k: Tensor, logits_at: Callable, temperature: float, for_a, for_token):
+    """One step of the MDP, p(x_{n-1} | x_n) = g(a_n | x_n) pi(x_{n-1} | x_n, a_n), in R rows, of which each reveals k
+    (R,) long: (positions (R, max of k) long, the first k in the order drawn; where they are (R, W) bool; their tokens).
+
+    log_g (R, W), -inf where g is 0; candidates (R, W) bool; logits_at(R, W) -> (N, V); for_a, for_token: one generator
+    per row. Without for_a the most probable positions are taken, at temperature 0 the most likely tokens.
+    """
+    if for_a is not None:  # Gumbel top-k: the k largest g(a) / E_a, E_a ~ Exp(1), are k draws without replacement
         noise = exponential_noise(candidates, 1, for_a)[:, 0].log().float()  # at candidates: padding uses none up
         log_g = log_g - torch.zeros_like(log_g).masked_scatter(candidates, noise)
-    a, noise = log_g.argmax(1), None
-    logits = logits_at(a)
-    if temperature > 0:
-        chosen = torch.zeros_like(candidates).scatter_(1, a[:, None], True)
-        noise = exponential_noise(chosen, logits.shape[1], for_token)
-    return a, draw(logits, temperature, noise)
+    a = log_g.sort(dim=1, descending=True, stable=True).indices[:, : int(k.max())]
+    first_k = torch.arange(a.shape[1], device=a.device) < k[:, None]
+    chosen = torch.zeros_like(candidates).scatter(1, a, first_k)
+    logits = logits_at(chosen)
+    noise = exponential_noise(chosen, logits.shape[1], for_token) if temperature > 0 else None
+    return a, chosen, draw(logits, temperature, noise)
 
 
 # --- The paper, 2: the references, log g_ref(a | x_n), (U, W) float32, -inf where g_ref is 0 --------------------------
@@ -204,7 +209,7 @@ class UnmaskingPolicy(nn.Module):
 
 
 def per_row(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Sums of values (S,) over the steps of each trajectory, (B,); row (S,) long says whose step it is."""
+    """Sums of values (S,) over the actions of each trajectory, (B,); row (S,) long says whose each is."""
     return torch.zeros(rows, device=values.device).index_add(0, row, values)
 
 
@@ -318,6 +323,9 @@ class Config(Common):
     task: str | None = flag(None, "sudoku, or that of --policy", choices=[t for t in TASKS if not TASKS[t].codebook])
     policy: str | None = flag(None, "with --eval_only: run directory of a trained policy; has its base and settings")
     position_temperature: float = flag(0.8, "of the positions, in rollouts")
+    positions_per_step: int = flag(1, "positions revealed per forward of the base")
+    nfe_weight: float = flag(0.0, "what each forward costs of the reward")
+    threshold: float = flag(0.9, "the order `threshold` reveals all positions that are surer, at least one")
     heads: int = flag(32, "attention heads of the layer")
     topk: int = flag(5, "K of topk and topk_random")
     tau: float = flag(0.05, "temperature of softmax_confidence")
@@ -353,7 +361,7 @@ TINY_TASK = {
     | dict(batch_size=512, minibatch_size=256),
 }
 # What a policy was trained with, and needs when it is evaluated; and what its task needs, unless that is another.
-OF_THE_POLICY = "ref tau heads temperature position_temperature bf16 seed".split()
+OF_THE_POLICY = "ref tau heads temperature position_temperature positions_per_step bf16 seed".split()
 OF_ITS_TASK = "task topk gen_length block_length data eval_data corpus".split()
 
 
@@ -364,7 +372,7 @@ def tables(cfg: Config) -> list[dict]:
         with in_one_line(f"--policy {cfg.policy}: no trained policy there"):
             saved = json.loads((Path(cfg.policy) / "policy" / "config.json").read_text())
             names = OF_THE_POLICY + OF_ITS_TASK * (cfg.task in (None, saved["task"]))
-            trained = {name: saved[name] for name in names} | {"model": saved["base"]}
+            trained = {name: saved[name] for name in names if name in saved} | {"model": saved["base"]}
         if file := cfg.eval_data or cfg.data:  # all of it is evaluated
             trained |= dict(eval_data=None) if file == "generated" else dict(data=file, eval_data=file, eval_n=0)
     tiny = dataclasses.replace(cfg, model=cfg.model or trained.get("model")).tiny()
@@ -380,11 +388,13 @@ def rules(cfg: Config) -> dict[str, object]:
     update = cfg.minibatch_size * max(cfg.accumulation, 1)
     parts = f"--batch_size {cfg.batch_size} is no multiple of {update}, --minibatch_size x --accumulation"
     few = f"--topk {cfg.topk}: at most {positions} positions are masked at once (--block_length)"
+    many = f"--positions_per_step {cfg.positions_per_step}: from 1 to --topk {cfg.topk}, of which g chooses"
     pair = "--eval_only needs --policy, the run directory of a trained policy, and --policy needs --eval_only"
     none = "--ref none has no reference: --init random, --beta 0"
     return {
         parts: update > 0 and cfg.batch_size % update == 0,
         few: cfg.topk <= positions or cfg.ref != "topk",
+        many: 1 <= cfg.positions_per_step and (cfg.positions_per_step <= cfg.topk or cfg.ref != "topk"),
         f"--corpus {cfg.corpus}: of the tiny sudoku base, which is trained here": cfg.corpus == "plain"
         or (TASKS[cfg.task].corpus and (cfg.policy or not cfg.model)),
         none: cfg.ref != "none" or (cfg.init == "random" and not cfg.beta),
@@ -451,14 +461,19 @@ def new_policy(cfg: Config, base: FrozenBase, device) -> UnmaskingPolicy:
 
 # First key of every seeded generator, so that no two uses share their noise.
 DATA, ROLLOUT, SUBSET, PRETRAIN, EVALUATION = range(100, 105)
-# How positions are chosen: (scores, sampled). scores: (state, token logits at its N candidates (N, V)) -> (U, W)
-# float32, -inf where not allowed; sampled: by a draw from their softmax, else the highest. g's scores are log g.
-Order = tuple[Callable[[State, Tensor], Tensor], bool]
+
+
+class Order(NamedTuple):
+    """How positions are chosen."""
+
+    scores: Callable[[State, Tensor], Tensor]  # (x_n, logits (N, V) of its candidates) -> (U, W) float32; g's are log g
+    sampled: bool  # by draws from the scores' softmax; else the highest
+    threshold: float | None = None  # all whose score is above it, at least one; else --positions_per_step
 
 
 def learned(policy: nn.Module, cfg: Config, sampled: bool) -> Order:
     """The policy: sampled in rollouts, its most probable position in evaluation."""
-    return lambda state, logits: policy(*state, cfg.position_temperature), sampled
+    return Order(lambda state, logits: policy(*state, cfg.position_temperature), sampled)
 
 
 def see(base: FrozenBase, x: Tensor, attention: Tensor, candidates: Tensor, cfg: Config):
@@ -497,17 +512,25 @@ class Record:
         self.cfg, self.weights, self.states, self.steps, self.seen = cfg, weights, [], [], 0
         self.log_ratio, self.entropy = torch.zeros(2, len(weights), device=weights.device)
 
-    def add(self, rows: Tensor, same: Tensor, n: Tensor, state: State, log_g: Tensor, a: Tensor) -> None:
-        """Rows (R,), in the states `same` (R,) of U, have taken n (R,) steps and now take the actions a (R,)."""
-        log_ref, log_old = log_reference(self.cfg, state.top[..., 0], state.allowed), log_g[same, a]
-        self.log_ratio[rows] += log_old - log_ref[same, a]  # infinite with max_confidence, which does not use it
+    def add(self, rows: Tensor, same: Tensor, n: Tensor, state: State, log_g: Tensor, a: Tensor, k: Tensor) -> None:
+        """Rows (R,), in the states `same` (R,) of U, have taken n (R,) steps and now the first k (R,) actions of a
+        (R, most of k)."""
+        log_ref, log_old = log_reference(self.cfg, state.top[..., 0], state.allowed), log_g[same, a[:, 0]]
+        self.log_ratio[rows] += log_old - log_ref[same, a[:, 0]]  # infinite with max_confidence, which does not use it
         self.entropy[rows] += torch.special.entr(log_g.exp()).sum(1)[same]
         weight = self.weights[rows, n]  # (R,)
         kept = weight > 0
         used, at = same[kept].unique(return_inverse=True)
         self.states.append((*(v[used].cpu() if self.cfg.offload else v[used] for v in state), log_ref[used]))
-        self.steps.append((rows[kept], at + self.seen, a[kept], log_old[kept], weight[kept]))
+        self.steps.append((rows[kept], at + self.seen, a[kept, 0], log_old[kept], weight[kept]))
         self.seen += len(used)
+        if (more := k > 1).any():  # the next action is g's choice among the positions that are left
+            left = state.allowed[same].scatter(1, a[:, :1], False)[more]
+            different, same = torch.cat([same[more, None], left], dim=1).unique(dim=0, return_inverse=True)
+            at, left = different[:, 0], different[:, 1:].bool()
+            log_g = log_g[at].masked_fill(~left, -torch.inf).log_softmax(1)
+            state = State(*(v[at] for v in state))._replace(allowed=left)
+            self.add(rows[more], same, n[more], state, log_g, a[more, 1:], k[more] - 1)
 
     def trajectories(self, x: Tensor, unmask_step: Tensor, length: Tensor) -> Trajectories:
         steps, (*state, log_ref) = ([torch.cat(pieces) for pieces in zip(*of)] for of in (self.steps, self.states))
@@ -517,14 +540,14 @@ class Record:
 
 @torch.no_grad()
 def unmask(base: FrozenBase, batch, order: Order, cfg: Config, keys, eos_ids, keep: bool = False):
-    """Reveal one position per step and row of a batch of maskgrpo.py's until all are finished -> Trajectories.
+    """Reveal k positions per step and row of a batch of maskgrpo.py's until all are finished -> Trajectories.
 
     keys: B keys of the rows' noise, so that a row's actions depend on no batch; keep: with what updates need. A row
     that has finished is not computed any more, so a completion costs as many forwards as it has steps; rows that are
     in the same state, as those of a group are at first, are computed once. The base is not wrapped by DDP: processes
     need not agree on how many.
     """
-    x, masked, (scores, sampled) = batch.x.clone(), batch.completion.clone(), order
+    x, masked = batch.x.clone(), batch.completion.clone()
     unmask_step, length = torch.full_like(x, -1), torch.zeros(len(x), dtype=torch.long, device=x.device)
     block = torch.where(masked, (masked.cumsum(1) - 1) // cfg.block_length, x.shape[1])  # (B, W)
     for_a, for_token = ([seeded(*key, use, device=x.device) for key in keys] for use in range(2))
@@ -539,14 +562,21 @@ def unmask(base: FrozenBase, batch, order: Order, cfg: Config, keys, eos_ids, ke
         _, same = torch.cat([x, batch.attention, candidates], dim=1)[rows].unique(dim=0, return_inverse=True)  # (R,)
         u = rows.new_empty(int(same.max()) + 1).scatter_(0, same, rows)  # a row in each of the U different states
         state, logits = see(base, x[u], batch.attention[u], candidates[u], cfg)
-        # g(a_n | x_n), and pi(x_{n-1} | x_n, a_n) at the chosen position
-        log_g = scores(state, logits)  # (U, W)
+        # g(a_n | x_n), and pi(x_{n-1} | x_n, a_n) at the chosen positions
+        log_g = order.scores(state, logits)  # (U, W)
+        if order.threshold is None:
+            k = log_g.isfinite().sum(1).clamp(max=cfg.positions_per_step)[same]
+        else:
+            k = (log_g > order.threshold).sum(1).clamp(min=1)[same]
         nth = state.candidates.flatten().cumsum(0).view(len(u), -1) - 1  # which of the N candidates
-        generators = [for_a[r] for r in rows.tolist()] if sampled else None, [for_token[r] for r in rows.tolist()]
-        a, token = reveal(log_g[same], candidates[rows], lambda a: logits[nth[same, a]], cfg.temperature, *generators)
+        at = lambda chosen: logits[nth[same][chosen]]  # noqa: B023
+        generators = [for_a[r] for r in rows.tolist()] if order.sampled else None, [for_token[r] for r in rows.tolist()]
+        a, chosen, tokens = reveal(log_g[same], candidates[rows], k, at, cfg.temperature, *generators)
         if keep:
-            record.add(rows, same, length[rows], state, log_g, a)
-        x[rows, a], unmask_step[rows, a], masked[rows, a] = token, length[rows], False
+            record.add(rows, same, length[rows], state, log_g, a, k)
+        now = torch.zeros_like(masked).index_put_((rows,), chosen)
+        x[now], masked = tokens, masked & ~now
+        unmask_step = torch.where(now, length[:, None], unmask_step)
         length[rows] += 1
     tail = batch.completion & ~through_eos(x, batch.completion, eos_ids)
     done = x.masked_fill(tail, base.model.pad_id), unmask_step.masked_fill(tail, -1), length
@@ -571,6 +601,7 @@ def sample_groups(run: Run, base: FrozenBase, order: Order, train: list[Problem]
     with run.clock("rollout"):
         e, texts = complete(run, base, problems, order, keys, keep=True)
         r = torch.tensor([sum(terms.values()) for terms, _ in judge_all(run.task, texts, problems)])
+        r -= cfg.nfe_weight * e.length.cpu()
     metrics = {"reward": r.mean().item(), "group_reward_std": r.view(-1, g).std(1).mean().item()}
     metrics |= {"entropy": e.entropy.mean().item(), "steps": e.length.float().mean().item()}
     metrics |= {"kl": e.log_ratio.mean().item()} if cfg.ref in ("softmax_confidence", "topk") else {}
@@ -612,6 +643,7 @@ ORDERS: dict[str, tuple[Callable[[Tensor, float], Tensor], bool]] = {
     "entropy": (lambda log_p, tau: -torch.special.entr(log_p.exp()).sum(1), False),
     "softmax_confidence": (lambda log_p, tau: log_p.amax(1).exp() / tau, True),
     "topk_random": (lambda log_p, tau: torch.zeros(len(log_p), device=log_p.device), True),  # restricted to top K
+    "threshold": (lambda log_p, tau: log_p.amax(1), False),  # max_confidence, as many as are above --threshold
 }
 PASS_AT = (1, 2, 4, 8, 16)
 
@@ -625,7 +657,7 @@ def rule(name: str, cfg: Config) -> Order:
         best = most_confident_k(state.top[..., 0], state.candidates, cfg.topk)
         return full.masked_fill(~best, -torch.inf) if name == "topk_random" else full
 
-    return scores, sampled
+    return Order(scores, sampled, math.log(cfg.threshold) if name == "threshold" else None)
 
 
 def answer_confidence(base: FrozenBase) -> Order:
@@ -638,7 +670,7 @@ def answer_confidence(base: FrozenBase) -> Order:
         p = torch.zeros_like(logits).index_add(1, of.to(logits.device), logits.softmax(-1))
         return place(p.amax(1), state.candidates)
 
-    return scores, False
+    return Order(scores, sampled=False)
 
 
 def evaluate(run: Run, base: FrozenBase, order: Order, problems: list[Problem], samples: int = 1):
@@ -676,7 +708,10 @@ def measure(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Proble
 def init_step(run: Run, base: FrozenBase, g: nn.Module, optimizer, problems: list[Problem], step: int) -> dict:
     """One step of --init pretrained: g learns the choices of g_ref, on trajectories of g_ref; its metrics."""
     cfg, updates = run.cfg, []
-    g_ref = (lambda state, logits: log_reference(cfg, state.top[..., 0], state.allowed), True)
+    # g_ref, as scores whose draws without replacement are its choices one after the other: max_confidence, which is 0
+    # but at one position, is the limit of softmax_confidence
+    like = dataclasses.replace(cfg, ref="softmax_confidence", tau=1e-10) if cfg.ref == "max_confidence" else cfg
+    g_ref = Order(lambda state, logits: log_reference(like, state.top[..., 0], state.allowed), sampled=True)
     e, _, metrics = sample_groups(run, base, g_ref, problems, step, PRETRAIN)
     where = f"init step {step + 1}", "--init_lr, in a new run"
     for minibatch in minibatches(run, e):
@@ -744,7 +779,8 @@ def report(run: Run, rows: dict, lucky: dict, problems: list[Problem], **more) -
     results = figures_of(run, rows, lucky, problems) | more
     lines = [json.dumps({"method": name} | row) + "\n" for name, of in rows.items() for row in of]
     run.write("completions.jsonl", "".join(lines))
-    lines = [f"{len(problems)} held-out problems, one position per forward of the base"]
+    many = f"{run.cfg.positions_per_step} position{'s' * (run.cfg.positions_per_step > 1)}"
+    lines = [f"{len(problems)} held-out problems, {many} per forward of the base"]
     lines += [f"{'order':<19} accuracy ± stderr   forwards   upo is better by, paired p"]
     for name, a in results["accuracy"].items():
         of = results["paired"].get(name)
@@ -762,7 +798,7 @@ def report(run: Run, rows: dict, lucky: dict, problems: list[Problem], **more) -
 def main(argv: list[str] | None = None) -> None:
     """Parse; get a base; then train a policy, or load one; measure it beside the fixed orders."""
     cfg = parse(argv, Config, __doc__, tables)
-    check(cfg, "position_temperature heads topk tau init_lr", rules(cfg))
+    check(cfg, "position_temperature heads topk tau threshold init_lr", rules(cfg))
     run, data = start(cfg, "UPO")
     base, path, cached = frozen_base(run, data)
     policy = new_policy(cfg, base, run.device)

@@ -26,9 +26,10 @@ class Enumerable(nn.Module):
         self.bias = nn.Parameter(torch.randn(length, words, generator=g))
         self.mix = nn.Parameter(torch.randn(length, words + 1, length, words, generator=g) * float(context))
 
-    def forward(self, x, attention, positions):
+    def forward(self, x, attention, positions, tokens=None, temperature=1.0):
         features = nn.functional.one_hot(x, self.mix.shape[1]).float()
-        return (self.bias + torch.einsum("blw,lwmv->bmv", features, self.mix))[positions]
+        logits = (self.bias + torch.einsum("blw,lwmv->bmv", features, self.mix))[positions]
+        return logits if tokens is None else m.plain_log_probs(logits, tokens, lambda h: h, temperature, None)
 
     def slow(self, row):
         """log-probabilities (L, words) for one row, by loops."""
@@ -225,9 +226,9 @@ def slow_reference(cfg, confidence):
 
 
 def slow_trajectory(cfg, read, choose, x, ends, mask_id, key, weights):
-    """(tokens, step of each, the steps) of one row x; read(x) -> hidden (L, D), logits (L, V); choose(state, log_ref)
+    """(tokens, step of each, the actions) of one row x; read(x) -> hidden (L, D), logits (L, V); choose(state, log_ref)
     -> log-probabilities of its allowed places; weights: of step_weights."""
-    x, when, steps, start = list(x), [-1] * len(x), [], x.index(mask_id)
+    x, when, actions, start, step = list(x), [-1] * len(x), [], x.index(mask_id), 0
     for_a, for_token = (seeded(*key, use) for use in range(2))
     end = lambda: next((i for i in range(start, len(x)) if x[i] in ends), len(x))
     while left := [i for i in range(start, len(x)) if x[i] == mask_id and i < end()]:
@@ -236,25 +237,30 @@ def slow_trajectory(cfg, read, choose, x, ends, mask_id, key, weights):
         top, p = torch.zeros(len(x), 8), logits.softmax(-1)
         top[candidates] = p[candidates].sort(descending=True).values[:, :8]
         best = sorted(candidates, key=lambda i: -top[i, 0])[: cfg.topk]
-        allowed = sorted(best) if cfg.ref == "topk" else candidates
-        state, log_ref = (hidden, top, candidates, allowed), slow_reference(cfg, top[allowed, 0].tolist())
-        log_g = choose(state, log_ref)
+        allowed, now = sorted(best) if cfg.ref == "topk" else candidates, []
         race = torch.empty(len(candidates), dtype=torch.float64).exponential_(generator=for_a)
-        n = max(range(len(allowed)), key=lambda n: log_g[n] - race[candidates.index(allowed[n])].log())
-        (token,), a = slow_draw(logits[allowed[n]][None], cfg.temperature, for_token), allowed[n]
-        steps.append((state, log_g.detach(), log_ref, n, weights[len(steps)].item()))
-        x[a], when[a] = token, len(steps) - 1
-    return x, [-1 if i > end() else s for i, s in enumerate(when)], steps
+        while allowed and len(now) < cfg.positions_per_step:  # one after the other, of what is left
+            state, log_ref = (hidden, top, candidates, allowed), slow_reference(cfg, top[allowed, 0].tolist())
+            log_g = choose(state, log_ref)
+            n = max(range(len(allowed)), key=lambda n: log_g[n] - race[candidates.index(allowed[n])].log())  # noqa: B023
+            actions.append((state, log_g.detach(), log_ref, n, weights[step].item()))
+            now, allowed = [*now, allowed[n]], [a for a in allowed if a != allowed[n]]
+        for a in sorted(now):
+            (x[a],), when[a] = slow_draw(logits[a][None], cfg.temperature, for_token), step
+        step += 1
+    return x, [-1 if i > end() else s for i, s in enumerate(when)], actions, step
 
 
 def upo_step_by_hand(cfg, g, rows, advantages, rate, init):
-    """One step of SGD on g, or with init one of pretraining; rate(i): of update i. The mean over updates of the loss,
-    the cross-entropy, the share clipped, |log rho| and the gradient norm."""
+    """One step of SGD on g, or with init one of pretraining, from (actions, number of steps) of each row; rate(i): of
+    update i. The mean over updates of the loss, the cross-entropy, the share clipped, |log rho| and the gradient norm.
+    """
     found, m = [], cfg.batch_size // cfg.minibatch_size
     size = cfg.accumulation or m  # micro-batches of an update
     for first in [*range(0, m, size)] * cfg.mu:
         total = []
-        for steps, adv in [pair for i, pair in enumerate(zip(rows, advantages)) if first <= i % m < first + size]:
+        mine = [pair for i, pair in enumerate(zip(rows, advantages)) if first <= i % m < first + size]
+        for (steps, forwards), adv in mine:
             kept = [step for step in steps if step[4]]
             over = lambda values: sum(w * v for v, (*_, w) in zip(values, kept))  # noqa: B023
             now = [slow_policy(g, state, cfg.position_temperature) for state, *_ in kept]
@@ -272,7 +278,7 @@ def upo_step_by_hand(cfg, g, rows, advantages, rate, init):
                 loss = loss + cfg.beta * min(max(moved.exp().item(), 0.5), 2) * (1 + moved + apart) * along
             figures = [over([float(abs(v.exp() - 1) > cfg.clip) for v in log_rho]), over([abs(v) for v in log_rho])]
             figures = [entropy, *(0 * v if init else v for v in figures)]  # each a mean over steps
-            total.append((entropy if init else loss, *(v / len(steps) for v in figures)))
+            total.append((entropy if init else loss, *(v / forwards for v in figures)))
         figures = [sum(values) / len(total) for values in zip(*total)]
         norm = sgd_by_hand(figures[0], dict(g.named_parameters()), rate(len(found)), cfg.max_grad_norm)
         found.append([*(torch.as_tensor(v).item() for v in figures), norm])

@@ -54,78 +54,111 @@ class Tabular:
         hidden = nn.functional.one_hot(index_of(x), len(STATES))[:, None].expand(-1, N, -1).float()
         return hidden, self.logits[index_of(x)][positions]
 
-    def after(self, state: tuple, a: int):
-        """(probability, next state) of each token at position a."""
-        p = self.logits[INDEX[state], a].softmax(0).tolist()
-        return [(p[v], (*state[:a], v, *state[a + 1 :])) for v in range(V)]
+    def after(self, state: tuple, *positions: int):
+        """(probability, next state) of all tokens at these positions, drawn from what the base says of one state."""
+        p = self.logits[INDEX[state]].softmax(1).tolist()
+        for words in itertools.product(range(V), repeat=len(positions)):
+            new = dict(enumerate(state)) | dict(zip(positions, words))
+            yield math.prod(p[a][v] for a, v in zip(positions, words)), tuple(new[i] for i in range(N))
 
 
-def every_trajectory(base: Tabular, eos=False):
-    """All (states, actions, x0, probability of its tokens)."""
-    found, ended = [([], [], START, 1.0)], []
+def picks_of(state: tuple, eos: bool, k: int):
+    """Every k positions, in every order, that a step may reveal; all of them where fewer are masked."""
+    open = masks_of(state, eos)
+    return itertools.permutations(open, min(k, len(open)))
+
+
+def every_trajectory(base: Tabular, eos=False, k=1):
+    """All (states, what is open before each action (S, 3) bool, actions, x0, probability of its tokens)."""
+    found, ended = [([], [], [], START, 1.0)], []
     while found:
-        ended += [one for one in found if not masks_of(one[2], eos)]
-        steps = ((*one, a, *then) for one in found for a in masks_of(one[2], eos) for then in base.after(one[2], a))
-        found = [([*states, INDEX[x]], [*actions, a], new, p * q) for states, actions, x, p, a, q, new in steps]
-    return ended
+        ended += [one for one in found if not masks_of(one[3], eos)]
+        going, found = [one for one in found if masks_of(one[3], eos)], []
+        for states, opens, actions, x, p in going:
+            for picks in picks_of(x, eos, k):
+                left = [[a in masks_of(x, eos) and a not in picks[:i] for a in range(N)] for i in range(len(picks))]
+                entries = [*states, *[INDEX[x]] * len(picks)], opens + left, [*actions, *picks]
+                found += [(*entries, new, p * q) for q, new in base.after(x, *picks)]
+    return [(torch.tensor(s), torch.tensor(open), torch.tensor(a), x0, p) for s, open, a, x0, p in ended]
 
 
-def outputs(base: Tabular, log_g: torch.Tensor, eos=False) -> dict[tuple, torch.Tensor]:
-    """p_g(x0), by dynamic programming over states: independent of `every_trajectory`."""
+def outputs(base: Tabular, log_g: torch.Tensor, eos=False, k=1) -> dict[tuple, torch.Tensor]:
+    """p_g(x0), by dynamic programming over states, with g(a) / (1 - what was drawn before) for each of k positions:
+    independent of `every_trajectory`."""
     mass, ended = {START: torch.ones(())}, {}
     while mass:
         new = defaultdict(lambda: torch.zeros(()))
         for state, p in mass.items():
-            for a in masks_of(state, eos):
-                for q, then in base.after(state, a):
-                    new[then] = new[then] + p * log_g[INDEX[state], a].exp() * q
+            g = log_g[INDEX[state]].exp()
+            for picks in picks_of(state, eos, k):
+                drawn = math.prod(g[a] / (1 - sum(g[b] for b in picks[:i])) for i, a in enumerate(picks))
+                for q, then in base.after(state, *picks):
+                    new[then] = new[then] + p * drawn * q
         ended |= {state: p for state, p in new.items() if not masks_of(state, eos)}
         mass = {state: p for state, p in new.items() if masks_of(state, eos)}
     return ended
 
 
-def expected_loss(theta, base, log_old, log_ref, value: dict, *, weight=(1.0,) * N, eos=False, **options):
+def expected_loss(theta, base, log_old, log_ref, value: dict, *, weight=(1.0,) * N, eos=False, k=1, **options):
     """E over trajectories of g_old of upo_loss: every trajectory is a batch of one, weighted by its probability."""
-    log_g, total = log_policy(theta, OPEN if eos else MASKED), 0.0
-    for states, actions, x0, p in every_trajectory(base, eos):
-        states, actions = torch.tensor(states), torch.tensor(actions)
-        old, ref = log_old[states, actions].detach(), log_ref[states, actions].detach()
+    total = 0.0
+    for states, open, actions, x0, p in every_trajectory(base, eos, k):
+        log_g, *fixed = (log_policy(of[states], open) for of in (theta, log_old.detach(), log_ref.detach()))
+        old, ref = (of.gather(1, actions[:, None])[:, 0] for of in fixed)
         steps = dict(row=torch.zeros_like(actions), at=torch.arange(len(actions)), action=actions, log_old=old)
-        steps |= dict(weight=torch.tensor(weight[: len(actions)]), log_ref=log_ref[states].detach())
+        steps |= dict(weight=torch.tensor(weight[: len(actions)]), log_ref=fixed[1])
         e = upo.Trajectories(None, None, torch.tensor([len(actions)]), (old - ref).sum()[None], **steps)
-        total = total + p * old.sum().exp() * upo.upo_loss(log_g[states], e, torch.tensor([value[x0]]), **options)[0]
+        total = total + p * old.sum().exp() * upo.upo_loss(log_g, e, torch.tensor([value[x0]]), **options)[0]
     return total
 
 
 # --- The MDP, and the objective: Proposition 1, the KL, clipping ------------------------------------------------------
 
 
-def test_the_rollout_draws_from_p_g():
-    """A chi-square test of 20,000 rollouts against the enumeration; false alarm once in 1,000 (7 degrees: 24.3)."""
+@pytest.mark.parametrize("k, steps, states", [(1, 3, 27 - 8), (2, 2, 1 + 3 + 12), (3, 1, 1 + 3 + 6)])
+def test_the_rollout_draws_from_p_g(k, steps, states):
+    """A chi-square test of 20,000 rollouts against the enumeration, of what is drawn and of the orders it is drawn in;
+    false alarm once in 1,000 (7 degrees of freedom: 24.3, 5: 20.5)."""
     base, log_g, rows = Tabular(5), log_policy(random_theta(5)), 20_000
-    order = (lambda state, logits: log_g[state.hidden[:, 0].argmax(1)], True)
+    order = upo.Order(lambda state, logits: log_g[state.hidden[:, 0].argmax(1)], sampled=True)
     batch = m.Batch(torch.full((rows, N), MASK), *torch.ones(2, rows, N, dtype=torch.bool))
-    e = upo.unmask(base, batch, order, TABULAR, [(11, r) for r in range(rows)], [], keep=True)
-    exact = outputs(base, log_g)
+    cfg = dataclasses.replace(TABULAR, positions_per_step=k)
+    e = upo.unmask(base, batch, order, cfg, [(11, r) for r in range(rows)], [], keep=True)
+    exact, by_row = outputs(base, log_g, k=k), e.row.sort(stable=True).indices.view(rows, N)
+    assert sum(exact.values()).item() == pytest.approx(1, abs=1e-6)
     counts = Counter(map(tuple, e.x.tolist()))
     assert sum((counts[x0] - rows * p.item()) ** 2 / (rows * p.item()) for x0, p in exact.items()) < 24.3
-    assert e.length.eq(N).all() and len(e.state.hidden) == 27 - 8  # each state once, however many rows were in it
+    # each state once with what is left in it, however many rows were in it
+    assert e.length.eq(steps).all() and len(e.state.hidden) == states
+    # what each row has drawn, in its order, with the probability of that order
+    chance, total = defaultdict(float), 0.0
+    for at, open, actions, _, p in every_trajectory(base, k=k):
+        log_p = log_policy(log_g[at], open).gather(1, actions[:, None])[:, 0]
+        chance[tuple(actions.tolist())] += p * log_p.sum().exp().item()
+    drawn = Counter(map(tuple, e.action[by_row].tolist()))
+    assert sum(chance.values()) == pytest.approx(1, abs=1e-6) and len(chance) == 6
+    assert sum((drawn[a] - rows * p) ** 2 / (rows * p) for a, p in chance.items()) < 20.5
+    at = e.state.hidden[e.at, 0].argmax(1)
+    exact_log = log_policy(log_g[at], e.state.allowed[e.at]).gather(1, e.action[:, None])[:, 0]
+    torch.testing.assert_close(e.log_old, exact_log, atol=1e-5, rtol=0)
+    assert e.state.allowed[e.at, e.action].all() and e.action[by_row].sort(1).values.eq(torch.arange(N)).all()
 
 
+@pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_proposition_1(seed, eos):
+def test_proposition_1(seed, eos, k):
     """At g = g_old the token-level gradient is the output-level one, exactly, also where an EOS makes L depend on the
-    policy. Away from g_old they part."""
+    policy, and with two positions per step. Away from g_old they part."""
     base, theta, open = Tabular(seed), random_theta(seed), OPEN if eos else MASKED
-    ended = outputs(base, log_policy(theta, open), eos)
+    ended = outputs(base, log_policy(theta, open), eos, k)
     cosines, value = {}, dict(zip(ended, torch.randn(len(ended), generator=seed_of(seed)).tolist()))
     for distance in (0.0, 0.1, 1.0):
         old = log_policy(theta + distance * random_theta(100 + seed), open).detach()
         moving = theta.clone().requires_grad_()
-        loss = expected_loss(moving, base, old, old, value, ref="none", clip=0.999, beta=0.0, eos=eos)
+        loss = expected_loss(moving, base, old, old, value, ref="none", clip=0.999, beta=0.0, eos=eos, k=k)
         # E_{x0 ~ p_old}[p_g(x0) / p_old(x0) A(x0)] = sum over x0 of p_g(x0) A(x0)
-        of_g = outputs(base, log_policy(moving, open), eos)
+        of_g = outputs(base, log_policy(moving, open), eos, k)
         token, output = gradient(-loss, moving), gradient(sum(p * value[x0] for x0, p in of_g.items()), moving)
         if distance == 0:
             assert torch.allclose(token, output, atol=1e-6)
@@ -133,18 +166,19 @@ def test_proposition_1(seed, eos):
     assert cosines[0.0] == pytest.approx(1, abs=1e-6) and 1 > cosines[0.1] > 0.97 and cosines[1.0] < cosines[0.1]
 
 
+@pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_kl_gradient_is_exact_for_trajectories(seed):
+def test_the_kl_gradient_is_exact_for_trajectories(seed, k):
     base, ref = Tabular(seed), log_policy(random_theta(50 + seed))
     theta, kl = random_theta(seed).requires_grad_(), 0.0
-    for states, actions, _, p in every_trajectory(base):  # KL(g || g_ref) over trajectories, by enumeration
-        log_g, log_ref = (v[torch.tensor(states), torch.tensor(actions)].sum() for v in (log_policy(theta), ref))
+    for at, open, actions, _, p in every_trajectory(base, k=k):  # KL(g || g_ref) over trajectories, by enumeration
+        log_g, log_ref = (log_policy(v[at], open).gather(1, actions[:, None]).sum() for v in (theta, ref))
         kl = kl + p * log_g.exp() * (log_g - log_ref)
     exact = gradient(kl, theta)
     # at g = g_old, and where no weight g / g_old is clipped, the mean of the estimate is the gradient
     for distance in (0.0, 0.05):
         old = log_policy(theta.detach() + distance * random_theta(200 + seed))
-        loss = expected_loss(theta, base, old, ref, dict.fromkeys(OUTPUTS, 0.0), ref="topk", clip=0.2, beta=0.5)
+        loss = expected_loss(theta, base, old, ref, dict.fromkeys(OUTPUTS, 0.0), ref="topk", clip=0.2, beta=0.5, k=k)
         assert torch.allclose(gradient(loss, theta), 0.5 * exact, atol=2e-6)
 
 
@@ -154,8 +188,8 @@ def test_cross_entropy_is_the_divergence_of_max_confidence():
     ref = upo.max_confidence(base.logits.softmax(2).amax(2), MASKED)
     loss = expected_loss(theta, base, old, ref, value, ref="max_confidence", clip=0.2, beta=0.3)
     by_hand = 0.0
-    for states, actions, _, p in every_trajectory(base):
-        weight = p * old[torch.tensor(states), torch.tensor(actions)].sum().exp()
+    for states, _, actions, _, p in every_trajectory(base):
+        weight = p * old[states, actions].sum().exp()
         by_hand = by_hand + weight * sum(-log_policy(theta)[s, ref[s].argmax()] for s in states)
     assert loss.item() == pytest.approx(0.3 * by_hand.item(), rel=1e-5)
     assert torch.allclose(gradient(loss, theta), 0.3 * gradient(by_hand, theta), atol=1e-6)
@@ -248,9 +282,9 @@ def test_rules_by_hand():
     model = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: "7\uff11\U0001d7cf2"[ids[0]]))
     model.hf = SimpleNamespace(config=SimpleNamespace(vocab_size=4))
     candidates = torch.tensor([[True, False, True, True]])
-    scores, sampled = upo.answer_confidence(SimpleNamespace(model=model))
-    got = scores(SimpleNamespace(candidates=candidates), p.log())
-    assert torch.allclose(got, torch.tensor([[0.5, -torch.inf, 0.46, 0.6]])) and not sampled
+    order = upo.answer_confidence(SimpleNamespace(model=model))
+    got = order.scores(SimpleNamespace(candidates=candidates), p.log())
+    assert torch.allclose(got, torch.tensor([[0.5, -torch.inf, 0.46, 0.6]])) and not order.sampled
 
 
 def test_the_table_has_each_order_as_it_is_and_the_policy_s_best_position(monkeypatch):
@@ -264,9 +298,11 @@ def test_the_table_has_each_order_as_it_is_and_the_policy_s_best_position(monkey
     assert [(name, *asked) for name, (_, asked) in rows.items()] == [(n, [5, 6, 7]) for n in [*upo.ORDERS, "upo"]]
     few = [(name, [5, 6], 16) for name in ("random", "topk_random")]
     assert [(name, *asked) for name, (_, asked) in lucky.items()] == few
-    sampled = [name for name, (order, _) in rows.items() if order[1]]
-    assert sampled == ["random", "softmax_confidence", "topk_random"] and rows["upo"][0][0]((1, 2), None) == 0.7
-    scores = {name: score(state, p.log() + 3)[0].tolist() for name, ((score, _), _) in rows.items() if name != "upo"}
+    orders = {name: order for name, (order, _) in rows.items()}
+    sampled = [name for name, order in orders.items() if order.sampled]
+    assert sampled == ["random", "softmax_confidence", "topk_random"] and orders["upo"].scores((1, 2), None) == 0.7
+    assert [name for name, order in orders.items() if order.threshold is not None] == ["threshold"]
+    scores = {name: orders[name].scores(state, p.log() + 3)[0].tolist() for name in upo.ORDERS}
     assert scores["random"] == [0, -math.inf, 0, 0] and scores["topk_random"] == [-math.inf, -math.inf, 0, 0]
     assert scores["softmax_confidence"] == pytest.approx([1.2, -math.inf, 1.8, 1.6])
 
@@ -311,21 +347,26 @@ def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
     completion = torch.zeros(2, 9, dtype=torch.bool)
     completion[0, 3:8], completion[1, 5:8] = True, True  # blocks {3, 4}, {5, 6}, {7} and {5, 6}, {7}
     x[0, 3:5], x[:, 5:8] = base.model.mask_id, base.model.mask_id
-    order = (lambda state, logits: upo.place(torch.arange(int(state.candidates.sum())), state.candidates), False)
+    scores = lambda state, logits: upo.place(torch.arange(int(state.candidates.sum())), state.candidates)
     batch = lambda rows: m.Batch(x[rows], x[rows] >= 0, completion[rows])
+    order = upo.Order(scores, sampled=False)
     go = lambda rows: upo.unmask(base, batch(rows), order, cfg, [(0, i) for i in rows], [])
     together = go([0, 1])
     assert together.unmask_step[:, 3:8].tolist() == [[1, 0, 3, 2, 4], [-1, -1, 1, 0, 2]]
     assert all(torch.equal(go([i]).x[0], together.x[i]) for i in range(2))
+    # all that score above a threshold, at least one, and never beyond the block
+    order, cfg = upo.Order(scores, sampled=False, threshold=0.5), config_for(block_length=4)
+    assert [go([i]).unmask_step[0, 3:8].tolist() for i in range(2)] == [[1, 0, 0, 0, 2], [-1, -1, 1, 0, 0]]
 
 
 SMALL = dict(batch_size=8, minibatch_size=4, group_size=2, mu=2, warmup=6, max_grad_norm=0.02, max_steps=5)
 SMALL |= dict(gen_length=8, init_lr=1.0, lr=0.9, position_temperature=0.7, temperature=0.6, accumulation=1)
 STEPS = {  # each argument of a step has several values
-    "topk": dict(kind="llada", lr_decay=True, beta=0.3, clip=0.02, advantage="std"),
+    "topk": dict(kind="llada", lr_decay=True, beta=0.3, clip=0.02, advantage="std", positions_per_step=2)
+    | dict(nfe_weight=0.1),
     "softmax_confidence": dict(kind="dream", steps_per_update=3, beta=0.4, clip=0.002, advantage="mean", temperature=0)
     | dict(accumulation=0),
-    "max_confidence": dict(kind="llada", beta=0.6, clip=0.05, position_temperature=1.3, warmup=0, temperature=1.2),
+    "max_confidence": dict(kind="llada", beta=0.6, positions_per_step=3, clip=0.05, position_temperature=1.3, warmup=0, temperature=1.2),
 }
 
 
@@ -362,10 +403,10 @@ def test_pretraining_and_two_steps_equal_a_loop_by_hand(ref, request, monkeypatc
             prompt, key = base.model.prompt_ids(run.task, problems[asked[i // 2]]), (cfg.seed, use, step, i // 2, i % 2)
             choose, weights = (lambda state, log_ref: log_ref) if init else like_g, upo.step_weights(cfg, [8], [key])[0]
             row = slow_trajectory(cfg, read, choose, prompt + [mask_id] * 8, base.model.eos_ids, mask_id, key, weights)
-            assert e.unmask_step[i, -8:].tolist() == row[1][-8:] and e.length[i] == len(row[2])
+            assert e.unmask_step[i, -8:].tolist() == row[1][-8:] and e.length[i] == row[3]
             assert all(x == y for x, y, when in zip(e.x[i, -8:].tolist(), row[0][-8:], row[1][-8:]) if when >= 0)
-            rows.append(row[2])
-        r = [sum(SCORE(text).values()) for text in texts[-1]]
+            rows.append(row[2:])
+        r = [sum(SCORE(text).values()) - cfg.nfe_weight * n for text, (_, n) in zip(texts[-1], rows)]
         a = [advantage_by_hand(r, i, cfg) for i in range(8)]
         updates = 4 if cfg.accumulation else 2
         warm = lambda i: min(1, (step * updates + i + 1) / max(cfg.warmup, 1))  # noqa: B023
@@ -373,12 +414,12 @@ def test_pretraining_and_two_steps_equal_a_loop_by_hand(ref, request, monkeypatc
         names = "loss cross_entropy clipped log_ratio grad_norm reward group_reward_std entropy kl".split()
         expected = upo_step_by_hand(cfg, by_hand, rows, a, lr, init)
         apart = [abs(r[i] - r[i + 1]) / 2**0.5 for i in range(0, 8, 2)]
-        entropy = [sum(torch.special.entr(log_g.exp()).sum() for _, log_g, *_ in row) / len(row) for row in rows]
-        kl = [sum(log_g[n] - log_ref[n] for _, log_g, log_ref, n, _ in row) for row in rows]
+        entropy = [sum(torch.special.entr(log_g.exp()).sum() for _, log_g, *_ in row) / n for row, n in rows]
+        kl = [sum(log_g[n] - log_ref[n] for _, log_g, log_ref, n, _ in row) for row, _ in rows]
         expected += [sum(r) / 8, sum(apart) / 4, sum(entropy).item() / 8, sum(kl).item() / 8]
         assert all(got[name] == pytest.approx(v, rel=1e-4, abs=1e-5) for name, v in zip(names, expected) if name in got)
         assert got["grad_norm"] > 2 * cfg.max_grad_norm and (init or got["clipped"] > 0)
-        ended, signs = ended | {len(row) < 8 for row in rows}, signs | {v > 0 for v in a}
+        ended, signs = ended | {len(row) < 8 for row, _ in rows}, signs | {v > 0 for v in a}
         for one, two in zip(g.parameters(), by_hand.parameters()):
             torch.testing.assert_close(one, two, atol=2e-6, rtol=1e-4)
     assert ended == signs == {True, False}
@@ -429,12 +470,14 @@ def whole(tiny_base, puzzles, tmp_path_factory):
 def test_the_tables_figures_are_those_of_the_completions(whole, puzzles):
     results, rows, task = results_of(whole), lines_of(whole, "completions"), rewards.TASKS["sudoku"]
     assert [results[name] for name in ("task", "ref", "seed", "n")] == ["sudoku", "topk", 0, 6]
-    assert list(rows[0]) == "method problem sample completion nfe steps tokens score".split() and len(rows) == 7 * 6
+    assert list(rows[0]) == "method problem sample completion nfe steps tokens score".split() and len(rows) == 8 * 6
     problems, scores = task.load(str(puzzles), "train")[9::10], {}
     for row in rows:  # each blank once, in some order; clues are given
         problem = problems[row["problem"]]
         blanks = problem["question"].count("0")
-        assert sorted(step for step in row["steps"] if step >= 0) == list(range(blanks)) and row["nfe"] == blanks
+        taken = sorted(step for step in row["steps"] if step >= 0)
+        assert len(taken) == blanks and (taken == list(range(blanks)) or row["method"] == "threshold")
+        assert sorted(set(taken)) == list(range(row["nfe"]))
         assert row["score"] == task.score(row["completion"], problem)
         scores.setdefault(row["method"], []).append(row["score"])
     assert list(results["accuracy"]) == [*upo.ORDERS, "upo"] == list(scores)
@@ -456,7 +499,7 @@ def test_what_a_run_gives_its_steps_and_its_looks(tiny_base, puzzles, tmp_path, 
     assert [[n for *_, n in calls] for calls in (warm, steps)] == [[0, 1]] * 2
     assert all(problems is data["train"] for *_, problems, _ in warm + steps)
     assert all(problems is data["test" if i > 1 else "validation"] for i, (_, _, _, problems) in enumerate(looks))
-    assert not any(order[1] for _, _, order, *_ in looks[:2])  # after init_steps and at the end
+    assert not any(order.sampled for _, _, order, *_ in looks[:2])  # after init_steps and at the end
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.3)
 
 
