@@ -7,7 +7,7 @@ much of it is solved. A problem is a dict of its question, its answer, and what 
     math500    {"question": "Solve 2 x + 3 = 4.", "answer": "\\frac{1}{2}", "solution": "2 x = 1\\n\\boxed{...}"}
     mbpp       {"question": "Write ...", "answer": "def f(x): ...", "tests": ["assert f(2) == 7"], "imports", "setup"}
     countdown  {"question": "Numbers: 3, 8, 5. Target: 6.", "answer": "3 + 8 - 5", "numbers": [3, 8, 5], "target": 6}
-    sudoku     {"question": "1000034000200003", "answer": "1234..."}, 4 x 4, row by row, 0 for empty
+    sudoku     {"question": "1000034000200003", "answer": "1234..."}, 16 or 81 cells, row by row, 0 for empty
     zebra      {"question": "Houses: 1, 2, 3. ...", "answer": "1: red, Tom\\n...", "header": [...], "rows": [[...]]}
     t2i        {"question": "a photo of a red circle", "answer": "0 0 5 6 ..."}, 8 x 8 codes, row by row
 
@@ -331,8 +331,9 @@ def generator(draw: Callable) -> Callable[[str, int, int], list[Problem]]:
     return generate
 
 
-QUESTION = ("question", "problem", "text", "prompt", "puzzle", "prompt_input", "input")
+QUESTION = ("question", "problem", "text", "prompt", "puzzle", "quizzes", "prompt_input", "input")
 GOLD = ("ground_truth", "gold", "target", "reference_answer", "answer", "expected_answer", "final_answer", "solution")
+GOLD += ("solutions",)
 COMPLETION = ("completion", "completions", "generation", "generations", "response", "output", "model_output")
 
 
@@ -414,8 +415,8 @@ INSTRUCTIONS = {
     "mbpp": "Write a Python program that solves the task. Write all of it in one ```python block.",
     "countdown": "Make the target from the numbers with +, -, *, / and parentheses. Use every number exactly once. "
     "Write the expression on a last line of its own, behind four hash signs, like this:\n#### (3 + 8) * 2",
-    "sudoku": "Fill in the empty cells of a 4x4 sudoku. Every row, every column and every 2x2 box holds each of the "
-    "digits 1, 2, 3 and 4 once. Write the grid as four lines of four digits.",
+    "sudoku": "Fill in the empty cells of a sudoku. Every row, every column and every box holds each digit from 1 to the "
+    "number of its cells once. Write the grid as lines of digits.",
     "zebra": "Solve the logic puzzle. Write one line per house: its number, a colon, and its entries, "
     "separated by commas, like this:\n1: red, Tom",
 }
@@ -906,32 +907,45 @@ def spelled_sudoku(problem: Problem, index: int, spellings=SPELLED, dark=DARK) -
 
 
 def check_sudoku(row: dict, where: str) -> Problem:
-    """a CSV file with the header Puzzle,Solution: 16 digits each, row by row, 0 for empty; the puzzle may stand in a
-    sentence, and may have other solutions."""
+    """a CSV file with the header Puzzle,Solution: 16 or 81 digits each, row by row, 0 for empty; the puzzle may stand
+    in a sentence, and may have other solutions."""
     text, solution = (pick_text(row, names, where) for names in (QUESTION, GOLD))
-    digits = re.search("[0-4]{8,16}", text)
-    puzzle = digits[0].zfill(SIDE * SIDE) if digits else ""  # a spreadsheet drops the zeros that a puzzle begins with
-    if EMPTY not in puzzle or solution not in solutions(puzzle):
+    cells = len(solution)
+    digits = re.search(rf"[0-9.]{{{cells // 2},{cells}}}", text)
+    # a spreadsheet drops the zeros that a puzzle begins with
+    puzzle = digits[0].replace(".", EMPTY).zfill(cells) if digits else ""
+    if EMPTY not in puzzle or not is_solved(solution) or not all(a in (EMPTY, b) for a, b in zip(puzzle, solution)):
         raise DataError(f"{where}: {solution!r} is no solution of {text!r}, or that has no empty cell")
     return {"question": puzzle, "answer": solution}
 
 
+def is_solved(grid: str) -> bool:
+    """Whether a grid of 16 or 81 digits has each of its digits once in every row, column and box."""
+    side = math.isqrt(len(grid))
+    box = math.isqrt(side)
+    places = [(i // side, i % side) for i in range(len(grid))]
+    seen = {(*unit, d) for (r, c), d in zip(places, grid) for unit in ((r, -1, 0), (-1, c, 0), (r // box, c // box, 1))}
+    return len(grid) in (16, 81) and {*grid} == {*"123456789"[:side]} and len(seen) == 3 * len(grid)
+
+
 def grid_text(digits: str) -> str:
-    """Four lines of four digits with spaces between: one token per cell in most vocabularies."""
-    return "\n".join(" ".join(digits[i : i + SIDE]) for i in range(0, len(digits), SIDE))
+    """Lines of digits with spaces between: one token per cell in most vocabularies."""
+    side = math.isqrt(len(digits))
+    return "\n".join(" ".join(digits[i : i + side]) for i in range(0, len(digits), side))
 
 
 def sudoku_verdict(completion: str, problem: Problem) -> Verdict:
     """cells: the share of the empty cells that are right, less one cell for each clue that was changed.
 
-    The cells are those of four lines of four, "?" for one that holds no digit; of another text the only sixteen digits
-    in a row that are not the puzzle itself. Without a grid, or with several, nothing."""
+    The cells are those of four lines of four (or nine of nine), "?" for one that holds no digit; of another text the
+    only sixteen digits in a row that are not the puzzle itself. Without a grid, or with several, nothing."""
     text, clues = unicodedata.normalize("NFKC", written(completion)), problem["question"]
+    side = math.isqrt(len(clues))
     text = "\n".join(TAGGED.findall(text)) or text
     rows = [line.split(" ") if " " in line else list(line) for line in text.strip("\r\n").splitlines()]
     runs = {re.sub("[^0-9]", "", run) for run in re.findall(r"[0-9\s|,*\[\]+-]+", text)} - {clues}
-    grids = [run for run in runs if len(run) == SIDE * SIDE]
-    if [len(row) for row in rows] == [SIDE] * SIDE:
+    grids = [run for run in runs if len(run) == len(clues)]
+    if [len(row) for row in rows] == [side] * side:
         grids = ["".join(cell if re.fullmatch("[0-9]", cell) else "?" for row in rows for cell in row)]
     if len(grids) != 1:
         return Verdict(None, {"cells": 0.0}, 0.0)
@@ -942,9 +956,9 @@ def sudoku_verdict(completion: str, problem: Problem) -> Verdict:
 
 
 def sudoku_ceiling(problem: Problem) -> float:
-    """The best expected share of right cells, 1 for a puzzle with one solution: each empty cell gets the digit that
-    most of the puzzle's solutions have there, which is Bayes given the clues."""
-    cells = zip(*solutions(problem["question"]))
+    """The best expected share of right cells, 1 for a puzzle with one solution, as 9 x 9 ones have: each empty cell
+    gets the digit that most of the puzzle's solutions have there, which is Bayes given the clues."""
+    cells = zip(*solutions(problem["question"]) or [problem["answer"]])
     shares = [max(map(of.count, of)) / len(of) for of, clue in zip(cells, problem["question"]) if clue == EMPTY]
     return sum(shares) / len(shares)
 

@@ -577,6 +577,16 @@ def test_other_files(tmp_path):
     assert [p["question"] for p in load("gsm8k", file)] == ['a\nb, "c"', "d"]
     file.write_text("Puzzle,Solution\n234341221434321,1234341221434321\n")
     assert load("sudoku", file)[0]["question"] == "0234341221434321"
+    nine = "".join(str((3 * r + r // 3 + c) % 9 + 1) for r in range(9) for c in range(9))
+    file.write_text(f"quizzes,solutions\n{nine[:78]}...,{nine}\n")
+    (puzzle,) = load("sudoku", file)
+    assert puzzle == {"question": nine[:78] + "000", "answer": nine} and TASKS["sudoku"].ceiling(puzzle) == 1
+    lines = TASKS["sudoku"].target(puzzle)
+    assert lines.count("\n") == 8 and TASKS["sudoku"].score(lines, puzzle) == 1
+    assert TASKS["sudoku"].score(lines[:-1] + "1", puzzle) == pytest.approx(2 / 3)
+    file.write_text(f"quizzes,solutions\n{nine[:78]}...,{nine[1:]}{nine[0]}\n")
+    with pytest.raises(DataError, match="a.csv, line 2: .* is no solution of"):
+        load("sudoku", file)
     file.write_text("Puzzle,Solution\n1,2,3\n")
     with pytest.raises(DataError, match="a.csv, line 2: expected .*as many fields as the header"):
         load("sudoku", file)
