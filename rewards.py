@@ -955,14 +955,6 @@ def sudoku_verdict(completion: str, problem: Problem) -> Verdict:
     return Verdict(grids[0], {"cells": share}, share)
 
 
-def sudoku_ceiling(problem: Problem) -> float:
-    """The best expected share of right cells, 1 for a puzzle with one solution, as 9 x 9 ones have: each empty cell
-    gets the digit that most of the puzzle's solutions have there, which is Bayes given the clues."""
-    cells = zip(*solutions(problem["question"]) or [problem["answer"]])
-    shares = [max(map(of.count, of)) / len(of) for of, clue in zip(cells, problem["question"]) if clue == EMPTY]
-    return sum(shares) / len(shares)
-
-
 # --- Text to image, in miniature: GenEval's categories on grids of codes ----------------------------------------------
 
 SHAPES = ("circle", "square", "triangle", "star")
@@ -1203,7 +1195,6 @@ class Task(NamedTuple):
     ask: Callable[[Problem], str] = operator.itemgetter("question")  # what the model reads below the instruction
     target: Callable[[Problem], str] = operator.itemgetter("answer")  # what SFT teaches it to write
     blanks: Callable[[Problem], str] | None = None  # the target with other characters where it is to be filled in
-    ceiling: Callable[[Problem], float] | None = None  # the best expected score of one who knows all but the answer
     codebook: int = 0  # how many codes there are, where the completion is an image
     render: Callable[[list[int]], np.ndarray] | None = None  # an image's codes -> its pixels
     category: Callable[[Problem], str] | None = None  # what accuracy is reported by, besides overall
@@ -1264,7 +1255,6 @@ TASKS = {
         ask=lambda problem: "Sudoku:",  # the clues stand in the completion itself
         target=lambda problem: grid_text(problem["answer"]),
         blanks=lambda problem: grid_text(problem["question"]),
-        ceiling=sudoku_ceiling,
         corpus=spelled_sudoku,
         test_draw=3,
     ),

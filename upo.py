@@ -388,7 +388,7 @@ def rules(cfg: Config) -> dict[str, object]:
     update = cfg.minibatch_size * max(cfg.accumulation, 1)
     parts = f"--batch_size {cfg.batch_size} is no multiple of {update}, --minibatch_size x --accumulation"
     few = f"--topk {cfg.topk}: at most {positions} positions are masked at once (--block_length)"
-    many = f"--positions_per_step {cfg.positions_per_step}: from 1 to --topk {cfg.topk}, of which g chooses"
+    many = f"--positions_per_step {cfg.positions_per_step}: from 1 to the K of --ref topk, {cfg.topk}"
     pair = "--eval_only needs --policy, the run directory of a trained policy, and --policy needs --eval_only"
     none = "--ref none has no reference: --init random, --beta 0"
     return {
@@ -491,10 +491,9 @@ def step_weights(cfg: Config, most: list[int], keys) -> Tensor:
     """(B, max of most) float32: 1 / the chance that a step is in an update, 0 where it is not. most: the positions of
     each row, which are its steps unless EOS comes first; keys: as in `unmask`.
 
-    All steps, or with --steps_per_update the first one and, of every `stride` that follow, one at random: stratified
-    like this the chance is 1 / stride exactly, however long the trajectory turns out to be. All passes over a rollout
-    share the draw, so that the features of no other step need be kept.
-    """
+    All steps, or with --steps_per_update the first one and, of every `stride` that follow, one at random: the chance
+    is 1 / stride exactly, however long the trajectory turns out to be. All passes over a rollout share the draw, so
+    that the features of no other step need be kept."""
     rows = []
     for steps, key in zip(most, keys, strict=True):
         row, stride = torch.ones(steps), -(-steps // cfg.steps_per_update) if cfg.steps_per_update else 1
@@ -543,9 +542,8 @@ def unmask(base: FrozenBase, batch, order: Order, cfg: Config, keys, eos_ids, ke
     """Reveal k positions per step and row of a batch of maskgrpo.py's until all are finished -> Trajectories.
 
     keys: B keys of the rows' noise, so that a row's actions depend on no batch; keep: with what updates need. A row
-    that has finished is not computed any more, so a completion costs as many forwards as it has steps; rows that are
-    in the same state, as those of a group are at first, are computed once. The base is not wrapped by DDP: processes
-    need not agree on how many.
+    that has finished is not computed any more; rows in the same state, as those of a group are at first, are computed
+    once. The base is not wrapped by DDP: processes need not agree on how many forwards.
     """
     x, masked = batch.x.clone(), batch.completion.clone()
     unmask_step, length = torch.full_like(x, -1), torch.zeros(len(x), dtype=torch.long, device=x.device)
@@ -564,14 +562,12 @@ def unmask(base: FrozenBase, batch, order: Order, cfg: Config, keys, eos_ids, ke
         state, logits = see(base, x[u], batch.attention[u], candidates[u], cfg)
         # g(a_n | x_n), and pi(x_{n-1} | x_n, a_n) at the chosen positions
         log_g = order.scores(state, logits)  # (U, W)
-        if order.threshold is None:
-            k = log_g.isfinite().sum(1).clamp(max=cfg.positions_per_step)[same]
-        else:
-            k = (log_g > order.threshold).sum(1).clamp(min=1)[same]
+        most = cfg.positions_per_step if order.threshold is None else (log_g > order.threshold).sum(1).clamp(min=1)
+        k = log_g.isfinite().sum(1).clamp(max=most)[same]  # (R,)
         nth = state.candidates.flatten().cumsum(0).view(len(u), -1) - 1  # which of the N candidates
-        at = lambda chosen: logits[nth[same][chosen]]  # noqa: B023
+        logits_at = lambda chosen: logits[nth[same][chosen]]  # noqa: B023
         generators = [for_a[r] for r in rows.tolist()] if order.sampled else None, [for_token[r] for r in rows.tolist()]
-        a, chosen, tokens = reveal(log_g[same], candidates[rows], k, at, cfg.temperature, *generators)
+        a, chosen, tokens = reveal(log_g[same], candidates[rows], k, logits_at, cfg.temperature, *generators)
         if keep:
             record.add(rows, same, length[rows], state, log_g, a, k)
         now = torch.zeros_like(masked).index_put_((rows,), chosen)
@@ -645,7 +641,7 @@ ORDERS: dict[str, tuple[Callable[[Tensor, float], Tensor], bool]] = {
     "topk_random": (lambda log_p, tau: torch.zeros(len(log_p), device=log_p.device), True),  # restricted to top K
     "threshold": (lambda log_p, tau: log_p.amax(1), False),  # max_confidence, as many as are above --threshold
 }
-PASS_AT = (1, 2, 4, 8, 16)
+LUCKY, PASS_AT = ("random", "topk_random"), (1, 2, 4, 8, 16)  # the orders whose pass@N is measured, and at which N
 
 
 def rule(name: str, cfg: Config) -> Order:
@@ -698,8 +694,7 @@ def measure(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Proble
     methods |= {"answer_confidence": answer_confidence(base)} if cfg.corpus == "spelled" else {}
     methods["upo"] = learned(policy, cfg, sampled=False)
     rows = {name: evaluate(run, base, order, problems) for name, order in methods.items()}
-    lucky = ("random", "topk_random") if few else ()
-    return rows, {name: evaluate(run, base, methods[name], few, PASS_AT[-1]) for name in lucky}
+    return rows, {name: evaluate(run, base, methods[name], few, PASS_AT[-1]) for name in LUCKY if few}
 
 
 # --- The run ----------------------------------------------------------------------------------------------------------
@@ -751,7 +746,7 @@ def train_policy(run: Run, base: FrozenBase, g: nn.Module, optimizer, data: dict
 
 
 def figures_of(run: Run, rows: dict, lucky: dict, problems: list[Problem]) -> dict:
-    """The figures of results.json: accuracy, paired differences, pass@N, ceilings, seconds."""
+    """The figures of results.json: accuracy, paired differences, pass@N, seconds."""
     cfg, seconds, most = run.cfg, run.total(), PASS_AT[-1]
     scores = {name: [row["score"] for row in of] for name, of in rows.items()}
     accuracy = {name: rewards.accuracy(of) for name, of in scores.items()}
@@ -762,14 +757,12 @@ def figures_of(run: Run, rows: dict, lucky: dict, problems: list[Problem]) -> di
     nfe = {name: round(sum(row["nfe"] for row in of) / len(of), 4) for name, of in rows.items()}
     groups = lambda of: [[row["score"] for row in of[i : i + most]] for i in range(0, len(of), most)]
     passes = {name: {n: round(rewards.pass_at(groups(of), n), 6) for n in PASS_AT} for name, of in lucky.items()}
-    bayes = lambda: {"bayes": round(sum(map(run.task.ceiling, problems)) / len(problems), 6)}
     seconds["train"] = seconds["rollout"] + seconds["update"]
     return {
         **{"task": cfg.task, "ref": cfg.ref, "seed": cfg.seed, "n": len(problems)},
         "accuracy": {k: {"mean": v["accuracy"], "stderr": v["stderr"], "nfe": nfe[k]} for k, v in accuracy.items()},
         "paired": {k: {"difference": v["accuracy"], "stderr": v["stderr"], "p": p[k]} for k, v in gain.items()},
         "pass_at_n": passes,
-        "ceiling": (bayes() if run.task.ceiling else {}) | {f"best_of_{most}_{k}": v[most] for k, v in passes.items()},
         "seconds": {name: round(seconds[name], 1) for name in ("base", "train", "eval", "total")},
     }
 
@@ -779,8 +772,7 @@ def report(run: Run, rows: dict, lucky: dict, problems: list[Problem], **more) -
     results = figures_of(run, rows, lucky, problems) | more
     lines = [json.dumps({"method": name} | row) + "\n" for name, of in rows.items() for row in of]
     run.write("completions.jsonl", "".join(lines))
-    many = f"{run.cfg.positions_per_step} position{'s' * (run.cfg.positions_per_step > 1)}"
-    lines = [f"{len(problems)} held-out problems, {many} per forward of the base"]
+    lines = [f"{len(problems)} held-out problems, --positions_per_step {run.cfg.positions_per_step}"]
     lines += [f"{'order':<19} accuracy ± stderr   forwards   upo is better by, paired p"]
     for name, a in results["accuracy"].items():
         of = results["paired"].get(name)
@@ -789,8 +781,6 @@ def report(run: Run, rows: dict, lucky: dict, problems: list[Problem], **more) -
     for name, values in results["pass_at_n"].items():
         cells = "  ".join(f"@{n} {value:.3f}" for n, value in values.items())
         lines += [f"pass {cells}   {name}, {min(run.cfg.pass_n, len(problems))} problems"]
-    if "bayes" in results["ceiling"]:
-        lines += [f"ceiling {results['ceiling']['bayes']:.3f}: each cell's most probable digit, given the clues"]
     lines += ["seconds   " + "  ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())]
     run.conclude(results, "\n".join(lines))
 

@@ -86,12 +86,8 @@ def test_generated_problems_have_one_solution(solve):
             assert all(len(solve(p["question"].replace(f" {clue}.", ""))) > 1 for clue in clues)
 
 
-def test_the_ceiling_of_a_sudoku_is_the_best_guess_at_each_cell():
+def test_all_grids_are_there():
     assert sorted(rewards.solved_grids()) == sorted(sudoku("0" * 16)) and len(rewards.solved_grids()) == 288
-    for question, blank in (("1234341221430000", range(12, 16)), ("1234341200000000", range(8, 16))):
-        cells = list(zip(*sudoku(question)))
-        best = sum(max(map(cells[c].count, "1234")) for c in blank) / len(blank) / len(cells[0])
-        assert TASKS["sudoku"].ceiling({"question": question}) == pytest.approx(best)
 
 
 def test_countdown_against_python():
@@ -580,7 +576,7 @@ def test_other_files(tmp_path):
     nine = "".join(str((3 * r + r // 3 + c) % 9 + 1) for r in range(9) for c in range(9))
     file.write_text(f"quizzes,solutions\n{nine[:78]}...,{nine}\n")
     (puzzle,) = load("sudoku", file)
-    assert puzzle == {"question": nine[:78] + "000", "answer": nine} and TASKS["sudoku"].ceiling(puzzle) == 1
+    assert puzzle == {"question": nine[:78] + "000", "answer": nine}
     lines = TASKS["sudoku"].target(puzzle)
     assert lines.count("\n") == 8 and TASKS["sudoku"].score(lines, puzzle) == 1
     assert TASKS["sudoku"].score(lines[:-1] + "1", puzzle) == pytest.approx(2 / 3)
