@@ -357,6 +357,8 @@ def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
     # all that score above a threshold, at least one, and never beyond the block
     order, cfg = upo.Order(scores, sampled=False, threshold=0.5), config_for(block_length=4)
     assert [go([i]).unmask_step[0, 3:8].tolist() for i in range(2)] == [[1, 0, 0, 0, 2], [-1, -1, 1, 0, 0]]
+    order = upo.Order(scores, sampled=False, threshold=9.0)
+    assert [go([i]).unmask_step[0, 3:8].tolist() for i in range(2)] == [[3, 2, 1, 0, 4], [-1, -1, 2, 1, 0]]
 
 
 SMALL = dict(batch_size=8, minibatch_size=4, group_size=2, mu=2, warmup=6, max_grad_norm=0.02, max_steps=5)
@@ -365,7 +367,7 @@ STEPS = {  # each argument of a step has several values
     "topk": dict(kind="llada", lr_decay=True, beta=0.3, clip=0.02, advantage="std", positions_per_step=2)
     | dict(nfe_weight=0.1),
     "softmax_confidence": dict(kind="dream", steps_per_update=3, beta=0.4, clip=0.002, advantage="mean", temperature=0)
-    | dict(accumulation=0),
+    | dict(accumulation=0, positions_per_step=2),
     "max_confidence": dict(kind="llada", beta=0.6, positions_per_step=3, clip=0.05, position_temperature=1.3, warmup=0, temperature=1.2),
 }
 
