@@ -76,6 +76,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -90,6 +91,9 @@ from rewards import DataError as UsageError  # something the caller has to chang
 # --- The paper, 1: the likelihood of a masked diffusion model (Eq. 2) -------------------------------------------------
 
 
+CHUNK = 2**25  # logits that are there at a time when log-probabilities are taken: 128 MiB of float32
+
+
 class Batch(NamedTuple):
     """B prompts, padded on the left, and gen_length columns behind them. x: (B, L) long; attention: (B, L) bool, False
     at padding; completion: (B, L) bool, what the model writes: all of the last columns, or the blanks among them."""
@@ -99,16 +103,71 @@ class Batch(NamedTuple):
     completion: Tensor
 
 
+class ChosenLogProbs(torch.autograd.Function):
+    """log softmax(head(h) / T) of one token per row, without the (N, V) logits; for a head that does not train.
+
+    h (N, D); tokens (N,) long; head: (n, D) -> (n, V), any function, `never` a column whose probability is 0, or None
+    -> (N,). The chunks of n = `rows` rows are taken one after the other. All that a backward needs is the gradient with
+    respect to h, as large as h, so each chunk takes its own while its logits are there, and overwrites them with
+
+        d log p(o) / d logit_v = (1[v = o] - p(v)) / T.
+
+    Left to autograd 4.5 (N, V) tensors live at the peak: logits, logits / T, logsumexp's, gather's gradient, their sum.
+    """
+
+    @staticmethod
+    def forward(ctx, h, tokens, head, temperature: float, never: int | None, rows: int) -> Tensor:
+        log_p, gradients = [], []
+        for part, chosen in zip(h.split(rows), tokens[:, None].split(rows)):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                logits = head(part := part.detach().requires_grad_(ctx.needs_input_grad[0]))
+            p = forbid(logits.detach(), never).div_(temperature)  # the logits' own memory
+            total = p.logsumexp(-1, keepdim=True)
+            log_p.append((p.gather(-1, chosen) - total)[:, 0])
+            if ctx.needs_input_grad[0]:
+                p = p.sub_(total).exp_().neg_().scatter_add_(-1, chosen, torch.ones_like(total)).div_(temperature)
+                gradients += torch.autograd.grad(logits, part, p)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(log_p)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_log_p: Tensor):
+        return of_log_p[:, None] * ctx.saved_tensors[0], None, None, None, None, None
+
+
+def forbid(logits: Tensor, never: int | None) -> Tensor:
+    """Logits (N, V), in place: that of the token `never` is -inf."""
+    if never is not None:
+        logits[:, never] = -torch.inf
+    return logits
+
+
+def plain_log_probs(h, tokens, head, temperature: float, never: int | None) -> Tensor:
+    """What ChosenLogProbs computes, by autograd, which has a trained head's gradient too."""
+    logits = forbid(head(h), never)
+    logits = logits if temperature == 1 else logits / temperature
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def chosen_log_probs(h, tokens, head, temperature: float, never: int | None, rows: int, trains: bool) -> Tensor:
+    """(N,) as above, of a head that trains or not. Of one that does, chunks are computed again in the backward, unless
+    all is one chunk."""
+    if not trains:
+        return ChosenLogProbs.apply(h, tokens, head, temperature, never, rows)
+    once = functools.partial(checkpoint, use_reentrant=False) if len(h) > rows else lambda f, *args: f(*args)
+    parts = zip(h.split(rows), tokens.split(rows))
+    return torch.cat([once(plain_log_probs, *part, head, temperature, never) for part in parts])
+
+
 def token_log_probs(
     model: nn.Module, batch: Batch, hidden: Tensor, scored: Tensor, mask_id: int, temperature=1.0, first_id=0
 ) -> Tensor:
     """log pi(x0^n | c, x_t) where scored (B, L) bool, else 0; (B, L) float32. x_t hides `hidden` (B, L) bool; first_id
     is the token that column 0 of the logits stands for."""
     x_t = batch.x.masked_fill(hidden, mask_id)
-    logits = model(x_t, batch.attention, scored)  # (N, V), at the N scored positions and nowhere else
-    logits = logits if temperature == 1 else logits / temperature
-    chosen = logits.gather(-1, batch.x[scored][:, None] - first_id)[:, 0]
-    log_p = chosen - logits.logsumexp(-1)  # (N,), without a second (N, V) tensor
+    log_p = model(x_t, batch.attention, scored, batch.x[scored] - first_id, temperature)  # (N,), at the scored ones
     return torch.zeros(batch.x.shape, device=log_p.device).masked_scatter(scored, log_p)
 
 
@@ -645,29 +704,41 @@ class MaskedDiffusionModel(nn.Module):
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
-        head, self.first_id, self.codebook = hf.get_output_embeddings(), 0, 0
-        head.register_forward_pre_hook(lambda head, args: (args[0][self.read],))
+        head, self.first_id, self.codebook, never = hf.get_output_embeddings(), 0, 0, self.mask_id
+        project, size = head.forward, config.vocab_size
         if image:
             self.first_id, self.codebook = len(tokenizer), getattr(config, "codebook_size", None) or 0
             self.marks = {word: known.get(word, i) for word, i in IMAGE_MARKS.items()}
             self.pad_id, behind = self.marks["<|pad|>"], self.first_id + self.codebook
             none = f"{self.name} draws no images: its config.json has codebook_size {self.codebook or 'missing'}"
             require({none: self.codebook and max(behind - 1, *self.marks.values()) < config.vocab_size})
-            head.forward = lambda h: nn.functional.linear(h, head.weight[self.first_id : behind].to(h.dtype))
+            project = lambda h: nn.functional.linear(h, head.weight[self.first_id : behind].to(h.dtype))
+            never, size = None, self.codebook  # the codes do not include the mask
 
-    def forward(self, x: Tensor, attention: Tensor, positions: Tensor, rough: bool = False) -> Tensor:
-        """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True.
-        Returns (N, V) float32, row-major, column 0 being token first_id; the mask token's logit is -inf: x0 never
-        holds a mask. rough: in bf16 if --bf16 is on, enough to draw tokens. Else in float32, whatever Accelerate has
+        def read_out(h: Tensor) -> Tensor:
+            """The head, at the positions asked for: logits, or log-probabilities of the tokens asked for."""
+            logits, h = lambda h: project(h).float(), h[self.read]
+            if self.scored is None:
+                return forbid(logits(h), never)
+            trains = any(p.requires_grad for p in head.parameters())
+            return chosen_log_probs(h, self.scored[0], logits, self.scored[1], never, max(CHUNK // size, 1), trains)
+
+        head.forward = read_out
+
+    def forward(
+        self, x: Tensor, attention: Tensor, positions: Tensor, tokens: Tensor | None = None, temperature=1.0, rough=False
+    ) -> Tensor:
+        """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True, row-major.
+        Returns logits (N, V) float32, column 0 being token first_id, or with tokens (N,) long, columns, their
+        log-probabilities at the temperature, (N,) float32. The mask token's logit is -inf: x0 never holds a mask.
+        rough: in bf16 if --bf16 is on, enough to draw tokens. Else in float32, whatever Accelerate has
         set: an update of 3e-6 moves log-probabilities by less than bf16 rounds them, wherever in the network."""
         # Dream reads the prediction of position i at i - 1; position 0 is a prompt's, so nothing wraps round
         self.read = positions.roll(-1, dims=1) if self.shifted else positions
+        self.scored = None if tokens is None else (tokens, temperature)
         place = (attention.cumsum(1) - 1).clamp(min=0) + self.first_position
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and rough):
-            logits = self.hf(input_ids=x, attention_mask=attention.long(), position_ids=place).logits.float()
-        if not self.codebook:
-            logits[:, self.mask_id] = -torch.inf  # in place: (N, V) is the largest tensor of a step
-        return logits
+            return self.hf(input_ids=x, attention_mask=attention.long(), position_ids=place).logits
 
     def prompt_ids(self, task, problem: Problem) -> list[int]:
         """The ids in front of a problem's completion: the chat template's, up to where the model answers; plain lines

@@ -26,9 +26,10 @@ class Enumerable(nn.Module):
         self.bias = nn.Parameter(torch.randn(length, words, generator=g))
         self.mix = nn.Parameter(torch.randn(length, words + 1, length, words, generator=g) * float(context))
 
-    def forward(self, x, attention, positions):
+    def forward(self, x, attention, positions, tokens=None, temperature=1.0):
         features = nn.functional.one_hot(x, self.mix.shape[1]).float()
-        return (self.bias + torch.einsum("blw,lwmv->bmv", features, self.mix))[positions]
+        logits = (self.bias + torch.einsum("blw,lwmv->bmv", features, self.mix))[positions]
+        return logits if tokens is None else m.plain_log_probs(logits, tokens, lambda h: h, temperature, None)
 
     def slow(self, row):
         """log-probabilities (L, words) for one row, by loops."""

@@ -58,6 +58,23 @@ def test_elbo_loss_is_the_mean_of_ell_per_token_on_its_masks():
     torch.testing.assert_close(m.elbo_loss(model, batch_of(rows), r, u, MASK), by_hand)
 
 
+@pytest.mark.parametrize("rows, never, temperature", [(1, None, 1.0), (3, 4, 0.7), (9, 4, 1.3)])
+def test_log_probabilities_in_chunks_have_the_plain_values_and_gradients(rows, never, temperature):
+    """In float64, against log_softmax, and by finite differences; of a head that trains, those of its weights too."""
+    g = torch.Generator().manual_seed(0)
+    h, w, b = (torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((7, 5), (11, 5), (11,)))
+    tokens, head, upstream = torch.tensor([0, 3, 10, 3, 1, 9, 5]), lambda h: h @ w.T + b, torch.linspace(-1, 2, 7)
+    forbidden = torch.zeros(11).index_fill(0, torch.tensor([never or 0]), -torch.inf * (never or 0) if never else 0.0)
+    by_hand = ((head(h) + forbidden) / temperature).log_softmax(1)[range(7), tokens]
+    expected = torch.autograd.grad((by_hand * upstream).sum(), (h, w, b))
+    for trains, of in ((False, (h,)), (True, (h, w, b))):
+        got = m.chosen_log_probs(h, tokens, head, temperature, never, rows, trains)
+        torch.testing.assert_close(got, by_hand)
+        torch.testing.assert_close(torch.autograd.grad((got * upstream).sum(), of), expected[: len(of)])
+    frozen = lambda h: m.ChosenLogProbs.apply(h, tokens, lambda h: h @ w.detach().T, temperature, never, rows)
+    assert torch.autograd.gradcheck(frozen, h)
+
+
 def eq_9(one, two, t, dt):
     """(E[left side] / dt, E[right side]) of Eq. 9 by enumeration of x_{t+dt} and of what is revealed in between."""
     left = right = 0.0
@@ -153,7 +170,7 @@ def test_a_trace_replays_the_states_that_the_rollout_saw():
     """With a slice per step; also around an EOS, behind which tokens may stand that were revealed before it."""
     table, seen, behind = torch.randn(6, 8, 8, 5, generator=torch.Generator().manual_seed(0)), [], 0
 
-    def pi(x, attention, positions):
+    def pi(x, attention, positions, *_):
         seen.append(x.clone())
         return table[x, torch.arange(8)].mean(1)[positions]
 
@@ -334,6 +351,31 @@ def test_masked_lm_checkpoints_load_as_they_are(kind, pad, tmp_path, bpe):
     left = lambda v, fill: torch.cat([torch.full((1, 5), fill), v], 1)  # padded
     got, expected = model(left(X, pad), left(ALL, False), left(at, False)), reference(input_ids=X).logits[0, 2:]
     torch.testing.assert_close(no_masks(got, model), no_masks(expected, model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("kind", ["llada", "dream", "Roberta", "ModernBert", "t2i"])
+def test_tokens_have_the_log_probabilities_of_the_logits(kind, lora, request, bpe, tmp_path, monkeypatch):
+    """And their gradients, in chunks of three positions, with a head that trains or not, through checkpointed layers."""
+    pytest.importorskip("peft")
+    if kind[0].isupper():
+        masked_lm(kind, 0, tmp_path, bpe)
+    if kind == "t2i":
+        m.tiny_model(["a photo"], 0, kind).save(tmp_path)
+    path = request.getfixturevalue(kind) if kind in ("llada", "dream") else tmp_path
+    model = load(path, trainable=True, lora=lora, task=kind if kind == "t2i" else "gsm8k", gradient_checkpointing=True)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
+    at, tokens, temperature = ALL.clone(), torch.tensor([5, 30, 8, 12, 44, 0, 17]), 0.7
+    at[0, :2] = False
+    x = X.clamp(max=model.hf.config.vocab_size - 1)
+    plain = (model.train()(x, ALL, at) / temperature).log_softmax(-1)[range(7), tokens]
+    monkeypatch.setattr(m, "CHUNK", 3 * model.hf.config.vocab_size if kind != "t2i" else 3 * model.codebook)
+    got, of = model(x, ALL, at, tokens, temperature), [p for p in model.parameters() if p.requires_grad]
+    torch.testing.assert_close(got, plain, atol=1e-6, rtol=1e-6)
+    one, two = (torch.autograd.grad(v.square().sum(), of) for v in (got, plain))
+    assert all((a - b).norm() < 1e-5 * max(map(torch.norm, two)) for a, b in zip(one, two, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["llada", "dream", "Roberta", "ModernBert"])
