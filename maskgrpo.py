@@ -59,6 +59,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -260,15 +261,14 @@ def mask_noise(cfg: "Config", o: Rollouts, step: int, j: int) -> tuple[Tensor, T
     return u, u_ratio
 
 
-def remasked_log_probs(cfg: "Config", pi: nn.Module, base, o: Rollouts, step: int, j: int) -> tuple[Tensor, Remask]:
-    """(token log-probabilities (B, L) of o under pi on the masks of update j, and these masks). remask.py has t_j and
-    the schemes; the tail behind EOS is hidden but for what a trace shows. base: the bare model, which knows its ids."""
+def remasked(cfg: "Config", o: Rollouts, step: int, j: int) -> tuple[Tensor, Remask]:
+    """(what x_t hides (B, L) bool, the masks) of update j: remask.py has t_j and the schemes; the tail behind EOS is
+    hidden too, but for what a trace shows."""
     noise = mask_noise(cfg, o, step, j)[0], mask_noise(cfg, o, step, 0)[1]
     u, u_ratio = (v.to(o.completion.device) for v in noise)
     prompt, tail = o.batch.attention & ~o.batch.completion, o.batch.completion & ~o.completion
     masks = remask.by_name(cfg.remask, o.completion, prompt, o.unmask_step, u, u_ratio, j, cfg.mu, cfg.gamma)
-    hidden = masks.masked | (tail & (o.unmask_step < 0) if cfg.remask in remask.TRACES else tail)
-    return token_log_probs(pi, o.batch, hidden, masks.scored, base.mask_id, cfg.temperature, base.first_id), masks
+    return masks.masked | (tail & (o.unmask_step < 0) if cfg.remask in remask.TRACES else tail), masks
 
 
 # --- The paper, 4: the objective --------------------------------------------------------------------------------------
@@ -316,28 +316,30 @@ def train_step(run: "Run", policy: nn.Module, base, reference: Callable, optimiz
     yields pi_ref; problems: what prompts are taken from. The rest of the file only prepares these.
     """
     cfg, experience, rollouts, updates = run.cfg, [], [], []
-    log_probs = lambda pi, o, j: remasked_log_probs(cfg, pi, base, o, step, j)
+    ids = base.mask_id, cfg.temperature, base.first_id
+    log_probs = lambda pi, o, hidden, masks: token_log_probs(pi, o.batch, hidden, masks.scored, *ids)
     for micro in range(cfg.accumulation):
         # Sample a group o_1 ... o_G ~ pi_old(. | c) of each prompt c, and reward it: r_i. pi_old is pi_theta as of now.
         o, r, metrics = sample_groups(run, policy, base, problems, step, micro)
         # A_i = (r_i - mean r) / std r
         A = group_advantages(r, cfg.group_size, cfg.advantage).to(run.device)
-        # Log-probabilities under pi_old and pi_ref of what each of the mu masks hides.
+        # Re-mask: o^{t_j} ~ Rev(o, t_j, S_j), and log pi_old and log pi_ref of what each of the mu masks hides
+        views = {j: remasked(cfg, o, step, j) for j in range(1, cfg.mu + 1)}
         with torch.no_grad():  # at j = 1 pi_old is pi_theta itself
-            old = {j: log_probs(policy, o, j)[0] for j in range(2, cfg.mu + 1)}
-        ref = dict.fromkeys(range(1, cfg.mu + 1))
+            old = {j: log_probs(policy, o, *views[j]) for j in range(2, cfg.mu + 1)}
+        ref = dict.fromkeys(views)
         if cfg.beta:
             with reference() as pi_ref:
-                ref = {j: log_probs(pi_ref, o, j)[0] for j in ref}
-        experience.append((o, A, old, ref))
+                ref = {j: log_probs(pi_ref, o, *views[j]) for j in views}
+        experience.append((o, A, views, old, ref))
         rollouts.append(metrics)
     policy.train()
     for j in range(1, cfg.mu + 1):
         losses = []
-        for o, A, old, ref in experience:
+        for o, A, views, old, ref in experience:
             with run.accelerator.accumulate(policy):
-                # Re-mask: o^{t_j} ~ Rev(o, t_j, S_j), and log pi_theta of what is hidden
-                log_p, masks = log_probs(policy, o, j)
+                # log pi_theta of what is hidden
+                log_p, masks = log_probs(policy, o, *views[j]), views[j][1]
                 # Eq. 9 and 10 -> -(1/G) sum_i (A_i rho_i - beta D_i) / |o_i|
                 lengths, pi_old = o.completion.sum(1).float(), old.get(j, log_p.detach())
                 loss, metrics = policy_loss(
@@ -435,7 +437,7 @@ class Config(Common):
     decoder: str = flag("showlab/magvitv2", "MAGVIT-v2's weights: a file, a folder or a hub id")
     pass_k: int = flag(0, "samples per problem for pass@k at --temperature, 0: greedy only")
     lora: int = flag(0, "LoRA rank (alpha = rank / 2), the authors have 128; 0: train all weights")
-    gradient_checkpointing: bool = flag(True, "recompute activations to save memory")
+    gradient_checkpointing: bool = flag(True, "recompute activations to save memory; with LoRA it is off")
     sft_steps: int = flag(0, "with --model: steps of supervised ELBO training before RL (SFT + MaskGRPO)")
     sft_batch_size: int = flag(8, "sequences per process and step of ELBO training")
     sft_lr: float = flag(1e-5, "AdamW learning rate of ELBO training")
@@ -472,7 +474,8 @@ def tables(cfg: Config) -> list[dict]:
     """Where a run's defaults come from: its model, its method, its task; the last one wins."""
     of_model, of_task = (TINY, TINY_TASK) if cfg.tiny() else ({}, TASK)
     image = dict(sampler="maskgit") | OF_IMAGES.get(cfg.method, {}) if TASKS[cfg.task].codebook else {}
-    return [of_model, METHODS[cfg.method], image, of_task.get(cfg.task, {})]
+    adapted = {"gradient_checkpointing": False} if cfg.lora or (cfg.model and resolve(cfg.model)[1]) else {}
+    return [of_model, adapted, METHODS[cfg.method], image, of_task.get(cfg.task, {})]
 
 
 def require(rules: dict[str, object]) -> None:
@@ -636,17 +639,36 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
     return MaskedDiffusionModel(hf, tokenizer, bool(TASKS[cfg.task].codebook), cfg.bf16)
 
 
+class Widened(torch.autograd.Function):
+    """x W^T in the precision of x, of a frozen W in bf16, which the backward widens again: kept wide from the forward
+    to there, LLaDA's weights would take 28 GiB."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return nn.functional.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, of_y: Tensor):
+        return of_y @ ctx.saved_tensors[0].to(of_y.dtype), None
+
+
 def in_bf16(hf: nn.Module) -> None:
     """Let a model that was loaded in bf16 compute in float32 where autocast is off. The weights of its linear layers,
     nearly all, stay bf16, and become float32 for the length of a product; norms, biases and embeddings become float32,
     and with them the residual stream."""
 
     def widened(layer: nn.Linear, x: Tensor) -> Tensor:
-        rough = torch.is_autocast_enabled(x.device.type)
-        return nn.functional.linear(x, layer.weight if rough else layer.weight.to(x.dtype), layer.bias)
+        if torch.is_autocast_enabled(x.device.type):  # rough
+            return nn.functional.linear(x, layer.weight, layer.bias)
+        y = Widened.apply(x, layer.weight)
+        return y if layer.bias is None else y + layer.bias
 
     tied = {module.weight for module in hf.modules() if isinstance(module, nn.Embedding)}
-    layers = [module for module in hf.modules() if type(module) is nn.Linear]
+    frozen = lambda module: (
+        type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
+    )  # an adapter's are float32
+    layers = [module for module in hf.modules() if frozen(module)]
     for p in set(hf.parameters()) - ({layer.weight for layer in layers} - tied):
         p.data = p.data.float()
     for layer in layers:
@@ -725,9 +747,7 @@ class MaskedDiffusionModel(nn.Module):
 
         head.forward = read_out
 
-    def forward(
-        self, x: Tensor, attention: Tensor, positions: Tensor, tokens: Tensor | None = None, temperature=1.0, rough=False
-    ) -> Tensor:
+    def forward(self, x: Tensor, attention: Tensor, positions: Tensor, tokens=None, temperature=1.0, rough=False):
         """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True, row-major.
         Returns logits (N, V) float32, column 0 being token first_id, or with tokens (N,) long, columns, their
         log-probabilities at the temperature, (N,) float32. The mask token's logit is -inf: x0 never holds a mask.
@@ -982,6 +1002,17 @@ class Run:
         return step
 
 
+def take_the_cores() -> None:
+    """For a process that is alone on a CPU. `accelerate launch` gives it one thread, by OMP_NUM_THREADS: it takes them
+    all, unless the launcher itself was started with that variable or with --num_cpu_threads_per_process."""
+    launcher = Path(f"/proc/{os.getppid()}")  # of Linux
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and (launcher / "environ").is_file()
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        given = (launcher / "environ").read_bytes() + (launcher / "cmdline").read_bytes()
+        if b"OMP_NUM_THREADS=" not in given and b"--num_cpu_threads" not in given:
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
 def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
     """(the run, its problems by split): data, Accelerate, the run directory and the first lines. An earlier run in the
     directory is moved aside, never overwritten. Raises UsageError."""
@@ -992,6 +1023,8 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
     kind = accelerator.distributed_type.value
     require({f"accelerate: {kind} is not supported; use MULTI_GPU (DDP)": kind in ("NO", "MULTI_CPU", "MULTI_GPU")})
     run = Run(cfg, accelerator)
+    if run.world == 1 and run.device.type == "cpu":
+        take_the_cores()
     if run.main:
         if not cfg.resume and (run.path / "config.json").exists():
             aside = (run.path.with_name(f"{run.path.name}.old{n}") for n in itertools.count(1))
@@ -1017,8 +1050,15 @@ def roll_out(run: Run, model, base, problems: list[Problem], keys, temperature: 
     """One completion per problem. keys: B keys of the rows' noise. `model` is the wrapped model: every process makes
     the same number of forwards, so nothing is unwrapped."""
     cfg, batch = run.cfg, base.open_batch(run.task, problems, run.cfg.gen_length, run.device)
-    with_prompt = lambda x, positions: model(x, batch.attention, positions, rough=True)
-    without_prompt = lambda x, positions: model(*base.unprompted(batch, x), positions, rough=True)
+
+    def ask(x: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+        """Rows that have ended, where nothing is read, are not computed. One row stays: another process may go on."""
+        rows = positions.any(1)
+        rows[0] |= ~rows.any()
+        return model(x[rows], attention[rows], positions[rows], rough=True)
+
+    with_prompt = lambda x, positions: ask(x, batch.attention, positions)
+    without_prompt = lambda x, positions: ask(*base.unprompted(batch, x), positions)
     ends, options = base.ends_of(run.task), dict(temperature=temperature, everyone=run.everyone)
     if base.codebook:
         options |= dict(steps=cfg.steps, schedule="cosine", first_id=base.first_id)

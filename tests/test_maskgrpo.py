@@ -182,7 +182,8 @@ def test_a_trace_replays_the_states_that_the_rollout_saw():
         o = m.Rollouts(m.Batch(out.x, x == 5, x == 5), completion, out.unmask_step, torch.zeros(1).long(), 0, [])
         cfg = dataclasses.replace(m.parse([]), remask="trace", mu=out.forwards, gen_length=8)
         for j in range(1, out.forwards + 1):
-            m.remasked_log_probs(cfg, pi, SimpleNamespace(mask_id=5, first_id=0), o, 0, j)
+            hidden, masks = m.remasked(cfg, o, 0, j)
+            m.token_log_probs(pi, o.batch, hidden, masks.scored, 5)
         assert all(map(torch.equal, seen, states)) and len(seen) == len(states)
         behind, seen = behind + bool(((out.unmask_step >= 0) & ~completion).any()), []
     assert behind > 5
@@ -269,6 +270,23 @@ def test_two_training_steps_equal_a_loop_by_hand(scheme, problem_file, tmp_path,
         prompts += [tuple(row.prompt) for row in rows]
     assert len(prompts) == 16 and len(set(prompts)) == 8  # 2 of each: no problem comes twice
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_rows_that_have_ended_are_not_computed_and_draw_what_they_drew(problem_file):
+    """One row stays while another process goes on. Each row equals the same row alone, which nothing is left out of."""
+    problems, sizes = rewards.TASKS["gsm8k"].load(str(problem_file), "train")[:8], []
+    base, asked = m.tiny_model([p["question"] + "\n" + p["answer"] for p in problems], 0), itertools.count()
+    base.eos_ids += range(10, len(base.tokenizer), 9)
+    run = SimpleNamespace(cfg=m.parse(["--block_length", "8", "--tokens_per_step", "1"]), task=rewards.TASKS["gsm8k"])
+    vars(run).update(device="cpu", everyone=lambda done: done and next(asked) % 3 == 2)
+    model = lambda x, *args, **how: sizes.append(len(x)) or base(x, *args, **how)
+    o = m.roll_out(run, model, base, problems, [(0, i) for i in range(8)], 1.0)
+    took = o.unmask_step.amax(1) + 1
+    assert sizes == [max(int((took > n).sum()), 1) for n in range(o.forwards)] and o.forwards == took.max() + 2
+    assert took.min() < took.max() - 2
+    for i, problem in enumerate(problems):
+        alone = m.roll_out(run, base, base, [problem], [(0, i)], 1.0)
+        assert alone.texts == o.texts[i : i + 1] and torch.equal(alone.unmask_step[0, -16:], o.unmask_step[i, -16:])
 
 
 @pytest.mark.parametrize("codebook", [0, 64])
@@ -395,7 +413,11 @@ def test_bf16_weights_have_the_log_ratios_of_float32(kind, request, bpe, tmp_pat
         with torch.autocast("cpu", torch.bfloat16):  # as Accelerate wraps the policy
             return torch.stack([ell(plain), ell(narrow), ell(narrow, rough=True)])
 
-    old = all_three()
+    kept, old = [], all_three()
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
+        ell(narrow)
+    wide = {shape for p in narrow.parameters() if p.dtype == torch.bfloat16 for shape in (p.shape, p.shape[::-1])}
+    assert not any(v.dtype == torch.float32 and v.shape in wide for v in kept)  # widened weights are not kept
     old[1, :, 5].sum().backward()
     optimizer.step()
     exact, here, rough = (all_three() - old).detach()
@@ -664,6 +686,22 @@ BAD = {
     "--batch_size 20 --group_size 8": "--batch_size 20 .*--group_size 8", "--lora 4": "--lora and --sft_steps need",
     "--resume --output_dir /nowhere": "--resume.*no run", "--sampler emerge": "--sampler emerge: not for --task gsm8k",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "omp, flag, threads", [(None, "", None), ("1", "", 1), (None, "--num_cpu_threads_per_process", 1)]
+)
+def test_a_process_that_is_launched_alone_takes_the_cores_unless_told(omp, flag, threads, monkeypatch):
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | ({"OMP_NUM_THREADS": omp} if omp else {})
+    code = "import sys; sys.stdin.read()"
+    launcher = subprocess.Popen([sys.executable, "-c", code, flag], env=env, stdin=subprocess.PIPE)
+    monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+    for name, value in {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(name, value)
+    seen = spied(monkeypatch, torch, "set_num_threads", "set")
+    m.take_the_cores()
+    launcher.communicate()
+    assert seen == ([] if threads else [(len(os.sched_getaffinity(0)),)])
 
 
 @pytest.mark.parametrize("argv", BAD)
