@@ -111,7 +111,7 @@ def reveal(log_g: Tensor, candidates: Tensor, logits_at: Callable, temperature: 
     logits = logits_at(a)
     if temperature > 0:
         chosen = torch.zeros_like(candidates).scatter_(1, a[:, None], True)
-        noise = exponential_noise(chosen, logits.shape[1], for_token)
+        noise = exponential_noise(chosen, 1, for_token)[:, 0]
     return a, draw(logits, temperature, noise)
 
 
