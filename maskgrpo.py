@@ -363,6 +363,8 @@ METHODS = {
     "truncation": dict(remask="uniform", gamma=0.6, managed_randomness=True, advantage="std"),  # the paper's ablation
     "rotated-trace": dict(remask="rotated_trace", gamma=0.0, managed_randomness=False, advantage="std"),  # of no paper
 }
+# What of a text is computed in a block's first forward alone: nothing, what stands before the block, all around it.
+CACHES = ("off", "prefix", "dual")
 # What two of them have instead where the completion is an image; the sampler of the others is maskgit.
 OF_IMAGES = {"maskgrpo": dict(remask="uniform", gamma=0.8, sampler="emerge"), "truncation": dict(gamma=0.8)}
 
@@ -429,6 +431,7 @@ class Config(Common):
     sampler: str = flag("semi_autoregressive", "text has this one, images the others", choices=tuple(SAMPLERS))
     tokens_per_step: int = flag(2, "tokens of a text revealed per step")
     eos_last: bool = flag(False, "EOS waits until the rest of its block is filled")
+    cache: str = flag("off", "text: computed once per block, before it or all around; approximate", choices=CACHES)
     steps: int = flag(12, "steps of an image")
     gumbel: float = flag(1.0, "maskgit: weight of the noise of its choice; MaskGIT's own is 4.5")
     gumbel_decay: str = flag("compounding", "maskgit: how that falls; MaskGIT's own is linear", choices=tuple(DECAYS))
@@ -618,13 +621,14 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
             import peft
     with in_one_line(f"--model {base}: cannot be loaded"):
         hf, tokenizer = load_published(base, torch.bfloat16 if cfg.bf16 and frozen else torch.float32)
+    known = isinstance(hf, LlamaForCausalLM | Qwen2ForCausalLM)
+    require({f"--cache {cfg.cache}: {base} keeps none; for models in Llama's shape": known or cfg.cache == "off"})
     if adapter:
         with in_one_line(f"--model {adapter}: the adapter does not fit {base}"), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")
             hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
     elif fresh:
         # the authors' targets; a base of another family has all of its linear layers adapted
-        known = isinstance(hf, LlamaForCausalLM | Qwen2ForCausalLM)
         targets = ["q_proj", "k_proj", "v_proj", "up_proj"] if known else "all-linear"
         settings = dict(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules=targets)
         with torch.random.fork_rng(devices=[]):
@@ -747,18 +751,26 @@ class MaskedDiffusionModel(nn.Module):
 
         head.forward = read_out
 
-    def forward(self, x: Tensor, attention: Tensor, positions: Tensor, tokens=None, temperature=1.0, rough=False):
+    def forward(
+        self, x, attention: Tensor, positions, tokens=None, temperature=1.0, rough=False, past=None, window=None
+    ) -> Tensor:
         """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True, row-major.
         Returns logits (N, V) float32, column 0 being token first_id, or with tokens (N,) long, columns, their
         log-probabilities at the temperature, (N,) float32. The mask token's logit is -inf: x0 never holds a mask.
         rough: in bf16 if --bf16 is on, enough to draw tokens. Else in float32, whatever Accelerate has
-        set: an update of 3e-6 moves log-probabilities by less than bf16 rounds them, wherever in the network."""
+        set: an update of 3e-6 moves log-probabilities by less than bf16 rounds them, wherever in the network.
+        past: transformers' cache, which is filled; with window (L,) bool it holds what is outside of that, and x and
+        positions are the window's."""
         # Dream reads the prediction of position i at i - 1; position 0 is a prompt's, so nothing wraps round
         self.read = positions.roll(-1, dims=1) if self.shifted else positions
         self.scored = None if tokens is None else (tokens, temperature)
-        place = (attention.cumsum(1) - 1).clamp(min=0) + self.first_position
+        place, cache = (attention.cumsum(1) - 1).clamp(min=0) + self.first_position, {}
+        if past is not None:
+            cache = dict(past_key_values=past, use_cache=True)
+        if window is not None:  # keys and values need no order: their places are in them
+            place, attention = place[:, window], torch.cat([attention[:, ~window], attention[:, window]], dim=1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and rough):
-            return self.hf(input_ids=x, attention_mask=attention.long(), position_ids=place).logits
+            return self.hf(input_ids=x, attention_mask=attention.long(), position_ids=place, **cache).logits
 
     def prompt_ids(self, task, problem: Problem) -> list[int]:
         """The ids in front of a problem's completion: the chat template's, up to where the model answers; plain lines
@@ -1046,19 +1058,43 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
 # --- Rollouts and evaluation ------------------------------------------------------------------------------------------
 
 
+def asking(model: nn.Module, view: Callable, cache: str, shifted: bool) -> Callable:
+    """A sampler's `denoise`; view(x) -> (x, attention) of the model. Rows that have ended, where nothing is read, are
+    not computed. One row stays: another process may go on.
+
+    With a cache a block's first forward is as without, and keeps keys and values. The next ones compute the block, and
+    with "prefix" what is behind it. It is approximate in these, from the second layer on: there the keys and values of
+    the columns that are not computed would know the block's new tokens, and those kept know its masks. The places read
+    in the first forward are the block; where rows are in blocks of their own, from the first of them to the last.
+    """
+    past, block, rows, window = None, range(0), None, None
+
+    def denoise(x: Tensor, positions: Tensor) -> Tensor:
+        nonlocal past, block, rows, window
+        (x, attention), here = view(x), positions.any(0).nonzero()[:, 0].tolist()
+        if past is not None and all(i in block for i in here):
+            seen = x[rows][:, window], attention[rows], positions[rows][:, window]
+            logits = model(*seen, rough=True, past=past, window=window)
+            past.crop(-int(window.sum()))
+            return logits
+        rows = positions.any(1)
+        rows[0] |= ~rows.any()
+        past = transformers.DynamicCache() if cache != "off" else None
+        logits = model(x[rows], attention[rows], positions[rows], rough=True, past=past)
+        if past is not None:
+            block, place = range(here[0], here[-1] + 1), torch.arange(x.shape[1], device=x.device)
+            window = (place >= here[0] - shifted) & (place < (block.stop if cache == "dual" else x.shape[1]))
+            for layer in past.layers:
+                layer.keys, layer.values = layer.keys[:, :, ~window], layer.values[:, :, ~window]
+        return logits
+
+    return denoise
+
+
 def roll_out(run: Run, model, base, problems: list[Problem], keys, temperature: float) -> Rollouts:
     """One completion per problem. keys: B keys of the rows' noise. `model` is the wrapped model: every process makes
     the same number of forwards, so nothing is unwrapped."""
     cfg, batch = run.cfg, base.open_batch(run.task, problems, run.cfg.gen_length, run.device)
-
-    def ask(x: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-        """Rows that have ended, where nothing is read, are not computed. One row stays: another process may go on."""
-        rows = positions.any(1)
-        rows[0] |= ~rows.any()
-        return model(x[rows], attention[rows], positions[rows], rough=True)
-
-    with_prompt = lambda x, positions: ask(x, batch.attention, positions)
-    without_prompt = lambda x, positions: ask(*base.unprompted(batch, x), positions)
     ends, options = base.ends_of(run.task), dict(temperature=temperature, everyone=run.everyone)
     if base.codebook:
         options |= dict(steps=cfg.steps, schedule="cosine", first_id=base.first_id)
@@ -1067,7 +1103,8 @@ def roll_out(run: Run, model, base, problems: list[Problem], keys, temperature: 
         options |= dict(block_length=cfg.block_length, tokens_per_step=cfg.tokens_per_step, eos_last=cfg.eos_last)
         options |= dict(eos_ids=ends, pad_id=base.pad_id)
     options["generator"] = [seeded(*key, device=run.device) for key in keys]
-    denoise = guided(with_prompt, without_prompt, cfg.guidance)
+    views = (lambda x: (x, batch.attention)), functools.partial(base.unprompted, batch)
+    denoise = guided(*(asking(model, view, cfg.cache, base.shifted) for view in views), cfg.guidance)
     done = SAMPLERS[cfg.sampler](denoise, batch.x, batch.completion, **options)
     batch, completion = batch._replace(x=done.x), through_eos(done.x, batch.completion, ends)
     texts = base.texts(batch, completion, cfg.gen_length)
@@ -1205,16 +1242,23 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     return str(kept), False
 
 
-def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel, path: str) -> Callable:
-    """pi_ref, the policy before RL, as a context that yields a model: the base with its fresh adapter off, or a frozen
-    copy. Without gradients, in the precision of the policy itself, so that equal weights give a KL of 0."""
-    needed = run.cfg.beta and not (run.cfg.lora and resolve(path)[1] is None)  # an adapter of --model is part of pi_ref
-    copy = load_model(path, run.cfg, trainable=True).to(run.device).eval().requires_grad_(False) if needed else None
+def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel) -> Callable:
+    """pi_ref, the policy as it is now, as a context that yields a model: with a fresh adapter (--lora) the base without
+    it, else the policy with copies of the weights that train. One base, and the policy's own precision and kernels, so
+    that equal weights give a KL of 0; no gradients."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    held = [p.detach().clone() for p in trained] if run.cfg.beta and not run.cfg.lora else []
+
+    def exchange() -> None:
+        for p, other in zip(trained, held):
+            p.data, other.data = other.data, p.data
 
     @contextlib.contextmanager
     def reference() -> Iterator[nn.Module]:
-        with torch.no_grad(), contextlib.nullcontext() if copy else base.hf.disable_adapter():
-            yield copy or policy
+        with torch.no_grad(), base.hf.disable_adapter() if run.cfg.lora else contextlib.nullcontext():
+            exchange()
+            yield policy
+            exchange()
 
     return reference
 
@@ -1266,6 +1310,7 @@ def main(argv: list[str] | None = None) -> None:
     rules = {
         f"--gamma {cfg.gamma}: at least 0 and below 1": 0 <= cfg.gamma < 1,
         f"--sampler {cfg.sampler}: not for --task {cfg.task}": image == (cfg.sampler != "semi_autoregressive"),
+        f"--cache {cfg.cache}: of texts": not image or cfg.cache == "off",
         "--rewards scores images: --task t2i": image or not cfg.rewards,
         "--eval_only, --lora and --sft_steps need --model": cfg.model or not cfg.eval_only + cfg.lora + cfg.sft_steps,
         f"--lora {cfg.lora}: {adapter} is an adapter already, and trains as it is": not (cfg.lora and adapter),
@@ -1291,7 +1336,7 @@ def main(argv: list[str] | None = None) -> None:
     base.check_solution(run.task, data["train"])
     policy, optimizer = run.prepare(base, cfg.weight_decay, cfg.accumulation)
     before = measure(run, policy, base, data, "before")
-    train_policy(run, policy, base, reference_of(run, policy, base, path), optimizer, data)
+    train_policy(run, policy, base, reference_of(run, policy, base), optimizer, data)
     after = measure(run, policy, base, data, "after")
     if run.main:
         base.save(run.path / "model")

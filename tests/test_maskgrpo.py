@@ -233,7 +233,10 @@ def test_two_training_steps_equal_a_loop_by_hand(scheme, problem_file, tmp_path,
     run.accelerator.gradient_accumulation_steps = cfg.accumulation
     trained = {name: p.detach().clone().requires_grad_() for name, p in policy.hf.named_parameters() if p.requires_grad}
     policy, optimizer = run.accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=9.0))
-    reference, prompts = m.reference_of(run, policy, policy, str(path)), []
+    own, prompts = {name: v.clone() for name, v in policy.state_dict().items()}, []
+    policy.load_state_dict(own if cfg.lora else other.state_dict())
+    reference = m.reference_of(run, policy, policy)
+    policy.load_state_dict(own)
 
     def logits_of(weights, x):
         out = torch.func.functional_call(twin, merged(twin, weights), kwargs=dict(input_ids=torch.tensor([x])))
@@ -348,6 +351,30 @@ def test_native_models_equal_an_independent_forward_padded_or_saved(kind, reques
     for of in (model, again):
         assert (of.mask_id, of.pad_id, of.end_id) == (ids("<|mdm_mask|>"), bpe.pad_token_id, ids("<|eot_id|>"))
         assert of.eos_ids == sorted(ids(["<|endoftext|>", "<|eot_id|>"]))
+
+
+@pytest.mark.parametrize("kind", ["llada", "dream"])
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cache_keeps_what_stands_around_the_block(kind, cache, request):
+    """Of one layer, whose keys know their own tokens alone, everything is exact; of two only a block's first forward.
+    Blocks of 4 behind a prompt of 5 with padding; a row ends in the first block; Dream reads one place before."""
+    deep, shallow = (load(request.getfixturevalue(kind)) for _ in range(2))
+    del shallow.hf.model.layers[1:]
+    attention, start, sizes = torch.ones(3, 17, dtype=torch.bool), torch.randint(40, 90, (3, 17)), []
+    attention[0, :2], start[:, 5:] = False, deep.mask_id
+    for model, close in ((shallow, [1] * 4), (deep, [1, 0, 1, 0])):
+        spy = lambda x, *args, of=model, **how: sizes.append(tuple(x.shape)) or of(x, *args, **how)
+        asks = [m.asking(spy, lambda x: (x, attention), name, model.shifted) for name in (cache, "off")]
+        x = start.clone()
+        for n, (places, rows) in enumerate([((5, 9), 3), ((6, 9), 2), ((9, 13), 2), ((10, 13), 2)]):
+            at = torch.zeros_like(attention)
+            at[:rows, slice(*places)] = True
+            got, exact = (no_masks(ask(x, at), model) for ask in asks)
+            assert ((got - exact).abs().max() < 1e-4) == close[n]
+            x[at] = torch.arange(int(at.sum())) + 50
+    width = {"prefix": (12, 8), "dual": (4, 4)}[cache]
+    cached = [(3, 17), (3, width[0] + model.shifted), (2, 17), (2, width[1] + model.shifted)]
+    assert sizes[::2] == cached * 2
 
 
 def masked_lm(kind, pad, path, bpe):
@@ -683,7 +710,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_resumes_it(flag
 BAD = {
     "--gamma 1": "--gamma 1.0: at least 0 and below 1", "--temperature 0": "--temperature 0.0: must be above 0",
     "--lr nan": "--lr nan", "--model /nowhere": "/nowhere: not a directory", "--task mbpp": "--allow_code_execution",
-    "--batch_size 20 --group_size 8": "--batch_size 20 .*--group_size 8", "--lora 4": "--lora and --sft_steps need",
+    "--batch_size 20 --group_size 8": "--batch_size 20 .*--group_size 8", "--lora 4": "--lora and --sft_steps need", "--task t2i --cache dual": "--cache dual: of texts",
     "--resume --output_dir /nowhere": "--resume.*no run", "--sampler emerge": "--sampler emerge: not for --task gsm8k",
 }  # fmt: skip
 
