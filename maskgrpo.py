@@ -91,7 +91,6 @@ from rewards import DataError as UsageError  # something the caller has to chang
 
 # --- The paper, 1: the likelihood of a masked diffusion model (Eq. 2) -------------------------------------------------
 
-
 CHUNK = 2**25  # logits that are there at a time when log-probabilities are taken: 128 MiB of float32
 
 
@@ -107,59 +106,47 @@ class Batch(NamedTuple):
 class ChosenLogProbs(torch.autograd.Function):
     """log softmax(head(h) / T) of one token per row, without the (N, V) logits; for a head that does not train.
 
-    h (N, D); tokens (N,) long; head: (n, D) -> (n, V), any function, `never` a column whose probability is 0, or None
-    -> (N,). The chunks of n = `rows` rows are taken one after the other. All that a backward needs is the gradient with
-    respect to h, as large as h, so each chunk takes its own while its logits are there, and overwrites them with
-
-        d log p(o) / d logit_v = (1[v = o] - p(v)) / T.
-
-    Left to autograd 4.5 (N, V) tensors live at the peak: logits, logits / T, logsumexp's, gather's gradient, their sum.
+    h (N, D), tokens (N,) long, head: (n, D) -> (n, V), any function; n = `rows` rows at a time -> (N,). A backward needs
+    no more than the gradient with respect to h, which is as small as h. So each chunk takes its own, and overwrites its
+    logits with d log p(o) / d logit_v = (1[v = o] - p(v)) / T. Left to autograd 4.5 (N, V) tensors live at the peak:
+    logits, logits / T, logsumexp's, gather's gradient, their sum.
     """
 
     @staticmethod
-    def forward(ctx, h, tokens, head, temperature: float, never: int | None, rows: int) -> Tensor:
-        log_p, gradients = [], []
+    def forward(ctx, h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int) -> Tensor:
+        log_p, gradients, wanted = [], [], ctx.needs_input_grad[0]
         for part, chosen in zip(h.split(rows), tokens[:, None].split(rows)):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                logits = head(part := part.detach().requires_grad_(ctx.needs_input_grad[0]))
-            p = forbid(logits.detach(), never).div_(temperature)  # the logits' own memory
+            with torch.set_grad_enabled(wanted):
+                logits = head(part := part.detach().requires_grad_(wanted))
+            p = logits.detach().div_(temperature)  # in the logits' own memory, as what follows
             total = p.logsumexp(-1, keepdim=True)
             log_p.append((p.gather(-1, chosen) - total)[:, 0])
-            if ctx.needs_input_grad[0]:
+            if wanted:
                 p = p.sub_(total).exp_().neg_().scatter_add_(-1, chosen, torch.ones_like(total)).div_(temperature)
                 gradients += torch.autograd.grad(logits, part, p)
-        if gradients:
+        if wanted:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(log_p)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_log_p: Tensor):
-        return of_log_p[:, None] * ctx.saved_tensors[0], None, None, None, None, None
+        return of_log_p[:, None] * ctx.saved_tensors[0], None, None, None, None
 
 
-def forbid(logits: Tensor, never: int | None) -> Tensor:
-    """Logits (N, V), in place: that of the token `never` is -inf."""
-    if never is not None:
-        logits[:, never] = -torch.inf
-    return logits
-
-
-def plain_log_probs(h, tokens, head, temperature: float, never: int | None) -> Tensor:
+def plain_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: float) -> Tensor:
     """What ChosenLogProbs computes, by autograd, which has a trained head's gradient too."""
-    logits = forbid(head(h), never)
-    logits = logits if temperature == 1 else logits / temperature
+    logits = head(h) / temperature
     return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def chosen_log_probs(h, tokens, head, temperature: float, never: int | None, rows: int, trains: bool) -> Tensor:
-    """(N,) as above, of a head that trains or not. Of one that does, chunks are computed again in the backward, unless
-    all is one chunk."""
+def chosen_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int, trains: bool) -> Tensor:
+    """The same for any head. Of one that trains, chunks are computed again in the backward, unless one chunk is all."""
     if not trains:
-        return ChosenLogProbs.apply(h, tokens, head, temperature, never, rows)
+        return ChosenLogProbs.apply(h, tokens, head, temperature, rows)
     once = functools.partial(checkpoint, use_reentrant=False) if len(h) > rows else lambda f, *args: f(*args)
     parts = zip(h.split(rows), tokens.split(rows))
-    return torch.cat([once(plain_log_probs, *part, head, temperature, never) for part in parts])
+    return torch.cat([once(plain_log_probs, *part, head, temperature) for part in parts])
 
 
 def token_log_probs(
@@ -730,8 +717,8 @@ class MaskedDiffusionModel(nn.Module):
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
-        head, self.first_id, self.codebook, never = hf.get_output_embeddings(), 0, 0, self.mask_id
-        project, size = head.forward, config.vocab_size
+        head, self.first_id, self.codebook = hf.get_output_embeddings(), 0, 0
+        project = head.forward
         if image:
             self.first_id, self.codebook = len(tokenizer), getattr(config, "codebook_size", None) or 0
             self.marks = {word: known.get(word, i) for word, i in IMAGE_MARKS.items()}
@@ -739,34 +726,35 @@ class MaskedDiffusionModel(nn.Module):
             none = f"{self.name} draws no images: its config.json has codebook_size {self.codebook or 'missing'}"
             require({none: self.codebook and max(behind - 1, *self.marks.values()) < config.vocab_size})
             project = lambda h: nn.functional.linear(h, head.weight[self.first_id : behind].to(h.dtype))
-            never, size = None, self.codebook  # the codes do not include the mask
+        rows = max(CHUNK // (self.codebook or config.vocab_size), 1)
+
+        def logits(h: Tensor) -> Tensor:
+            found = project(h).float()
+            if not self.codebook:  # in place: (N, V) is the largest tensor of a step; a logit of -inf has no gradient
+                found.detach()[:, self.mask_id] = -torch.inf
+            return found
 
         def read_out(h: Tensor) -> Tensor:
-            """The head, at the positions asked for: logits, or log-probabilities of the tokens asked for."""
-            logits, h = lambda h: project(h).float(), h[self.read]
-            if self.scored is None:
-                return forbid(logits(h), never)
-            trains = any(p.requires_grad for p in head.parameters())
-            return chosen_log_probs(h, self.scored[0], logits, self.scored[1], never, max(CHUNK // size, 1), trains)
+            """In the head's place, where it is asked: logits, or log-probabilities of the tokens asked for."""
+            trains, of = any(p.requires_grad for p in head.parameters()), self.scored
+            return chosen_log_probs(h[self.read], of[0], logits, of[1], rows, trains) if of else logits(h[self.read])
 
         head.forward = read_out
 
     def forward(
         self, x, attention: Tensor, positions, tokens=None, temperature=1.0, rough=False, past=None, window=None
     ) -> Tensor:
-        """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True, row-major.
-        Returns logits (N, V) float32, column 0 being token first_id, or with tokens (N,) long, columns, their
-        log-probabilities at the temperature, (N,) float32. The mask token's logit is -inf: x0 never holds a mask.
-        rough: in bf16 if --bf16 is on, enough to draw tokens. Else in float32, whatever Accelerate has
-        set: an update of 3e-6 moves log-probabilities by less than bf16 rounds them, wherever in the network.
-        past: transformers' cache, which is filled; with window (L,) bool it holds what is outside of that, and x and
-        positions are the window's."""
+        """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True, row-major. Returns
+        logits (N, V) float32, column 0 being token first_id; of tokens (N,) long, columns, their log-probabilities at
+        the temperature, (N,) float32. The mask token's logit is -inf: x0 never holds a mask. rough: in bf16 if --bf16
+        is on, enough to draw tokens. Else in float32, whatever Accelerate has set: an update of 3e-6 moves
+        log-probabilities by less than bf16 rounds them, wherever in the network. past: transformers' cache, which is
+        filled; with window (L,) bool it holds what is outside of that, and x and positions are the window's."""
         # Dream reads the prediction of position i at i - 1; position 0 is a prompt's, so nothing wraps round
         self.read = positions.roll(-1, dims=1) if self.shifted else positions
         self.scored = None if tokens is None else (tokens, temperature)
-        place, cache = (attention.cumsum(1) - 1).clamp(min=0) + self.first_position, {}
-        if past is not None:
-            cache = dict(past_key_values=past, use_cache=True)
+        place = (attention.cumsum(1) - 1).clamp(min=0) + self.first_position
+        cache = {} if past is None else dict(past_key_values=past, use_cache=True)
         if window is not None:  # keys and values need no order: their places are in them
             place, attention = place[:, window], torch.cat([attention[:, ~window], attention[:, window]], dim=1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and rough):
@@ -1243,9 +1231,9 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
 
 
 def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel) -> Callable:
-    """pi_ref, the policy as it is now, as a context that yields a model: with a fresh adapter (--lora) the base without
-    it, else the policy with copies of the weights that train. One base, and the policy's own precision and kernels, so
-    that equal weights give a KL of 0; no gradients."""
+    """pi_ref, the policy as it is now, as a context that yields a model, without gradients: with a fresh adapter (--lora)
+    the base without it, else the policy with copies of the weights that train. In the policy's own precision, so that
+    equal weights give a KL of 0."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     held = [p.detach().clone() for p in trained] if run.cfg.beta and not run.cfg.lora else []
 

@@ -29,7 +29,7 @@ class Enumerable(nn.Module):
     def forward(self, x, attention, positions, tokens=None, temperature=1.0):
         features = nn.functional.one_hot(x, self.mix.shape[1]).float()
         logits = (self.bias + torch.einsum("blw,lwmv->bmv", features, self.mix))[positions]
-        return logits if tokens is None else m.plain_log_probs(logits, tokens, lambda h: h, temperature, None)
+        return logits if tokens is None else m.plain_log_probs(logits, tokens, lambda h: h, temperature)
 
     def slow(self, row):
         """log-probabilities (L, words) for one row, by loops."""
