@@ -22,11 +22,10 @@ of memory. Three samplers share one loop, `fill`, and differ in where they read 
     pi, q_s    (N, V), (N, V + 1)   the model's distribution; Alg. 4's, whose last outcome is "stays masked"
 
 Departures from LLaDA's generate.py, and from the paper's and MMaDA's code
- 1. Noise is drawn per row from a generator of that row, in float64, only at the positions read. A
-    row's tokens depend neither on its batch nor on the number of processes. (In bf16, Gumbel noise
-    makes a 70% token win 99.6% of the time; float32 still cuts the tail off, arXiv 2409.02908.)
- 2. Temperature T draws exactly from softmax(logits / T). Confidence is the probability of the drawn
-    token at T = 1, as in LLaDA.
+ 1. A token is drawn from softmax(logits / T) by one number in float64, not by Gumbel noise on every word, which in
+    bf16 makes a 70% token win 99.6% of the time and in float32 still cuts the tail off (arXiv 2409.02908). It comes
+    from a generator of the row: a row's tokens depend neither on its batch nor on the number of processes.
+ 2. Confidence is the probability of the drawn token at T = 1, as in LLaDA.
  3. What lies behind a row's first revealed EOS is not decoded any more: what is still masked there stays so
     while the row is finished, is never read, and is returned as the pad token with step -1. Tokens that were
     revealed there before the EOS are returned with their steps: the later ones were drawn in their presence.
@@ -68,28 +67,44 @@ class Rollout(NamedTuple):
 # --- One step, pure functions of tensors ------------------------------------------------------------------------------
 
 
-def exponential_noise(positions: Tensor, vocabulary: int, generator: Noise) -> Tensor:
-    """(N, V) float64 draws of Exp(1) for the N True positions (B, L); one generator for all rows, or one per row."""
+def exponential_noise(positions: Tensor, columns: int, generator: Noise) -> Tensor:
+    """(N, columns) float64 draws E of Exp(1) for the N True positions (B, L); one generator for all rows, or one per
+    row. e^-E is uniform on (0, 1), and -log E is Gumbel noise."""
     if isinstance(generator, torch.Generator):
         generator, counts = [generator], [int(positions.sum())]
     else:
         counts = positions.sum(1).tolist()
     precision = torch.float32 if positions.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    noise = positions.new_empty(sum(counts), vocabulary, dtype=precision)
+    noise = positions.new_empty(sum(counts), columns, dtype=precision)
     for rows, g in zip(noise.split(counts), generator, strict=True):
         rows.exponential_(generator=g)
     return noise
 
 
-def draw(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
-    """Tokens (N,) long from softmax(logits / T), logits (N, V); argmax if T = 0.
+def first_above(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(where the running sum of weights (N, V) is first above target (N, 1), what is left of target there), (N, 1) both.
+    In target's float64: in float32 the sum of 100,000 words would swallow the rare ones at its end."""
+    running = weights.to(target.dtype).cumsum(1)
+    target = torch.minimum(target, running[:, -1:] * (1 - torch.finfo(target.dtype).eps))  # sums may round
+    index = torch.searchsorted(running, target, right=True)
+    return index, target - F.pad(running, (1, 0)).gather(1, index)
 
-    argmax_v p_v / E_v with E ~ Exp(1) is distributed as p: the Gumbel-max trick without the double log.
-    """
+
+def inverse_cdf(p: Tensor, u: Tensor, width: int = 2048) -> Tensor:
+    """Words (N,) long distributed as p (N, V) float; u (N,) float64, uniform. p is read once: summed over runs of `width`
+    words, for which float32 is exact enough. Then the run in which u lies is found, and the word in it."""
+    runs = torch.stack([of.sum(1) for of in p.split(width, dim=1)], dim=1)
+    run, left = first_above(runs, u[:, None] * runs.sum(1, keepdim=True, dtype=u.dtype))
+    words = run * width + torch.arange(width, device=p.device)
+    inside = p.gather(1, words.clamp(max=p.shape[1] - 1)) * (words < p.shape[1])
+    return words.gather(1, first_above(inside, left)[0])[:, 0]
+
+
+def draw(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
+    """Tokens (N,) long from softmax(logits / T), logits (N, V), noise (N,) of Exp(1); argmax if T = 0."""
     if temperature == 0:
         return logits.argmax(-1)
-    log_p = (logits.to(noise.dtype) / temperature).log_softmax(-1)  # float64: see departure 1
-    return (log_p - noise.log()).argmax(-1)
+    return inverse_cdf((logits.float() / temperature).softmax(-1), (-noise).exp())
 
 
 def confidence_of(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -185,11 +200,10 @@ def semi_autoregressive(
     temperature: float,
     generator: Noise,
     eos_ids: Sequence[int],
-    pad_id: int,
     eos_last: bool = False,
-    everyone: Callable[[bool], bool] = alone,
+    **rest,
 ) -> Rollout:
-    """Fill the masked completion of x (B, L) long block by block; completion (B, L) bool; `fill` has the rest.
+    """Fill the masked completion of x (B, L) long block by block; completion (B, L) bool; rest: of `fill`, as eos_ids.
 
     A row takes ceil(block_length / k) forwards per block, until it has ended.
     """
@@ -199,8 +213,7 @@ def semi_autoregressive(
         return unfinished & (block == block.masked_fill(~unfinished, x.shape[1]).amin(1, keepdim=True))
 
     def step(n: int, logits: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """(a token for each of the N candidates (N,), which of them stay (B, L) bool) of forward n."""
-        noise = exponential_noise(candidates, logits.shape[-1], generator) if temperature > 0 else None
+        noise = exponential_noise(candidates, 1, generator)[:, 0] if temperature > 0 else None
         tokens = draw(logits, temperature, noise)
         confidence = confidence_of(logits, tokens)
         if eos_last:
@@ -208,7 +221,7 @@ def semi_autoregressive(
             confidence = confidence - 1e4 * is_eos  # behind every other token of the block
         return tokens, most_confident(confidence, candidates, tokens_per_step)
 
-    return fill(denoise, x, completion, read, step, eos_ids=eos_ids, pad_id=pad_id, everyone=everyone)
+    return fill(denoise, x, completion, read, step, eos_ids=eos_ids, **rest)
 
 
 # --- Images: emerge (Alg. 4) and MaskGIT, over all of the completion at once ------------------------------------------
@@ -218,7 +231,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda t: 1 - math.sin(math.pi / 2 * t),
     "linear": lambda t: 1 - t,
 }
-
 
 # What is left of MaskGIT's noise at step n = 0 ... steps - 1: falling linearly to 0, from 4.5 in MaskGIT itself, or
 # multiplied by each step's 1 - (n + 1) / steps, from 1 in MMaDA's and MaskGRPO's code: soon all but gone.
@@ -244,41 +256,32 @@ def emerge_probabilities(pi: Tensor, alpha_t: float, alpha_s: float) -> Tensor:
 
 
 def emerge_step(logits: Tensor, alpha_t: float, alpha_s: float, temperature: float, noise: Tensor):
-    """One step of Alg. 4: (tokens (N,) long, emerged (N,) bool), drawn from q_s; logits (N, V), noise (N, V + 1)."""
-    pi = (logits.to(noise.dtype) / temperature).softmax(-1)  # float64: see departure 1
-    outcome = draw(emerge_probabilities(pi, alpha_t, alpha_s).log(), 1.0, noise)
+    """One step of Alg. 4: (tokens (N,) long, emerged (N,) bool), drawn from q_s; logits (N, V), noise (N,) of Exp(1)."""
+    pi = (logits.float() / temperature).softmax(-1)
+    outcome = inverse_cdf(emerge_probabilities(pi, alpha_t, alpha_s), (-noise).exp())
     return outcome, outcome < logits.shape[-1]
 
 
 def maskgit_step(logits: Tensor, candidates: Tensor, kept: Tensor, temperature: float, gumbel: float, noise: Tensor):
     """One step of MaskGIT: (tokens (N,) long, reveal (B, L) bool). Of each row's candidates all but `kept` (B, 1) long
-    are revealed, at least one, those of the highest log pi(token) + gumbel x Gumbel noise; noise (N, V + 1)."""
-    tokens = draw(logits, temperature, noise[:, :-1])
-    confidence = confidence_of(logits, tokens) - gumbel * noise[:, -1].log()
+    are revealed, at least one, those of the highest log pi(token) + gumbel x Gumbel noise; noise (N, 2) of Exp(1)."""
+    tokens = draw(logits, temperature, noise[:, 0])
+    confidence = confidence_of(logits, tokens) - gumbel * noise[:, 1].log()
     return tokens, most_confident(confidence, candidates, (candidates.sum(1, keepdim=True) - kept).clamp(min=1))
 
 
 def emerge(
-    denoise: Denoise,
-    x: Tensor,
-    completion: Tensor,
-    *,
-    steps: int,
-    schedule: str,
-    temperature: float,
-    generator: Noise,
-    first_id: int = 0,
-    everyone: Callable[[bool], bool] = alone,
+    denoise, x: Tensor, completion: Tensor, *, steps: int, schedule: str, temperature: float, generator: Noise, **rest
 ) -> Rollout:
     """Fill the completion in at most `steps` forwards by Alg. 4: each token emerges by itself, the last step reveals
-    the rest. schedule: a row of SCHEDULES; temperature > 0; `fill` has the rest."""
+    what is left. schedule: a row of SCHEDULES; temperature > 0; rest: first_id and everyone of `fill`."""
 
     def step(n: int, logits: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        noise = exponential_noise(candidates, logits.shape[-1] + 1, generator)
+        noise = exponential_noise(candidates, 1, generator)[:, 0]
         tokens, emerged = emerge_step(logits, *alphas(schedule, n, steps), temperature, noise)
         return tokens, candidates.masked_scatter(candidates, emerged)
 
-    return fill(denoise, x, completion, lambda unfinished: unfinished, step, first_id=first_id, everyone=everyone)
+    return fill(denoise, x, completion, lambda unfinished: unfinished, step, **rest)
 
 
 def maskgit(
@@ -292,19 +295,18 @@ def maskgit(
     generator: Noise,
     gumbel: float = 1.0,
     decay: str = "compounding",
-    first_id: int = 0,
-    everyone: Callable[[bool], bool] = alone,
+    **rest,
 ) -> Rollout:
     """Fill the completion in at most `steps` forwards as MaskGIT does: after step n, floor((1 - alpha_s) |o|) tokens
     are still masked. gumbel: weight of the choice's noise, which falls by a row of DECAYS; the rest as in `emerge`."""
     length = completion.sum(1, keepdim=True)  # |o|, (B, 1)
 
     def step(n: int, logits: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        noise = exponential_noise(candidates, logits.shape[-1] + 1, generator)
+        noise = exponential_noise(candidates, 2, generator)
         kept = ((1 - alphas(schedule, n, steps)[1]) * length).floor().long()
         return maskgit_step(logits, candidates, kept, temperature, gumbel * DECAYS[decay](n, steps), noise)
 
-    return fill(denoise, x, completion, lambda unfinished: unfinished, step, first_id=first_id, everyone=everyone)
+    return fill(denoise, x, completion, lambda unfinished: unfinished, step, **rest)
 
 
 SAMPLERS = {"semi_autoregressive": semi_autoregressive, "emerge": emerge, "maskgit": maskgit}
@@ -548,9 +550,7 @@ def main() -> None:
     exact = torch.multinomial(p, rows, True, generator=torch.Generator().manual_seed(0)).bincount(minlength=len(p))
     floor = float(0.5 * (exact / rows - p).abs().sum())
     print(f"A chain of 4 tokens over 3 words, neighbours agree with probability .7; {rows:,} samples, T = 1.")
-    print(
-        f"Entropy of the truth {float(-(p * p.log2()).sum()):.2f} bits; distance of as many exact samples {floor:.3f}\n"
-    )
+    print(f"Truth: {float(-(p * p.log2()).sum()):.2f} bits of entropy; distance of as many exact samples {floor:.3f}\n")
     show_text(joint, rows)
     show_images(joint.log_joint, rows)
     draw_emerging()

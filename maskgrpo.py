@@ -59,6 +59,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -90,7 +91,6 @@ from rewards import DataError as UsageError  # something the caller has to chang
 
 # --- The paper, 1: the likelihood of a masked diffusion model (Eq. 2) -------------------------------------------------
 
-
 CHUNK = 2**25  # logits that are there at a time when log-probabilities are taken: 128 MiB of float32
 
 
@@ -106,58 +106,47 @@ class Batch(NamedTuple):
 class ChosenLogProbs(torch.autograd.Function):
     """log softmax(head(h) / T) of one token per row, without the (N, V) logits; for a head that does not train.
 
-    h (N, D); tokens (N,) long; head: (n, D) -> (n, V), any function, `never` a column whose probability is 0, or None
-    -> (N,). The chunks of n = `rows` rows are taken one after the other. All that a backward needs is the gradient with
-    respect to h, as large as h, so each chunk takes its own while its logits are there, and overwrites them with
-
-        d log p(o) / d logit_v = (1[v = o] - p(v)) / T.
-
-    Left to autograd 4.5 (N, V) tensors live at the peak: logits, logits / T, logsumexp's, gather's gradient, their sum.
+    h (N, D), tokens (N,) long, head: (n, D) -> (n, V), any function; n = `rows` rows at a time -> (N,). A backward needs
+    no more than the gradient with respect to h, which is as small as h. So each chunk takes its own, and overwrites its
+    logits with d log p(o) / d logit_v = (1[v = o] - p(v)) / T. Left to autograd 4.5 (N, V) tensors live at the peak:
+    logits, logits / T, logsumexp's, gather's gradient, their sum.
     """
 
     @staticmethod
-    def forward(ctx, h, tokens, head, temperature: float, never: int | None, rows: int) -> Tensor:
-        log_p, gradients = [], []
+    def forward(ctx, h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int) -> Tensor:
+        log_p, gradients, wanted = [], [], ctx.needs_input_grad[0]
         for part, chosen in zip(h.split(rows), tokens[:, None].split(rows)):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                logits = head(part := part.detach().requires_grad_(ctx.needs_input_grad[0]))
-            p = forbid(logits.detach(), never).div_(temperature)  # the logits' own memory
+            with torch.set_grad_enabled(wanted):
+                logits = head(part := part.detach().requires_grad_(wanted))
+            p = logits.detach().div_(temperature)  # in the logits' own memory, as what follows
             total = p.logsumexp(-1, keepdim=True)
             log_p.append((p.gather(-1, chosen) - total)[:, 0])
-            if ctx.needs_input_grad[0]:
+            if wanted:
                 p = p.sub_(total).exp_().neg_().scatter_add_(-1, chosen, torch.ones_like(total)).div_(temperature)
                 gradients += torch.autograd.grad(logits, part, p)
-        ctx.save_for_backward(*[torch.cat(gradients)] * bool(gradients))
+        if wanted:
+            ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(log_p)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_log_p: Tensor):
-        return of_log_p[:, None] * ctx.saved_tensors[0], None, None, None, None, None
+        return of_log_p[:, None] * ctx.saved_tensors[0], None, None, None, None
 
 
-def forbid(logits: Tensor, never: int | None) -> Tensor:
-    """Logits (N, V), in place: that of the token `never` is -inf."""
-    if never is not None:
-        logits[:, never] = -torch.inf
-    return logits
-
-
-def plain_log_probs(h, tokens, head, temperature: float, never: int | None) -> Tensor:
+def plain_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: float) -> Tensor:
     """What ChosenLogProbs computes, by autograd, which has a trained head's gradient too."""
-    logits = forbid(head(h), never)
-    logits = logits if temperature == 1 else logits / temperature
+    logits = head(h) / temperature
     return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def chosen_log_probs(h, tokens, head, temperature: float, never: int | None, rows: int, trains: bool) -> Tensor:
-    """(N,) as above, of a head that trains or not. Of one that does, chunks are computed again in the backward, unless
-    all is one chunk."""
+def chosen_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int, trains: bool) -> Tensor:
+    """The same for any head. Of one that trains, chunks are computed again in the backward, unless one chunk is all."""
     if not trains:
-        return ChosenLogProbs.apply(h, tokens, head, temperature, never, rows)
+        return ChosenLogProbs.apply(h, tokens, head, temperature, rows)
     once = functools.partial(checkpoint, use_reentrant=False) if len(h) > rows else lambda f, *args: f(*args)
     parts = zip(h.split(rows), tokens.split(rows))
-    return torch.cat([once(plain_log_probs, *part, head, temperature, never) for part in parts])
+    return torch.cat([once(plain_log_probs, *part, head, temperature) for part in parts])
 
 
 def token_log_probs(
@@ -259,15 +248,14 @@ def mask_noise(cfg: "Config", o: Rollouts, step: int, j: int) -> tuple[Tensor, T
     return u, u_ratio
 
 
-def remasked_log_probs(cfg: "Config", pi: nn.Module, base, o: Rollouts, step: int, j: int) -> tuple[Tensor, Remask]:
-    """(token log-probabilities (B, L) of o under pi on the masks of update j, and these masks). remask.py has t_j and
-    the schemes; the tail behind EOS is hidden but for what a trace shows. base: the bare model, which knows its ids."""
+def remasked(cfg: "Config", o: Rollouts, step: int, j: int) -> tuple[Tensor, Remask]:
+    """(what x_t hides (B, L) bool, the masks) of update j: remask.py has t_j and the schemes; the tail behind EOS is
+    hidden too, but for what a trace shows."""
     noise = mask_noise(cfg, o, step, j)[0], mask_noise(cfg, o, step, 0)[1]
     u, u_ratio = (v.to(o.completion.device) for v in noise)
     prompt, tail = o.batch.attention & ~o.batch.completion, o.batch.completion & ~o.completion
     masks = remask.by_name(cfg.remask, o.completion, prompt, o.unmask_step, u, u_ratio, j, cfg.mu, cfg.gamma)
-    hidden = masks.masked | (tail & (o.unmask_step < 0) if cfg.remask in remask.TRACES else tail)
-    return token_log_probs(pi, o.batch, hidden, masks.scored, base.mask_id, cfg.temperature, base.first_id), masks
+    return masks.masked | (tail & (o.unmask_step < 0) if cfg.remask in remask.TRACES else tail), masks
 
 
 # --- The paper, 4: the objective --------------------------------------------------------------------------------------
@@ -315,28 +303,30 @@ def train_step(run: "Run", policy: nn.Module, base, reference: Callable, optimiz
     yields pi_ref; problems: what prompts are taken from. The rest of the file only prepares these.
     """
     cfg, experience, rollouts, updates = run.cfg, [], [], []
-    log_probs = lambda pi, o, j: remasked_log_probs(cfg, pi, base, o, step, j)
+    ids = base.mask_id, cfg.temperature, base.first_id
+    log_probs = lambda pi, o, hidden, masks: token_log_probs(pi, o.batch, hidden, masks.scored, *ids)
     for micro in range(cfg.accumulation):
         # Sample a group o_1 ... o_G ~ pi_old(. | c) of each prompt c, and reward it: r_i. pi_old is pi_theta as of now.
         o, r, metrics = sample_groups(run, policy, base, problems, step, micro)
         # A_i = (r_i - mean r) / std r
         A = group_advantages(r, cfg.group_size, cfg.advantage).to(run.device)
-        # Log-probabilities under pi_old and pi_ref of what each of the mu masks hides.
+        # Re-mask: o^{t_j} ~ Rev(o, t_j, S_j), and log pi_old and log pi_ref of what each of the mu masks hides
+        views = {j: remasked(cfg, o, step, j) for j in range(1, cfg.mu + 1)}
         with torch.no_grad():  # at j = 1 pi_old is pi_theta itself
-            old = {j: log_probs(policy, o, j)[0] for j in range(2, cfg.mu + 1)}
-        ref = dict.fromkeys(range(1, cfg.mu + 1))
+            old = {j: log_probs(policy, o, *views[j]) for j in range(2, cfg.mu + 1)}
+        ref = dict.fromkeys(views)
         if cfg.beta:
             with reference() as pi_ref:
-                ref = {j: log_probs(pi_ref, o, j)[0] for j in ref}
-        experience.append((o, A, old, ref))
+                ref = {j: log_probs(pi_ref, o, *views[j]) for j in views}
+        experience.append((o, A, views, old, ref))
         rollouts.append(metrics)
     policy.train()
     for j in range(1, cfg.mu + 1):
         losses = []
-        for o, A, old, ref in experience:
+        for o, A, views, old, ref in experience:
             with run.accelerator.accumulate(policy):
-                # Re-mask: o^{t_j} ~ Rev(o, t_j, S_j), and log pi_theta of what is hidden
-                log_p, masks = log_probs(policy, o, j)
+                # log pi_theta of what is hidden
+                log_p, masks = log_probs(policy, o, *views[j]), views[j][1]
                 # Eq. 9 and 10 -> -(1/G) sum_i (A_i rho_i - beta D_i) / |o_i|
                 lengths, pi_old = o.completion.sum(1).float(), old.get(j, log_p.detach())
                 loss, metrics = policy_loss(
@@ -360,6 +350,8 @@ METHODS = {
     "truncation": dict(remask="uniform", gamma=0.6, managed_randomness=True, advantage="std"),  # the paper's ablation
     "rotated-trace": dict(remask="rotated_trace", gamma=0.0, managed_randomness=False, advantage="std"),  # of no paper
 }
+# What of a text is computed in a block's first forward alone: nothing, what stands before the block, all around it.
+CACHES = ("off", "prefix", "dual")
 # What two of them have instead where the completion is an image; the sampler of the others is maskgit.
 OF_IMAGES = {"maskgrpo": dict(remask="uniform", gamma=0.8, sampler="emerge"), "truncation": dict(gamma=0.8)}
 
@@ -426,6 +418,7 @@ class Config(Common):
     sampler: str = flag("semi_autoregressive", "text has this one, images the others", choices=tuple(SAMPLERS))
     tokens_per_step: int = flag(2, "tokens of a text revealed per step")
     eos_last: bool = flag(False, "EOS waits until the rest of its block is filled")
+    cache: str = flag("off", "text: computed once per block, before it or all around; approximate", choices=CACHES)
     steps: int = flag(12, "steps of an image")
     gumbel: float = flag(1.0, "maskgit: weight of the noise of its choice; MaskGIT's own is 4.5")
     gumbel_decay: str = flag("compounding", "maskgit: how that falls; MaskGIT's own is linear", choices=tuple(DECAYS))
@@ -434,7 +427,7 @@ class Config(Common):
     decoder: str = flag("showlab/magvitv2", "MAGVIT-v2's weights: a file, a folder or a hub id")
     pass_k: int = flag(0, "samples per problem for pass@k at --temperature, 0: greedy only")
     lora: int = flag(0, "LoRA rank (alpha = rank / 2), the authors have 128; 0: train all weights")
-    gradient_checkpointing: bool = flag(True, "recompute activations to save memory")
+    gradient_checkpointing: bool = flag(True, "recompute activations to save memory; with LoRA it is off")
     sft_steps: int = flag(0, "with --model: steps of supervised ELBO training before RL (SFT + MaskGRPO)")
     sft_batch_size: int = flag(8, "sequences per process and step of ELBO training")
     sft_lr: float = flag(1e-5, "AdamW learning rate of ELBO training")
@@ -471,7 +464,8 @@ def tables(cfg: Config) -> list[dict]:
     """Where a run's defaults come from: its model, its method, its task; the last one wins."""
     of_model, of_task = (TINY, TINY_TASK) if cfg.tiny() else ({}, TASK)
     image = dict(sampler="maskgit") | OF_IMAGES.get(cfg.method, {}) if TASKS[cfg.task].codebook else {}
-    return [of_model, METHODS[cfg.method], image, of_task.get(cfg.task, {})]
+    adapted = {"gradient_checkpointing": False} if cfg.lora or (cfg.model and resolve(cfg.model)[1]) else {}
+    return [of_model, adapted, METHODS[cfg.method], image, of_task.get(cfg.task, {})]
 
 
 def require(rules: dict[str, object]) -> None:
@@ -614,13 +608,14 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
             import peft
     with in_one_line(f"--model {base}: cannot be loaded"):
         hf, tokenizer = load_published(base, torch.bfloat16 if cfg.bf16 and frozen else torch.float32)
+    known = isinstance(hf, LlamaForCausalLM | Qwen2ForCausalLM)
+    require({f"--cache {cfg.cache}: {base} keeps none; for models in Llama's shape": known or cfg.cache == "off"})
     if adapter:
         with in_one_line(f"--model {adapter}: the adapter does not fit {base}"), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")
             hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
     elif fresh:
         # the authors' targets; a base of another family has all of its linear layers adapted
-        known = isinstance(hf, LlamaForCausalLM | Qwen2ForCausalLM)
         targets = ["q_proj", "k_proj", "v_proj", "up_proj"] if known else "all-linear"
         settings = dict(r=cfg.lora, lora_alpha=cfg.lora / 2, lora_dropout=0.0, target_modules=targets)
         with torch.random.fork_rng(devices=[]):
@@ -635,17 +630,36 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
     return MaskedDiffusionModel(hf, tokenizer, bool(TASKS[cfg.task].codebook), cfg.bf16)
 
 
+class Widened(torch.autograd.Function):
+    """x W^T in the precision of x, of a frozen W in bf16, which the backward widens again: kept wide from the forward
+    to there, LLaDA's weights would take 28 GiB."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return nn.functional.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, of_y: Tensor):
+        return of_y @ ctx.saved_tensors[0].to(of_y.dtype), None
+
+
 def in_bf16(hf: nn.Module) -> None:
     """Let a model that was loaded in bf16 compute in float32 where autocast is off. The weights of its linear layers,
     nearly all, stay bf16, and become float32 for the length of a product; norms, biases and embeddings become float32,
     and with them the residual stream."""
 
     def widened(layer: nn.Linear, x: Tensor) -> Tensor:
-        rough = torch.is_autocast_enabled(x.device.type)
-        return nn.functional.linear(x, layer.weight if rough else layer.weight.to(x.dtype), layer.bias)
+        if torch.is_autocast_enabled(x.device.type):  # rough
+            return nn.functional.linear(x, layer.weight, layer.bias)
+        y = Widened.apply(x, layer.weight)
+        return y if layer.bias is None else y + layer.bias
 
     tied = {module.weight for module in hf.modules() if isinstance(module, nn.Embedding)}
-    layers = [module for module in hf.modules() if type(module) is nn.Linear]
+    frozen = lambda module: (
+        type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
+    )  # an adapter's are float32
+    layers = [module for module in hf.modules() if frozen(module)]
     for p in set(hf.parameters()) - ({layer.weight for layer in layers} - tied):
         p.data = p.data.float()
     for layer in layers:
@@ -703,8 +717,8 @@ class MaskedDiffusionModel(nn.Module):
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
-        head, self.first_id, self.codebook, never = hf.get_output_embeddings(), 0, 0, self.mask_id
-        project, size = head.forward, config.vocab_size
+        head, self.first_id, self.codebook = hf.get_output_embeddings(), 0, 0
+        project = head.forward
         if image:
             self.first_id, self.codebook = len(tokenizer), getattr(config, "codebook_size", None) or 0
             self.marks = {word: known.get(word, i) for word, i in IMAGE_MARKS.items()}
@@ -712,32 +726,39 @@ class MaskedDiffusionModel(nn.Module):
             none = f"{self.name} draws no images: its config.json has codebook_size {self.codebook or 'missing'}"
             require({none: self.codebook and max(behind - 1, *self.marks.values()) < config.vocab_size})
             project = lambda h: nn.functional.linear(h, head.weight[self.first_id : behind].to(h.dtype))
-            never, size = None, self.codebook  # the codes do not include the mask
+        rows = max(CHUNK // (self.codebook or config.vocab_size), 1)
+
+        def logits(h: Tensor) -> Tensor:
+            found = project(h).float()
+            if not self.codebook:  # in place: (N, V) is the largest tensor of a step; a logit of -inf has no gradient
+                found.detach()[:, self.mask_id] = -torch.inf
+            return found
 
         def read_out(h: Tensor) -> Tensor:
-            """The head, at the positions asked for: logits, or log-probabilities of the tokens asked for."""
-            logits, h = lambda h: project(h).float(), h[self.read]
-            if self.scored is None:
-                return forbid(logits(h), never)
-            trains = any(p.requires_grad for p in head.parameters())
-            return chosen_log_probs(h, self.scored[0], logits, self.scored[1], never, max(CHUNK // size, 1), trains)
+            """In the head's place, where it is asked: logits, or log-probabilities of the tokens asked for."""
+            trains, of = any(p.requires_grad for p in head.parameters()), self.scored
+            return chosen_log_probs(h[self.read], of[0], logits, of[1], rows, trains) if of else logits(h[self.read])
 
         head.forward = read_out
 
     def forward(
-        self, x: Tensor, attention: Tensor, positions: Tensor, tokens: Tensor | None = None, temperature=1.0, rough=False
+        self, x, attention: Tensor, positions, tokens=None, temperature=1.0, rough=False, past=None, window=None
     ) -> Tensor:
-        """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True, row-major.
-        Returns logits (N, V) float32, column 0 being token first_id, or with tokens (N,) long, columns, their
-        log-probabilities at the temperature, (N,) float32. The mask token's logit is -inf: x0 never holds a mask.
-        rough: in bf16 if --bf16 is on, enough to draw tokens. Else in float32, whatever Accelerate has
-        set: an update of 3e-6 moves log-probabilities by less than bf16 rounds them, wherever in the network."""
+        """x (B, L) long; attention (B, L) bool, False at padding; positions (B, L) bool with N True, row-major. Returns
+        logits (N, V) float32, column 0 being token first_id; of tokens (N,) long, columns, their log-probabilities at
+        the temperature, (N,) float32. The mask token's logit is -inf: x0 never holds a mask. rough: in bf16 if --bf16
+        is on, enough to draw tokens. Else in float32, whatever Accelerate has set: an update of 3e-6 moves
+        log-probabilities by less than bf16 rounds them, wherever in the network. past: transformers' cache, which is
+        filled; with window (L,) bool it holds what is outside of that, and x and positions are the window's."""
         # Dream reads the prediction of position i at i - 1; position 0 is a prompt's, so nothing wraps round
         self.read = positions.roll(-1, dims=1) if self.shifted else positions
         self.scored = None if tokens is None else (tokens, temperature)
         place = (attention.cumsum(1) - 1).clamp(min=0) + self.first_position
+        cache = {} if past is None else dict(past_key_values=past, use_cache=True)
+        if window is not None:  # keys and values need no order: their places are in them
+            place, attention = place[:, window], torch.cat([attention[:, ~window], attention[:, window]], dim=1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and rough):
-            return self.hf(input_ids=x, attention_mask=attention.long(), position_ids=place).logits
+            return self.hf(input_ids=x, attention_mask=attention.long(), position_ids=place, **cache).logits
 
     def prompt_ids(self, task, problem: Problem) -> list[int]:
         """The ids in front of a problem's completion: the chat template's, up to where the model answers; plain lines
@@ -981,6 +1002,17 @@ class Run:
         return step
 
 
+def take_the_cores() -> None:
+    """For a process that is alone on a CPU. `accelerate launch` gives it one thread, by OMP_NUM_THREADS: it takes them
+    all, unless the launcher itself was started with that variable or with --num_cpu_threads_per_process."""
+    launcher = Path(f"/proc/{os.getppid()}")  # of Linux
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and (launcher / "environ").is_file()
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        given = (launcher / "environ").read_bytes() + (launcher / "cmdline").read_bytes()
+        if b"OMP_NUM_THREADS=" not in given and b"--num_cpu_threads" not in given:
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
 def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
     """(the run, its problems by split): data, Accelerate, the run directory and the first lines. An earlier run in the
     directory is moved aside, never overwritten. Raises UsageError."""
@@ -991,6 +1023,8 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
     kind = accelerator.distributed_type.value
     require({f"accelerate: {kind} is not supported; use MULTI_GPU (DDP)": kind in ("NO", "MULTI_CPU", "MULTI_GPU")})
     run = Run(cfg, accelerator)
+    if run.world == 1 and run.device.type == "cpu":
+        take_the_cores()
     if run.main:
         if not cfg.resume and (run.path / "config.json").exists():
             aside = (run.path.with_name(f"{run.path.name}.old{n}") for n in itertools.count(1))
@@ -1012,12 +1046,43 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
 # --- Rollouts and evaluation ------------------------------------------------------------------------------------------
 
 
+def asking(model: nn.Module, view: Callable, cache: str, shifted: bool) -> Callable:
+    """A sampler's `denoise`; view(x) -> (x, attention) of the model. Rows that have ended, where nothing is read, are
+    not computed. One row stays: another process may go on.
+
+    With a cache a block's first forward is as without, and keeps keys and values. The next ones compute the block, and
+    with "prefix" what is behind it. It is approximate in these, from the second layer on: there the keys and values of
+    the columns that are not computed would know the block's new tokens, and those kept know its masks. The places read
+    in the first forward are the block; where rows are in blocks of their own, from the first of them to the last.
+    """
+    past, block, rows, window = None, range(0), None, None
+
+    def denoise(x: Tensor, positions: Tensor) -> Tensor:
+        nonlocal past, block, rows, window
+        (x, attention), here = view(x), positions.any(0).nonzero()[:, 0].tolist()
+        if past is not None and all(i in block for i in here):
+            seen = x[rows][:, window], attention[rows], positions[rows][:, window]
+            logits = model(*seen, rough=True, past=past, window=window)
+            past.crop(-int(window.sum()))
+            return logits
+        rows = positions.any(1)
+        rows[0] |= ~rows.any()
+        past = transformers.DynamicCache() if cache != "off" else None
+        logits = model(x[rows], attention[rows], positions[rows], rough=True, past=past)
+        if past is not None:
+            block, place = range(here[0], here[-1] + 1), torch.arange(x.shape[1], device=x.device)
+            window = (place >= here[0] - shifted) & (place < (block.stop if cache == "dual" else x.shape[1]))
+            for layer in past.layers:
+                layer.keys, layer.values = layer.keys[:, :, ~window], layer.values[:, :, ~window]
+        return logits
+
+    return denoise
+
+
 def roll_out(run: Run, model, base, problems: list[Problem], keys, temperature: float) -> Rollouts:
     """One completion per problem. keys: B keys of the rows' noise. `model` is the wrapped model: every process makes
     the same number of forwards, so nothing is unwrapped."""
     cfg, batch = run.cfg, base.open_batch(run.task, problems, run.cfg.gen_length, run.device)
-    with_prompt = lambda x, positions: model(x, batch.attention, positions, rough=True)
-    without_prompt = lambda x, positions: model(*base.unprompted(batch, x), positions, rough=True)
     ends, options = base.ends_of(run.task), dict(temperature=temperature, everyone=run.everyone)
     if base.codebook:
         options |= dict(steps=cfg.steps, schedule="cosine", first_id=base.first_id)
@@ -1026,7 +1091,8 @@ def roll_out(run: Run, model, base, problems: list[Problem], keys, temperature: 
         options |= dict(block_length=cfg.block_length, tokens_per_step=cfg.tokens_per_step, eos_last=cfg.eos_last)
         options |= dict(eos_ids=ends, pad_id=base.pad_id)
     options["generator"] = [seeded(*key, device=run.device) for key in keys]
-    denoise = guided(with_prompt, without_prompt, cfg.guidance)
+    views = (lambda x: (x, batch.attention)), functools.partial(base.unprompted, batch)
+    denoise = guided(*(asking(model, view, cfg.cache, base.shifted) for view in views), cfg.guidance)
     done = SAMPLERS[cfg.sampler](denoise, batch.x, batch.completion, **options)
     batch, completion = batch._replace(x=done.x), through_eos(done.x, batch.completion, ends)
     texts = base.texts(batch, completion, cfg.gen_length)
@@ -1164,16 +1230,23 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     return str(kept), False
 
 
-def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel, path: str) -> Callable:
-    """pi_ref, the policy before RL, as a context that yields a model: the base with its fresh adapter off, or a frozen
-    copy. Without gradients, in the precision of the policy itself, so that equal weights give a KL of 0."""
-    needed = run.cfg.beta and not (run.cfg.lora and resolve(path)[1] is None)  # an adapter of --model is part of pi_ref
-    copy = load_model(path, run.cfg, trainable=True).to(run.device).eval().requires_grad_(False) if needed else None
+def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel) -> Callable:
+    """pi_ref, the policy as it is now, as a context that yields a model, without gradients: with a fresh adapter (--lora)
+    the base without it, else the policy with copies of the weights that train. In the policy's own precision, so that
+    equal weights give a KL of 0."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    held = [p.detach().clone() for p in trained] if run.cfg.beta and not run.cfg.lora else []
+
+    def exchange() -> None:
+        for p, other in zip(trained, held):
+            p.data, other.data = other.data, p.data
 
     @contextlib.contextmanager
     def reference() -> Iterator[nn.Module]:
-        with torch.no_grad(), contextlib.nullcontext() if copy else base.hf.disable_adapter():
-            yield copy or policy
+        with torch.no_grad(), base.hf.disable_adapter() if run.cfg.lora else contextlib.nullcontext():
+            exchange()
+            yield policy
+            exchange()
 
     return reference
 
@@ -1225,6 +1298,7 @@ def main(argv: list[str] | None = None) -> None:
     rules = {
         f"--gamma {cfg.gamma}: at least 0 and below 1": 0 <= cfg.gamma < 1,
         f"--sampler {cfg.sampler}: not for --task {cfg.task}": image == (cfg.sampler != "semi_autoregressive"),
+        f"--cache {cfg.cache}: of texts": not image or cfg.cache == "off",
         "--rewards scores images: --task t2i": image or not cfg.rewards,
         "--eval_only, --lora and --sft_steps need --model": cfg.model or not cfg.eval_only + cfg.lora + cfg.sft_steps,
         f"--lora {cfg.lora}: {adapter} is an adapter already, and trains as it is": not (cfg.lora and adapter),
@@ -1250,7 +1324,7 @@ def main(argv: list[str] | None = None) -> None:
     base.check_solution(run.task, data["train"])
     policy, optimizer = run.prepare(base, cfg.weight_decay, cfg.accumulation)
     before = measure(run, policy, base, data, "before")
-    train_policy(run, policy, base, reference_of(run, policy, base, path), optimizer, data)
+    train_policy(run, policy, base, reference_of(run, policy, base), optimizer, data)
     after = measure(run, policy, base, data, "after")
     if run.main:
         base.save(run.path / "model")

@@ -115,9 +115,8 @@ def reveal(log_g: Tensor, candidates: Tensor, k: Tensor, logits_at: Callable, te
     a = log_g.sort(dim=1, descending=True, stable=True).indices[:, : int(k.max())]
     first_k = torch.arange(a.shape[1], device=a.device) < k[:, None]
     chosen = torch.zeros_like(candidates).scatter(1, a, first_k)
-    logits = logits_at(chosen)
-    noise = exponential_noise(chosen, logits.shape[1], for_token) if temperature > 0 else None
-    return a, chosen, draw(logits, temperature, noise)
+    noise = exponential_noise(chosen, 1, for_token)[:, 0] if temperature > 0 else None
+    return a, chosen, draw(logits_at(chosen), temperature, noise)
 
 
 # --- The paper, 2: the references, log g_ref(a | x_n), (U, W) float32, -inf where g_ref is 0 --------------------------

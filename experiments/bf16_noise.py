@@ -52,7 +52,12 @@ def main() -> None:
     run = SimpleNamespace(cfg=cfg, task=task, device="cpu", everyone=bool)
     o = m.roll_out(run, model, model, task.generate("test", 32, 0), [(0, i) for i in range(32)], cfg.temperature)
     o, A = o._replace(groups=torch.arange(32)), torch.randn(32, generator=m.seeded(0))
-    log_probs = lambda of, j, **how: m.remasked_log_probs(cfg, lambda *args: of(*args, **how), model, o, 0, j)
+    ids = model.mask_id, cfg.temperature
+
+    def log_probs(of, j: int, **how):
+        hidden, masks = m.remasked(cfg, o, 0, j)
+        return m.token_log_probs(lambda *args: of(*args, **how), o.batch, hidden, masks.scored, *ids), masks
+
     now = lambda: {name: p.detach().clone() for name, p in trained.items()}
     states, old = [now()], {j: log_probs(model, j)[0].detach() for j in range(1, 13)}
     for j in old:

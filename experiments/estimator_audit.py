@@ -176,12 +176,12 @@ def estimate(cfg: m.Config, estimator: Estimator, before, after, e: Seen, mu: in
 
 
 def log_probs(cfg: m.Config, estimator: Estimator, model, o: m.Rollouts, draw: int, j: int):
-    """m.remasked_log_probs, for `flat` too."""
-    if not estimator.flat:
-        return m.remasked_log_probs(cfg, model, model, o, draw, j)
-    ratio = remask.expected_ratio(o.completion, remask.inner_time(j, cfg.mu, cfg.gamma))
-    masks = remask.uniform(o.completion, ratio, m.mask_noise(cfg, o, draw, j)[0])
-    hidden = masks.masked | (o.batch.completion & ~o.completion)
+    """(Token log-probabilities of update j, its masks), for `flat` too."""
+    hidden, masks = m.remasked(cfg, o, draw, j)
+    if estimator.flat:
+        ratio = remask.expected_ratio(o.completion, remask.inner_time(j, cfg.mu, cfg.gamma))
+        masks = remask.uniform(o.completion, ratio, m.mask_noise(cfg, o, draw, j)[0])
+        hidden = masks.masked | (o.batch.completion & ~o.completion)
     return m.token_log_probs(model, o.batch, hidden, masks.scored, model.mask_id, cfg.temperature), masks
 
 

@@ -29,7 +29,7 @@ class Enumerable(nn.Module):
     def forward(self, x, attention, positions, tokens=None, temperature=1.0):
         features = nn.functional.one_hot(x, self.mix.shape[1]).float()
         logits = (self.bias + torch.einsum("blw,lwmv->bmv", features, self.mix))[positions]
-        return logits if tokens is None else m.plain_log_probs(logits, tokens, lambda h: h, temperature, None)
+        return logits if tokens is None else m.plain_log_probs(logits, tokens, lambda h: h, temperature)
 
     def slow(self, row):
         """log-probabilities (L, words) for one row, by loops."""
@@ -122,27 +122,33 @@ def slow_rollout(logits_of, x, start, block, k, ends, pad, temperature=0.0, nois
 
 def slow_emerge(logits_of, x, steps, mask, draws, temperature, first_id):
     """One row by Alg. 4 on the cosine schedule, alpha = 1 - cos(pi / 2 of the share of steps done): (tokens, step of
-    each). logits_of(x) -> (L, V); draws(n) -> (n, V + 1) of Exp(1)."""
+    each). logits_of(x) -> (L, V); draws(n, k) -> (n, k) of Exp(1)."""
     x, when = list(x), [-1] * len(x)
     for n in range(steps):
         places = [i for i, token in enumerate(x) if token == mask]
         pis = (logits_of(x).double() / temperature).softmax(-1)
         a_t, a_s = (1 - math.cos(math.pi * done / (2 * steps)) for done in (n, n + 1))
-        for i, pi, noise in zip(places, pis[places].tolist(), draws(len(places))):
+        for i, pi, (noise,) in zip(places, pis[places].tolist(), draws(len(places), 1)):
             stays = (1 - a_s) / (1 - a_t) if n + 1 < steps else 0
-            q = [(a_s - a_t) / (1 - a_t) * p for p in pi] + [stays]
-            outcome = max(range(len(q)), key=lambda v: q[v] / noise[v])  # noqa: B023
+            outcome = slow_inverse([(a_s - a_t) / (1 - a_t) * p for p in pi] + [stays], noise)
             if outcome < len(pi):
                 x[i], when[i] = first_id + outcome, n
     return x, when
 
 
+def slow_inverse(p, noise):
+    """The first word whose cumulative probability is above u = e^-E, E ~ Exp(1)."""
+    cumulative = list(itertools.accumulate(p))
+    return next(v for v, total in enumerate(cumulative) if total > math.exp(-noise) * cumulative[-1])
+
+
 def slow_draw(logits, temperature, noise):
-    """Tokens from softmax(logits / T) by the exponential race, or the likeliest; logits (N, V), noise a generator."""
+    """Tokens from softmax(logits / T) by their cumulative probabilities, or the likeliest; logits (N, V), noise a
+    generator."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    race = torch.empty(logits.shape, dtype=torch.float64).exponential_(generator=noise)
-    return ((logits.double() / temperature).softmax(-1) / race).argmax(-1).tolist()
+    draws = torch.empty(len(logits), dtype=torch.float64).exponential_(generator=noise).tolist()
+    return [slow_inverse(p, e) for p, e in zip((logits.double() / temperature).softmax(-1).tolist(), draws)]
 
 
 # --- A training step of maskgrpo.py. row: prompt, o, n = |o|, steps, of its rollout; group, k: its number in it; a = A

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from slow import slow_emerge, slow_rollout
+from slow import slow_emerge, slow_inverse, slow_rollout
 
 import emerge_sampler as es
 
@@ -74,12 +74,30 @@ def test_another_process_that_has_not_ended_keeps_this_one_computing():
     assert asked == [False, True, True, True, True] and out.forwards == 4 and out.x.tolist() == [[EOS, 0] + [PAD] * 6]
 
 
-def test_draws_are_made_in_float64_whatever_the_logits():
-    """In bf16, Gumbel noise makes a 70% token win 99.6% of the time; float32 still cuts the tail off."""
-    noise = es.exponential_noise(torch.ones(1, 1, dtype=torch.bool), 3, torch.Generator())
-    close, tail = (torch.tensor([row], dtype=noise.dtype) for row in ([1, 1 - 1e-12, 1], [1, 1e-100, 1]))
-    assert noise.dtype == torch.float64 and es.draw(torch.zeros(1, 3, dtype=torch.bfloat16), 1.0, close).item() == 1
-    assert es.emerge_step(torch.tensor([[0.0, -200.0]]).bfloat16(), 0.0, 1.0, 1.0, tail)[0].item() == 1
+@pytest.mark.parametrize("vocabulary", [1, 3, 2047, 2048, 4097, 126_464])
+def test_draws_have_the_exact_probabilities(vocabulary):
+    """To 1e-6: u stands between the exact sums up to its word and through it; with a uniform u that is the distribution.
+    Rows with a peak before a long tail or none, and a word without probability at both ends, in float32 and bf16."""
+    g, last = torch.Generator().manual_seed(vocabulary), vocabulary - 1
+    logits = 3 * torch.randn(40, vocabulary, generator=g)
+    logits[::2, vocabulary // 2] = 12
+    logits[:, [0, last] if last > 1 else []] = -torch.inf
+    for of, temperature in ((logits, 1.0), (logits, 0.7), (logits.bfloat16(), 1.0)):
+        through = (of.double() / temperature).softmax(-1).cumsum(1)
+        for u in (torch.rand(40, generator=g), torch.rand(40, generator=g), torch.zeros(40), torch.ones(40)):
+            words = es.draw(of, temperature, -u.double().log())[:, None]
+            below, above = (sums.gather(1, words)[:, 0] for sums in (F.pad(through, (1, 0)), through))
+            assert (below - 1e-6 <= u).all() and (u <= above + 1e-6).all() and (above > below).all()
+    q = es.emerge_step(logits, 0.2, 0.5, 0.7, -torch.full((40,), 0.9).double().log())
+    assert not q[1].any()  # the last (1 - .5) / (1 - .2) of u stays masked
+
+
+def test_the_tail_of_a_large_vocabulary_is_not_lost():
+    """100,000 words share 1e-4: even steps of u through them find the right ones, to 5e-7, and no word twice."""
+    p = torch.full((1, 100_001), 1e-9)
+    p[0, 0], steps = 1 - 1e-4, (torch.arange(2_000, dtype=torch.float64) + 0.5) / 2_000
+    words = es.inverse_cdf(p.expand(2_000, -1), 1 - 1e-4 * (1 - steps))
+    assert (words - 1 - 100_000 * steps).abs().max() < 500 and len(words.unique()) > 1_980
 
 
 # --- Images -----------------------------------------------------------------------------------------------------------
@@ -128,9 +146,9 @@ def slow_maskgit(logits_of, x, steps, mask, draws, temperature, first_id, gumbel
             break
         score, logits = {}, logits_of(x).double()
         p, p_at_1 = (logits / temperature).softmax(-1).tolist(), logits.softmax(-1).tolist()
-        for i, noise in zip(places, draws(len(places))):
-            token = max(range(V), key=lambda v: p[i][v] / noise[v])  # noqa: B023
-            score[i] = (math.log(p_at_1[i][token]) - weight * math.log(noise[-1]), token)
+        for i, (of_token, of_choice) in zip(places, draws(len(places), 2)):
+            token = slow_inverse(p[i], of_token)
+            score[i] = (math.log(p_at_1[i][token]) - weight * math.log(of_choice), token)
         kept = min(math.floor(length * math.cos(math.pi * (n + 1) / (2 * steps)) + 1e-12), len(places) - 1)
         for i in sorted(places, key=lambda i: -score[i][0])[: len(places) - kept]:
             x[i], when[i] = first_id + score[i][1], n
@@ -153,7 +171,7 @@ def test_image_samplers_equal_a_slow_loop(steps, gumbel, decay, sampler):
     settings = dict(steps=steps, schedule="cosine", temperature=0.7, first_id=20, generator=gens()) | options
     out = sampler(denoise, x, x == 99, **settings)
     for row, g in enumerate(gens()):
-        draws = lambda n: es.exponential_noise(torch.ones(1, n, dtype=torch.bool), V + 1, [g]).tolist()  # noqa: B023
+        draws = lambda n, k: torch.empty(n, k, dtype=torch.float64).exponential_(generator=g).tolist()  # noqa: B023
         logits_of = lambda tokens: denoise(torch.tensor([tokens]), everywhere)
         tokens, when = slow(logits_of, x[row].tolist(), steps, 99, draws, 0.7, 20, **options)
         assert out.x[row].tolist() == tokens and out.unmask_step[row].tolist() == when

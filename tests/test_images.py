@@ -123,7 +123,7 @@ def test_a_rollout_equals_a_slow_loop(tiny):
     o = m.roll_out(run, tiny, tiny, problems, [(0, i) for i in range(4)], 0.8)
     for i, problem in enumerate(problems):
         noise, prompts = seeded(0, i), (tiny.prompt_ids(TASK, problem), tiny.image_prompt(""))
-        draws = lambda n: torch.empty(n, 66, dtype=torch.float64).exponential_(generator=noise).tolist()  # noqa: B023
+        draws = lambda n, k: torch.empty(n, k, dtype=torch.float64).exponential_(generator=noise).tolist()  # noqa: B023
 
         @torch.no_grad()
         def logits_of(x, prompts=prompts):

@@ -58,6 +58,26 @@ def test_elbo_loss_is_the_mean_of_ell_per_token_on_its_masks():
     torch.testing.assert_close(m.elbo_loss(model, batch_of(rows), r, u, MASK), by_hand)
 
 
+@pytest.mark.parametrize("rows, temperature", [(1, 1.0), (3, 0.7), (9, 1.3)])
+def test_log_probabilities_in_chunks_have_the_plain_values_and_gradients(rows, temperature):
+    """In float64, against log_softmax, and by finite differences; of a head that trains, those of its weights too."""
+    g = torch.Generator().manual_seed(0)
+    h, w, b = (torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((7, 5), (11, 5), (11,)))
+    never = torch.zeros(11).index_fill(0, torch.tensor(4), -torch.inf)
+    tokens, head, upstream = (
+        torch.tensor([0, 3, 10, 3, 1, 9, 5]),
+        lambda h: h @ w.T + b + never,
+        torch.linspace(-1, 2, 7),
+    )
+    by_hand = (head(h) / temperature).log_softmax(1)[range(7), tokens]
+    expected = torch.autograd.grad((by_hand * upstream).sum(), (h, w, b))
+    for trains, of in ((False, (h,)), (True, (h, w, b))):
+        got = m.chosen_log_probs(h, tokens, head, temperature, rows, trains)
+        torch.testing.assert_close(got, by_hand)
+        torch.testing.assert_close(torch.autograd.grad((got * upstream).sum(), of), expected[: len(of)])
+    assert torch.autograd.gradcheck(lambda h: m.ChosenLogProbs.apply(h, tokens, head, temperature, rows), h)
+
+
 def eq_9(one, two, t, dt):
     """(E[left side] / dt, E[right side]) of Eq. 9 by enumeration of x_{t+dt} and of what is revealed in between."""
     left = right = 0.0
@@ -153,7 +173,7 @@ def test_a_trace_replays_the_states_that_the_rollout_saw():
     """With a slice per step; also around an EOS, behind which tokens may stand that were revealed before it."""
     table, seen, behind = torch.randn(6, 8, 8, 5, generator=torch.Generator().manual_seed(0)), [], 0
 
-    def pi(x, attention, positions):
+    def pi(x, attention, positions, *_):
         seen.append(x.clone())
         return table[x, torch.arange(8)].mean(1)[positions]
 
@@ -165,7 +185,8 @@ def test_a_trace_replays_the_states_that_the_rollout_saw():
         o = m.Rollouts(m.Batch(out.x, x == 5, x == 5), completion, out.unmask_step, torch.zeros(1).long(), 0, [])
         cfg = dataclasses.replace(m.parse([]), remask="trace", mu=out.forwards, gen_length=8)
         for j in range(1, out.forwards + 1):
-            m.remasked_log_probs(cfg, pi, SimpleNamespace(mask_id=5, first_id=0), o, 0, j)
+            hidden, masks = m.remasked(cfg, o, 0, j)
+            m.token_log_probs(pi, o.batch, hidden, masks.scored, 5)
         assert all(map(torch.equal, seen, states)) and len(seen) == len(states)
         behind, seen = behind + bool(((out.unmask_step >= 0) & ~completion).any()), []
     assert behind > 5
@@ -215,7 +236,10 @@ def test_two_training_steps_equal_a_loop_by_hand(scheme, problem_file, tmp_path,
     run.accelerator.gradient_accumulation_steps = cfg.accumulation
     trained = {name: p.detach().clone().requires_grad_() for name, p in policy.hf.named_parameters() if p.requires_grad}
     policy, optimizer = run.accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=9.0))
-    reference, prompts = m.reference_of(run, policy, policy, str(path)), []
+    own, prompts = {name: v.clone() for name, v in policy.state_dict().items()}, []
+    policy.load_state_dict(own if cfg.lora else other.state_dict())
+    reference = m.reference_of(run, policy, policy)
+    policy.load_state_dict(own)
 
     def logits_of(weights, x):
         out = torch.func.functional_call(twin, merged(twin, weights), kwargs=dict(input_ids=torch.tensor([x])))
@@ -252,6 +276,23 @@ def test_two_training_steps_equal_a_loop_by_hand(scheme, problem_file, tmp_path,
         prompts += [tuple(row.prompt) for row in rows]
     assert len(prompts) == 16 and len(set(prompts)) == 8  # 2 of each: no problem comes twice
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_rows_that_have_ended_are_not_computed_and_draw_what_they_drew(problem_file):
+    """One row stays while another process goes on. Each row equals the same row alone, which nothing is left out of."""
+    problems, sizes = rewards.TASKS["gsm8k"].load(str(problem_file), "train")[:8], []
+    base, asked = m.tiny_model([p["question"] + "\n" + p["answer"] for p in problems], 0), itertools.count()
+    base.eos_ids += range(10, len(base.tokenizer), 9)
+    run = SimpleNamespace(cfg=m.parse(["--block_length", "8", "--tokens_per_step", "1"]), task=rewards.TASKS["gsm8k"])
+    vars(run).update(device="cpu", everyone=lambda done: done and next(asked) % 3 == 2)
+    model = lambda x, *args, **how: sizes.append(len(x)) or base(x, *args, **how)
+    o = m.roll_out(run, model, base, problems, [(0, i) for i in range(8)], 1.0)
+    took = o.unmask_step.amax(1) + 1
+    assert sizes == [max(int((took > n).sum()), 1) for n in range(o.forwards)] and o.forwards == took.max() + 2
+    assert took.min() < took.max() - 2
+    for i, problem in enumerate(problems):
+        alone = m.roll_out(run, base, base, [problem], [(0, i)], 1.0)
+        assert alone.texts == o.texts[i : i + 1] and torch.equal(alone.unmask_step[0, -16:], o.unmask_step[i, -16:])
 
 
 @pytest.mark.parametrize("codebook", [0, 64])
@@ -315,6 +356,30 @@ def test_native_models_equal_an_independent_forward_padded_or_saved(kind, reques
         assert of.eos_ids == sorted(ids(["<|endoftext|>", "<|eot_id|>"]))
 
 
+@pytest.mark.parametrize("kind", ["llada", "dream"])
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cache_keeps_what_stands_around_the_block(kind, cache, request):
+    """Of one layer, whose keys know their own tokens alone, everything is exact; of two only a block's first forward.
+    Blocks of 4 behind a prompt of 5 with padding; a row ends in the first block; Dream reads one place before."""
+    deep, shallow = (load(request.getfixturevalue(kind)) for _ in range(2))
+    del shallow.hf.model.layers[1:]
+    attention, start, sizes = torch.ones(3, 17, dtype=torch.bool), torch.randint(40, 90, (3, 17)), []
+    attention[0, :2], start[:, 5:] = False, deep.mask_id
+    for model, close in ((shallow, [1] * 4), (deep, [1, 0, 1, 0])):
+        spy = lambda x, *args, of=model, **how: sizes.append(tuple(x.shape)) or of(x, *args, **how)
+        asks = [m.asking(spy, lambda x: (x, attention), name, model.shifted) for name in (cache, "off")]
+        x = start.clone()
+        for n, (places, rows) in enumerate([((5, 9), 3), ((6, 9), 2), ((9, 13), 2), ((10, 13), 2)]):
+            at = torch.zeros_like(attention)
+            at[:rows, slice(*places)] = True
+            got, exact = (no_masks(ask(x, at), model) for ask in asks)
+            assert ((got - exact).abs().max() < 1e-4) == close[n]
+            x[at] = torch.arange(int(at.sum())) + 50
+    width = {"prefix": (12, 8), "dual": (4, 4)}[cache]
+    cached = [(3, 17), (3, width[0] + model.shifted), (2, 17), (2, width[1] + model.shifted)]
+    assert sizes[::2] == cached * 2
+
+
 def masked_lm(kind, pad, path, bpe):
     """A random checkpoint of transformers' own, saved."""
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -336,6 +401,32 @@ def test_masked_lm_checkpoints_load_as_they_are(kind, pad, tmp_path, bpe):
     torch.testing.assert_close(no_masks(got, model), no_masks(expected, model), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("kind", ["llada", "dream", "Roberta", "ModernBert", "t2i"])
+def test_tokens_have_the_log_probabilities_of_the_logits(kind, lora, request, bpe, tmp_path, monkeypatch):
+    """And their gradients, in chunks of three positions, with a head that trains or not, through checkpointed layers."""
+    pytest.importorskip("peft")
+    if kind[0].isupper():
+        masked_lm(kind, 0, tmp_path, bpe)
+    if kind == "t2i":
+        m.tiny_model(["a photo"], 0, kind).save(tmp_path)
+    path = request.getfixturevalue(kind) if kind in ("llada", "dream") else tmp_path
+    task, size = ("t2i", rewards.TASKS["t2i"].codebook) if kind == "t2i" else ("gsm8k", len(bpe))
+    monkeypatch.setattr(m, "CHUNK", 3 * size)
+    model = load(path, trainable=True, lora=lora, task=task, gradient_checkpointing=True)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
+    at, tokens, temperature = ALL.clone(), torch.tensor([5, 30, 8, 12, 44, 0, 17]), 0.7
+    at[0, :2] = False
+    x = X.clamp(max=model.hf.config.vocab_size - 1)
+    plain = (model.train()(x, ALL, at) / temperature).log_softmax(-1)[range(7), tokens]
+    got, of = model(x, ALL, at, tokens, temperature), [p for p in model.parameters() if p.requires_grad]
+    torch.testing.assert_close(got, plain, atol=1e-6, rtol=1e-6)
+    one, two = (torch.autograd.grad(v.square().sum(), of) for v in (got, plain))
+    assert all((a - b).norm() < 1e-5 * max(map(torch.norm, two)) for a, b in zip(one, two, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["llada", "dream", "Roberta", "ModernBert"])
 def test_bf16_weights_have_the_log_ratios_of_float32(kind, request, bpe, tmp_path):
     """Of one update at 3e-6, which the rounding of bf16, as in a rollout's `rough` forward, would replace."""
@@ -353,7 +444,11 @@ def test_bf16_weights_have_the_log_ratios_of_float32(kind, request, bpe, tmp_pat
         with torch.autocast("cpu", torch.bfloat16):  # as Accelerate wraps the policy
             return torch.stack([ell(plain), ell(narrow), ell(narrow, rough=True)])
 
-    old = all_three()
+    kept, old = [], all_three()
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
+        ell(narrow)
+    wide = {shape for p in narrow.parameters() if p.dtype == torch.bfloat16 for shape in (p.shape, p.shape[::-1])}
+    assert not any(v.dtype == torch.float32 and v.shape in wide for v in kept)  # widened weights are not kept
     old[1, :, 5].sum().backward()
     optimizer.step()
     exact, here, rough = (all_three() - old).detach()
@@ -619,9 +714,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_resumes_it(flag
 BAD = {
     "--gamma 1": "--gamma 1.0: at least 0 and below 1", "--temperature 0": "--temperature 0.0: must be above 0",
     "--lr nan": "--lr nan", "--model /nowhere": "/nowhere: not a directory", "--task mbpp": "--allow_code_execution",
-    "--batch_size 20 --group_size 8": "--batch_size 20 .*--group_size 8", "--lora 4": "--lora and --sft_steps need",
+    "--batch_size 20 --group_size 8": "--batch_size 20 .*--group_size 8", "--lora 4": "--lora and --sft_steps need", "--task t2i --cache dual": "--cache dual: of texts",
     "--resume --output_dir /nowhere": "--resume.*no run", "--sampler emerge": "--sampler emerge: not for --task gsm8k",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "omp, flag, threads", [(None, "", None), ("1", "", 1), (None, "--num_cpu_threads_per_process", 1)]
+)
+def test_a_process_that_is_launched_alone_takes_the_cores_unless_told(omp, flag, threads, monkeypatch):
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | ({"OMP_NUM_THREADS": omp} if omp else {})
+    code = "import sys; sys.stdin.read()"
+    launcher = subprocess.Popen([sys.executable, "-c", code, flag], env=env, stdin=subprocess.PIPE)
+    monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+    for name, value in {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(name, value)
+    seen = spied(monkeypatch, torch, "set_num_threads", "set")
+    m.take_the_cores()
+    launcher.communicate()
+    assert seen == ([] if threads else [(len(os.sched_getaffinity(0)),)])
 
 
 @pytest.mark.parametrize("argv", BAD)
