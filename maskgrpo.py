@@ -54,13 +54,17 @@ Departures from the authors' code
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import itertools
 import json
 import math
+import os
+import re
 import shutil
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -73,7 +77,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -393,7 +397,7 @@ TASK = {
 TINY = dict(max_steps=250, save_every=25, bf16=False, gradient_checkpointing=False, sft_batch_size=64, sft_lr=3e-3)
 TINY |= dict(gen_length=16, block_length=4, tokens_per_step=4, temperature=0.7, group_size=8, batch_size=128, mu=4)
 TINY |= dict(accumulation=1, lr=1.5e-4, warmup=20, weight_decay=0.0, max_grad_norm=1.0)
-TINY |= dict(eval_n=1000, eval_every=25, eval_batch_size=256, pass_k=8)
+TINY |= dict(eval_every=25, eval_batch_size=256, pass_k=8)
 TINY_TASK = {
     "math500": dict(base_accuracy=0.1),
     "mbpp": dict(max_steps=80, pass_k=0),  # programs take time to run
@@ -637,6 +641,9 @@ class MaskedDiffusionModel(nn.Module):
         of_config = of_config if isinstance(of_config, list) else [of_config]
         self.eos_ids = sorted({self.end_id, self.pad_id, eos, *of_config} - {None, self.mask_id})
         require({f"{self.name}: no mask_token_id in config.json, no mask_token": self.mask_id is not None})
+        rows, last = hf.get_input_embeddings().num_embeddings, max(known, key=known.get)
+        for token, i in (("the mask token", self.mask_id), (repr(last), known[last])):
+            require({f"{self.name}: {token} has id {i}, the embedding only {rows} rows": i < rows})
         tables = [t for name, t in hf.named_modules() if name.endswith("position_embeddings")]
         starts = [t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None]
         self.first_position = max(starts, default=0)  # RoBERTa counts from its padding_idx + 1
@@ -761,10 +768,20 @@ class MaskedDiffusionModel(nn.Module):
         self.hf.save_pretrained(path, save_original_format=False)
         self.tokenizer.save_pretrained(path)
 
-    def check_solution(self, task, problems: list[Problem]) -> None:
-        """Raise UsageError if a solution, as this model would have to write it, earns less than its text: a WordPiece
+    def check_problems(self, task, data: dict[str, list[Problem]], gen_length: int, say: Callable) -> None:
+        """Take out of `data` whatever is longer, with its completion, than the model's context. Raise UsageError if
+        nothing is left, or if a solution, as this model would have to write it, earns less than its text: a WordPiece
         tokenizer writes `#### 5` as `# # # # 5`, and such a base could never earn anything."""
-        problem = next((p for p in problems[:100] if not task.codebook and task.score(task.target(p), p) == 1), None)
+        context = getattr(self.hf.config, "max_position_embeddings", None) or math.inf
+        for split, problems in data.items():
+            data[split] = [p for p in problems if len(self.prompt_ids(task, p)) + gen_length <= context]
+            if long := len(problems) - len(data[split]):
+                longest = max((p["question"] for p in problems), key=len)
+                why = f"longer than {context} tokens with a completion of {gen_length}: {longest[:40]!r} ..."
+                require({f"{self.name}: all {split} problems are {why}": data[split]})
+                say(f"left out  {long} of {len(problems)} {split} problems, {why}")
+        some = (data["train"] or data["test"])[:100]
+        problem = next((p for p in some if not task.codebook and task.score(task.target(p), p) == 1), None)
         if problem is not None:
             target = task.target(problem)
             text = self.tokenizer.decode(self.target_ids(task, problem)[:-1], skip_special_tokens=True)
@@ -773,6 +790,9 @@ class MaskedDiffusionModel(nn.Module):
 
 
 # --- The run: what every stage shares, its first lines, its directory and its checkpoints -----------------------------
+
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.pt.before")  # the last one, and the one before it
 
 
 class Run:
@@ -855,12 +875,52 @@ class Run:
         optimizer.zero_grad()
         return metrics
 
-    def write(self, name: str, content: str | dict) -> None:
-        """A whole file of the run's directory, a text or tensors, or the old one, whatever happens in between."""
+    def open(self) -> None:
+        """Take the run's directory for as long as this process lives. UsageError, on all processes, where another has
+        it, or where --resume cannot go on from what is there, of which nothing is changed then. What a finished run
+        left is moved aside, never overwritten."""
+        refusal = [None]
+        try:
+            self.take() if self.main else None
+        except (UsageError, OSError) as error:
+            refusal = [str(error)]
+        broadcast_object_list(refusal)
+        require({refusal[0]: refusal[0] is None})
+        self.write("config.json", json.dumps(vars(self.cfg), indent=1))
+
+    def take(self) -> None:
+        """What `open` does on the main process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.path / "lock").open("a+")  # held by this process, until it ends in whatever way
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = (self.path / "lock").read_text()
+            raise UsageError(f"--output_dir {self.path} is in use by {holder}; name another") from None
+        if self.cfg.resume:
+            self.checkpoint()
+        elif (self.path / "config.json").exists():
+            names = (self.path.with_name(f"{self.path.name}.old{n}") for n in itertools.count(1))
+            (aside := next(path for path in names if not path.exists())).mkdir()
+            for item in {*self.path.iterdir()} - {self.path / "lock"}:
+                item.rename(aside / item.name)
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
+        self.lock.flush()
+
+    def write(self, name: str, content: str | dict, before: str | None = None) -> None:
+        """A whole file of the run's directory, a text or tensors, or the old one, whatever happens in between; the old
+        one is kept under the name `before`."""
         if self.main:
-            part = self.path / f"{name}.part"
-            part.write_text(content) if isinstance(content, str) else torch.save(content, part)
-            part.rename(self.path / name)
+            part, file = self.path / f"{name}.part", self.path / name
+            try:
+                with part.open("w" if isinstance(content, str) else "wb") as out:
+                    out.write(content) if isinstance(content, str) else torch.save(content, out)
+            except RuntimeError as error:
+                raise error.__context__ or error from None  # a full disk: torch's own words do not say so
+            if before and file.exists():
+                file.replace(self.path / before)
+            part.rename(file)
 
     def log(self, line: dict) -> None:
         """A line of metrics.jsonl, whose numbers go to --log_with's tracker too."""
@@ -888,46 +948,70 @@ class Run:
         data order are functions of (seed, step, j, row): there is no other."""
         trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
         state = {"weights": trained, "optimizer": self.optimizer.state_dict(), "seconds": self.total()}
+        state |= {"step": step, "logged": len(self.logged()), "processes": self.world}
         with in_one_line("a new checkpoint cannot be written, the last one is intact"):
-            self.write("checkpoint.pt", state | {"step": step, "processes": self.world})
+            self.write(CHECKPOINTS[0], state, before=CHECKPOINTS[1])
         self.accelerator.wait_for_everyone()
+
+    def logged(self) -> list[str]:
+        """The lines of metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
+        return file.read_text().splitlines(True) if file.is_file() else []
+
+    def checkpoint(self) -> tuple[dict, str]:
+        """(the last complete checkpoint, {} where there never was one; a line about it). UsageError if the run cannot
+        go on from it here."""
+        state, fault, steps, files = {}, "", len(self.logged()), [self.path / name for name in CHECKPOINTS]
+        for file in files:
+            try:
+                with in_one_line(f"{file}"):
+                    state = torch.load(file, "cpu", mmap=True)
+                break
+            except UsageError as error:
+                fault += f"; {error}"
+        if not state:
+            require({f"--resume: no checkpoint is complete{fault}": not any(map(Path.exists, files))})
+            lost = (
+                f"--resume: {self.path} has no checkpoint, and metrics.jsonl {steps} steps; without it, it starts over"
+            )
+            require({lost: not 0 < self.cfg.save_every <= steps})
+            return state, f"resumed   from the start: {self.path} has no checkpoint yet"
+        another = f"--resume: {file} was written by {state['processes']} processes, here are {self.world}"
+        cut = f"--resume: {file} has logged {state['logged']} steps, metrics.jsonl has {steps}"
+        require({another: state["processes"] == self.world, cut: state["logged"] <= steps})
+        return state, f"resumed   after {state['step']} steps" + f", from {file.name}{fault}" * bool(fault)
 
     def load_checkpoint(self) -> int:
         """Steps done, after restoring weights, optimiser and clocks from the checkpoint; 0 without one. What
         metrics.jsonl holds behind it is cut off, and will be made again."""
-        step, kept, log = 0, self.path / "checkpoint.pt", self.path / "metrics.jsonl"
-        if kept.is_file():
-            with in_one_line(f"--resume: {kept}"):
-                state = torch.load(kept, "cpu")
-            another = f"--resume: {kept} was written by {state['processes']} processes, here are {self.world}"
-            require({another: state["processes"] == self.world})
+        state, note = self.checkpoint() if self.cfg.resume else ({}, None)
+        if state:
             self.model.load_state_dict(state["weights"], strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
             self.began -= state["seconds"].pop("total")
-            self.seconds, step = state["seconds"], state["step"]
-            self.say(f"resumed   after {step} steps")
-        if self.main and log.is_file():
-            self.write(log.name, "".join(log.read_text().splitlines(True)[:step]))
-        return step
+            self.seconds = state["seconds"]
+        self.say(note) if note else None
+        self.accelerator.wait_for_everyone()  # all have read metrics.jsonl
+        if lines := self.logged():
+            self.write("metrics.jsonl", "".join(lines[: state.get("logged", 0)]))
+        return state.get("step", 0)
 
 
 def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
     """(the run, its problems by split): data, Accelerate, the run directory and the first lines. An earlier run in the
     directory is moved aside, never overwritten. Raises UsageError."""
     data = rewards.splits(TASKS[cfg.task], cfg, cfg.generated())
+    precision = "bf16" if cfg.bf16 else "no"
+    for name, own in (("mixed_precision", precision), ("gradient_accumulation_steps", str(cfg.accumulation))):
+        asked, flag = os.environ.get(f"ACCELERATE_{name.upper()}", own), f"accelerate launch --{name}"
+        unlike = f"{flag} {asked}: this run has {own}; leave it out, --bf16 and --accumulation decide"
+        require({unlike: asked in (own, "no", "1")})
     with in_one_line("accelerate"):
-        precision = "bf16" if cfg.bf16 else "no"
         accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=cfg.output_dir)
     kind = accelerator.distributed_type.value
     require({f"accelerate: {kind} is not supported; use MULTI_GPU (DDP)": kind in ("NO", "MULTI_CPU", "MULTI_GPU")})
     run = Run(cfg, accelerator)
-    if run.main:
-        if not cfg.resume and (run.path / "config.json").exists():
-            aside = (run.path.with_name(f"{run.path.name}.old{n}") for n in itertools.count(1))
-            run.path.rename(next(path for path in aside if not path.exists()))
-        run.path.mkdir(parents=True, exist_ok=True)
-    run.write("config.json", json.dumps(vars(cfg), indent=1))
-    accelerator.wait_for_everyone()
+    run.open()
     accelerator.init_trackers(title.lower(), config={k: str(v) for k, v in vars(cfg).items()})
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
     run.say(f"{title:<9} {cfg.model or 'the tiny default, trained here first'} -> {run.path}")
@@ -1080,7 +1164,8 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     words = lambda p: run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images)
     fresh = lambda: tiny_model([words(p) for p in train], cfg.seed, cfg.task)
     base = load_model(cfg.model, cfg, trainable=True) if cfg.model else fresh()
-    train_elbo(training, base.to(run.device), train, data["validation"])
+    base.check_problems(run.task, data, cfg.gen_length, run.say)
+    train_elbo(training, base.to(run.device), data["train"], data["validation"])
     run.seconds["base"], run.began = training.total()["total"], min(run.began, training.began)
     if run.main:
         base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
@@ -1089,7 +1174,8 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
             shutil.move(training.path, kept)
-        (kept / "checkpoint.pt").unlink(missing_ok=True)
+        for name in CHECKPOINTS:
+            (kept / name).unlink(missing_ok=True)
     run.accelerator.wait_for_everyone()
     return str(kept), False
 
@@ -1170,20 +1256,21 @@ def main(argv: list[str] | None = None) -> None:
             run.pixels = rewards.PixelReward(decode, cfg.rewards, run.device, verified=cfg.tiny())
     if cfg.eval_only:
         base = load_model(cfg.model, cfg, trainable=False)
-        base.check_solution(run.task, data["test"])
+        base.check_problems(run.task, data, cfg.gen_length, run.say)
         model = run.accelerator.prepare_model(base, evaluation_mode=True)
         return report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
     torch.set_float32_matmul_precision("high" if cfg.bf16 else "highest")  # TF32: 8 times as exact as bf16
     path, cached = base_path(run, data)
     run.accelerator.free_memory()  # of the base's own training
     base = load_model(path, cfg, trainable=True).to(run.device)
-    base.check_solution(run.task, data["train"])
+    base.check_problems(run.task, data, cfg.gen_length, run.say)
     policy, optimizer = run.prepare(base, cfg.weight_decay, cfg.accumulation)
     before = measure(run, policy, base, data, "before")
     train_policy(run, policy, base, reference_of(run, policy, base, path), optimizer, data)
     after = measure(run, policy, base, data, "after")
     if run.main:
-        base.save(run.path / "model")
+        with in_one_line(f"{run.path / 'model'} cannot be written, the last checkpoint is intact"):
+            base.save(run.path / "model")
     report(run, {"before": before, "after": after}, base_cached=cached)
 
 
@@ -1192,6 +1279,8 @@ def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskg
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # load_published checks by itself what the library warns of
     warnings.filterwarnings("ignore", category=FutureWarning)
+    with contextlib.suppress(AttributeError):  # a stream of somebody's own
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ±
     try:
         main(argv)
         return 0
@@ -1200,6 +1289,12 @@ def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskg
         return 130
     except (UsageError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # the very class is what gloo and NCCL raise
+        if not re.search("(?i)gloo|nccl|peer|socket|time.?out", str(error)) or not torch.distributed.is_initialized():
+            raise
+        ended = "another process has ended or is out of reach; --resume goes on from the last checkpoint"
+        print(f"{name}: error: {ended} ({first_line(error)[:80]} ...)", file=sys.stderr)
         return 2
 
 

@@ -427,7 +427,7 @@ def frozen_base(run: Run, data: dict[str, list[Problem]]) -> tuple[FrozenBase, s
     run.accelerator.free_memory()  # of its training
     run.seconds["base"], run.began = training.seconds["base"], min(run.began, training.began)
     base = FrozenBase(load_model(path, training.cfg, trainable=False).to(run.device))
-    base.model.check_solution(run.task, data["train"] or data["test"])
+    base.model.check_problems(run.task, data, cfg.gen_length, run.say)
     return base, path, cached
 
 

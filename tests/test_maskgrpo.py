@@ -1,14 +1,19 @@
 """maskgrpo.py: every equation by enumeration or by hand, training against a loop, models against a slow forward, and
 runs as a user makes them, stopped and killed. The slow versions are in slow.py."""
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +24,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, llada_checkpoint, write_checkpoint
 from runs import dies, ended, forked, forked_pair, lines_of, one_error, results_of, same_run, same_training, small_run
 from runs import spied
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from slow import MASK, SCORE, Enumerable, advantage_by_hand, batch_of, chance, masks_of, merged, plain, slow_ell
 from slow import slow_forward, slow_objective, slow_rollout, step_by_hand
@@ -385,7 +391,19 @@ def test_a_tokenizer_that_cannot_spell_the_answer_is_refused(llada, data_file, t
     folder = llada_checkpoint(tmp_path / "wordpiece", wordpiece)
     flags = small_run(tmp_path / "run", model=folder, data=data_file, gen_length=64, max_steps=0)
     assert re.search(r"its tokenizer turns '.*# # # # \d+', which does not earn", one_error(flags, capfd))
-    load(llada).check_solution(rewards.TASKS["gsm8k"], rewards.TASKS["gsm8k"].load(str(data_file), "train"))
+
+
+def test_problems_longer_than_the_context_are_left_out_and_counted(llada, data_file):
+    task, base, said = rewards.TASKS["gsm8k"], load(llada), []
+    problems = task.load(str(data_file), "train")
+    sizes = [len(base.prompt_ids(task, p)) for p in problems]
+    limit = base.hf.config.max_position_embeddings = max(sizes) + 63
+    base.check_problems(task, data := {"train": [*problems], "test": []}, 64, said.append)
+    assert data["train"] == [p for p, size in zip(problems, sizes) if size < max(sizes)]
+    line = (
+        f"left out  {sizes.count(max(sizes))} of 60 train problems, longer than {limit} tokens with a completion of 64"
+    )
+    assert said[0].startswith(line)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -525,7 +543,8 @@ def on_two(base, problem_file, tmp_path_factory):
 
 
 def test_two_processes_equal_one_with_two_micro_batches(on_two, flags, tmp_path):
-    assert m.cli(small_run(tmp_path / "one", **flags, batch_size=8, accumulation=2, **LONG)) == 0
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="ascii")):  # a terminal without ±
+        assert m.cli(small_run(tmp_path / "one", **flags, batch_size=8, accumulation=2, **LONG)) == 0
     same_training(tmp_path / "one", on_two)
     one, two = results_of(tmp_path / "one"), results_of(on_two)
     assert all(one[name] == two[name] for name in ("before", "after", "before_pass_at"))
@@ -578,11 +597,69 @@ def test_killed_and_resumed_to_the_same_numbers(where, call, uninterrupted, flag
     """In step 2, before any checkpoint; in step 4; and where step 4's is written, but not yet renamed."""
     argv = small_run(tmp_path / "run", **flags, **LONG)
     assert ended(forked(argv, tmp_path, dies(where, call, signal.SIGKILL))) == [-signal.SIGKILL]
-    kept = tmp_path / "run" / "checkpoint.pt"
-    assert (torch.load(kept)["step"] if kept.is_file() else None) == (None if call == 3 else 2)
+    kept = [file for file in map((tmp_path / "run").joinpath, m.CHECKPOINTS) if file.is_file()]
+    assert [torch.load(file)["step"] for file in kept] == ([] if call == 3 else [2])
     assert (tmp_path / "run" / "checkpoint.pt.part").exists() == (where == "rename")
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
     same_run(uninterrupted, tmp_path / "run")
+
+
+def contents(path):
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("spoil", [lambda file: file.write_bytes(file.read_bytes()[:5000]), lambda file: file.unlink()])
+def test_a_damaged_or_missing_checkpoint_is_named_and_the_one_before_it_taken(spoil, uninterrupted, tmp_path, capfd):
+    shutil.copytree(uninterrupted, path := tmp_path / "run")
+    resume = ["--resume", "--output_dir", str(path), "--lr", "1e-4"]
+    spoil(path / "checkpoint.pt")
+    assert m.cli(resume[:3]) == 0
+    assert re.search(r"after 4 steps, from checkpoint.pt.before; \S+/checkpoint.pt: .+", capfd.readouterr().out)
+    same_run(uninterrupted, path)
+    (path / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = contents(path)
+    assert "logged 6 steps, metrics.jsonl has 1" in one_error(resume, capfd) and contents(path) == before
+    for file in path.glob("checkpoint*"):
+        file.write_bytes(b"")
+    assert re.search(
+        "no checkpoint is complete; .*/checkpoint.pt: .*; .*/checkpoint.pt.before: ", one_error(resume, capfd)
+    )
+    for file in path.glob("checkpoint*"):
+        file.unlink()
+    (path / "metrics.jsonl").write_text('{"step": 1}\n' * 3)  # with a checkpoint after every second step
+    assert "has no checkpoint, and metrics.jsonl 3 steps" in one_error(resume, capfd)
+
+
+def test_a_directory_has_one_run_at_a_time(flags, tmp_path, capfd):
+    argv, lock = small_run(tmp_path / "run", **flags), tmp_path / "run" / "lock"
+    child = forked(argv, tmp_path, lambda: setattr(m, "train_policy", lambda *_: signal.pause()))
+    while not (tmp_path / "run" / "completions_before.jsonl").exists():
+        time.sleep(0.05)
+    before = contents(tmp_path)
+    for second in (argv, ["--resume", *argv[:2]]):
+        assert f"in use by process {child} on {socket.gethostname()} since" in one_error(second, capfd)
+    assert contents(tmp_path) == before and lock.exists()
+    os.kill(child, signal.SIGKILL)
+    assert ended(child) == [-signal.SIGKILL]
+    assert m.cli(["--resume", *argv[:2]]) == 0 and f"{tmp_path / 'run'} has no checkpoint yet" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["config.json.part", "metrics.jsonl", "checkpoint.pt.part", "model"])
+def test_a_full_disk_says_so_whoever_writes(file, flags, tmp_path, capfd, monkeypatch):
+    (tmp_path / "run").mkdir()
+    if file != "model":
+        (tmp_path / "run" / file).symlink_to("/dev/full")
+    else:  # safetensors replaces what it writes; its error is no OSError
+        full = lambda *_, **__: (_ for _ in ()).throw(SafetensorError("I/O error: No space left on device"))
+        monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    assert "No space left" in one_error(small_run(tmp_path / "run", **flags), capfd)
+
+
+def test_the_survivor_of_two_processes_says_that_the_other_has_ended(flags, tmp_path):
+    argv = small_run(tmp_path / "run", **flags, batch_size=8, **LONG)
+    assert forked_pair(argv, tmp_path, dies("policy_loss", 5, signal.SIGKILL)) == [2, -signal.SIGKILL]
+    *_, last = (tmp_path / "out").read_text().splitlines()
+    assert "error: another process has ended or is out of reach; --resume goes on from the last checkpoint" in last
 
 
 def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two, flags, tmp_path, capfd):
@@ -591,9 +668,9 @@ def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two,
     assert stopped == [143, 143], (tmp_path / "out").read_text()
     assert f"stopped after step 3; to go on: --resume --output_dir {argv[1]}" in (tmp_path / "out").read_text()
     assert len(lines_of(tmp_path / "run")) == 3 and not (tmp_path / "run" / "results.json").exists()
-    resume = ["--resume", "--output_dir", tmp_path / "run"]
-    assert "written by 2 processes, here are 1" in one_error(resume, capfd)
-    assert "--mu 7 contradicts" in one_error([*resume, "--mu", 7], capfd)
+    resume, before = ["--resume", "--output_dir", tmp_path / "run"], contents(tmp_path / "run")
+    assert "written by 2 processes, here are 1" in one_error([*resume, "--lr", 1], capfd)
+    assert "--mu 7 contradicts" in one_error([*resume, "--mu", 7], capfd) and contents(tmp_path / "run") == before
     assert forked_pair(resume, tmp_path) == [0, 0], (tmp_path / "out").read_text()
     same_run(on_two, tmp_path / "run")
 
@@ -620,6 +697,7 @@ BAD = {
     "--gamma 1": "--gamma 1.0: at least 0 and below 1", "--temperature 0": "--temperature 0.0: must be above 0",
     "--lr nan": "--lr nan", "--model /nowhere": "/nowhere: not a directory", "--task mbpp": "--allow_code_execution",
     "--batch_size 20 --group_size 8": "--batch_size 20 .*--group_size 8", "--lora 4": "--lora and --sft_steps need",
+    "--bf16 false": "accelerate launch --mixed_precision bf16: this run has no; leave it out, --bf16 and",
     "--resume --output_dir /nowhere": "--resume.*no run", "--sampler emerge": "--sampler emerge: not for --task gsm8k",
 }  # fmt: skip
 
@@ -627,6 +705,7 @@ BAD = {
 @pytest.mark.parametrize("argv", BAD)
 def test_usage_errors_are_one_line_and_exit_2(argv, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if "bf16" in argv else "no")
     assert re.search(BAD[argv], one_error(argv.split(), capfd))
 
 
@@ -637,6 +716,10 @@ def test_bad_checkpoints_are_named(tmp_path, bpe, data_file, capfd):
     assert "missing keys ['model.layers.1.self_attn.o_proj.weight']" in missing
     assert "surprise" in changed("extra", lambda _, weights: weights.update(surprise=torch.zeros(2)))
     assert "mask_token_id" in changed("unmasked", lambda config, _: config.pop("mask_token_id"))
+    beyond = changed("beyond", lambda config, _: config.update(mask_token_id=999))
+    assert f"the mask token has id 999, the embedding only {len(bpe)} rows" in beyond
+    short = changed("short", lambda config, _: config.update(max_sequence_length=300))
+    assert re.search("all train problems are longer than 300 tokens with a completion of 256: '.+' ...", short)
     causal = write_checkpoint(tmp_path / "causal", {"model_type": "llama"}, {"a": torch.zeros(1)}, bpe)
     assert "is_causal" in named(causal)
     weights = (broken := llada_checkpoint(tmp_path / "broken", bpe)) / "model.safetensors"
