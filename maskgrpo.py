@@ -81,7 +81,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 from transformers.utils.peft_utils import find_adapter_config_file
 
 import remask
@@ -321,6 +321,7 @@ class Common:
 
     task: str = flag("gsm8k", "a row of rewards.TASKS", choices=tuple(TASKS))
     model: str | None = flag(None, "hub id, or path of a model, adapter or run; default: a tiny model, trained here")
+    mask_token: str | None = flag(None, "the mask token of a --model whose config.json has no mask_token_id")
     data: str | None = flag(None, 'training problems, a FILE or "generated"; default: published, for tiny generated')
     eval_data: str | None = flag(None, "held-out problems, a FILE; default: published, or every tenth of --data")
     allow_code_execution: bool = flag(False, "task mbpp: run the programs that the model writes, in a sandbox")
@@ -481,7 +482,7 @@ def check(cfg, positive: str, rules: dict[str, object]) -> None:
         rewards.allow_code_execution()
 
 
-# --- The base model: LLaDA, MMaDA, Dream, AutoModelForMaskedLM checkpoints and the tiny default; text <-> tensors -----
+# --- The base model: published checkpoints of several kinds and the tiny default; text <-> tensors --------------------
 
 # Names in a LLaDA or MMaDA checkpoint -> names in transformers' Llama; applied one after the other.
 LLADA_KEYS = {
@@ -505,6 +506,8 @@ LLADA_SIZES |= dict(embedding_size="vocab_size", max_sequence_length="max_positi
 # What bidirectional models have in common. A pad_token_id would become the embedding's padding_idx, and LLaDA's pad is
 # its EOS, whose embedding has to learn.
 BIDIRECTIONAL = dict(is_causal=False, use_cache=False, pad_token_id=None, bos_token_id=None)
+# transformers' own classes that is_causal=False makes bidirectional
+NATIVE = ("llama", "qwen2", "qwen3", "qwen3_moe", "gpt2")
 # The embedded default: initializer_range 0.1 learns the first words faster than Llama's 0.02.
 TINY_SIZES = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4)
 TINY_SIZES |= dict(initializer_range=0.1, max_position_embeddings=128, embedded_default=True)
@@ -517,20 +520,22 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
     """(a published or saved model in transformers' own class, bidirectional; its tokenizer); no remote code. UsageError
     where weights are missing or misfit, of which the library only warns."""
     raw, _ = PreTrainedConfig.get_config_dict(path)
-    kind, rope = str(raw.get("model_type")).lower(), dict(rope_type="default", rope_theta=raw.get("rope_theta", 1e4))
+    kind = str(raw.get("model_type")).lower()
+    own = "qwen2" if kind == "dream" else kind.removeprefix("a2d-")  # dllm's name for masked diffusion models
     family, options, words = transformers.AutoModelForCausalLM, {"trust_remote_code": False}, AutoTokenizer
-    if "d_model" in raw:  # LLaDA, MMaDA
+    if "d_model" in raw:  # LLaDA, iLLaDA, MMaDA
+        rope = dict(rope_type="default", rope_theta=raw.get("rope_theta", 1e4))
         sizes = {"eos_token_id": None} | {LLADA_SIZES[k]: raw[k] for k in LLADA_SIZES if raw.get(k) is not None}
         options |= dict(config=LlamaConfig(**sizes, **BIDIRECTIONAL, rope_parameters=rope), key_mapping=LLADA_KEYS)
-    elif kind == "dream":  # position i is predicted at i - 1
-        dropped = ("architectures", "auto_map", "model_type", "rope_theta", "rope_scaling", *BIDIRECTIONAL)
-        kept = {name: value for name, value in raw.items() if name not in dropped}
-        options["config"] = Qwen2Config(**kept, **BIDIRECTIONAL, rope_parameters=rope, shifted_logits=True)
-        words = transformers.Qwen2Tokenizer
-    elif kind in ("llama", "qwen2"):  # saved by this project: is_causal=False and Dream's shift are in its config
-        require(
-            {f"--model {path}: a causal {kind}, without is_causal: false in its config": not raw.get("is_causal", True)}
-        )
+    elif own in NATIVE and own != kind:
+        dropped = ("architectures", "auto_map", "model_type", *BIDIRECTIONAL)
+        sizes = {name: value for name, value in raw.items() if name not in dropped} | BIDIRECTIONAL
+        # Dream predicts position i at i - 1
+        options["config"] = transformers.AutoConfig.for_model(own, **sizes, shifted_logits=kind == "dream")
+        words = transformers.Qwen2Tokenizer if kind == "dream" else words
+    elif own in NATIVE:  # saved by this project: is_causal=False and Dream's shift are in its config
+        causal = f"--model {path}: a causal {kind}, without is_causal: false in its config"
+        require({causal: not raw.get("is_causal", True)})
     else:
         family = transformers.AutoModelForMaskedLM
     hf, info = family.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
@@ -560,6 +565,9 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
             import peft
     with in_one_line(f"--model {base}: cannot be loaded"):
         hf, tokenizer = load_published(base, torch.bfloat16 if cfg.bf16 and frozen else torch.float32)
+    if cfg.mask_token:
+        hf.config.mask_token_id = tokenizer.get_vocab().get(cfg.mask_token)
+        require({f"--mask_token {cfg.mask_token}: no token of {base}": hf.config.mask_token_id is not None})
     if adapter:
         with in_one_line(f"--model {adapter}: the adapter does not fit {base}"), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")
@@ -640,7 +648,7 @@ class MaskedDiffusionModel(nn.Module):
         self.pad_id = first(pad, self.end_id)
         of_config = of_config if isinstance(of_config, list) else [of_config]
         self.eos_ids = sorted({self.end_id, self.pad_id, eos, *of_config} - {None, self.mask_id})
-        require({f"{self.name}: no mask_token_id in config.json, no mask_token": self.mask_id is not None})
+        require({f"{self.name}: config.json has no mask_token_id; name one by --mask_token": self.mask_id is not None})
         rows, last = hf.get_input_embeddings().num_embeddings, max(known, key=known.get)
         for token, i in (("the mask token", self.mask_id), (repr(last), known[last])):
             require({f"{self.name}: {token} has id {i}, the embedding only {rows} rows": i < rows})

@@ -419,7 +419,8 @@ def frozen_base(run: Run, data: dict[str, list[Problem]]) -> tuple[FrozenBase, s
     """(the base, where it lies, whether it was there already); without --model maskgrpo.py's tiny one for the task."""
     cfg = run.cfg
     flags = ["--task", cfg.task, "--seed", str(cfg.seed), "--output_dir", cfg.output_dir]
-    training = Run(parse(flags + ["--model", cfg.model] * bool(cfg.model)), run.accelerator)
+    flags += ["--model", cfg.model] * bool(cfg.model) + ["--mask_token", cfg.mask_token] * bool(cfg.mask_token)
+    training = Run(parse(flags), run.accelerator)
     training.cfg.bf16 = cfg.bf16
     spell = run.task.corpus if cfg.corpus == "spelled" else lambda problem, i: problem
     lessons = [spell(problem, i) for i, problem in enumerate(data["train"])]

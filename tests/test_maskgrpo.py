@@ -300,13 +300,43 @@ def no_masks(logits, model):
     return logits[:, torch.arange(logits.shape[1]) != model.mask_id]
 
 
-@pytest.mark.parametrize("kind", ["llada", "dream"])
+def of_transformers(kind, path, bpe, model_type=None, **settings):
+    """A random checkpoint of one of transformers' own classes, saved, perhaps under another model_type."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    ids = dict(eos_token_id=0, bos_token_id=0, cls_token_id=0, sep_token_id=0, mask_token_id=2, pad_token_id=0)
+    name = kind.removesuffix("LMHeadModel").partition("For")[0]
+    settings = getattr(transformers, f"{name}Config")(vocab_size=len(bpe), **sizes | ids | settings)
+    model = getattr(transformers, kind)(settings).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+    model.save_pretrained(path)
+    bpe.save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    rope = config.pop("rope_parameters", None) or {}
+    config |= {"model_type": model_type or config["model_type"]} | {k: v for k, v in rope.items() if k != "rope_type"}
+    (path / "config.json").write_text(json.dumps(config))
+    return model
+
+
+LAYOUTS = {  # as published: model_type -> the class of transformers that it has the shape of, and its settings
+    "a2d-qwen3": ("Qwen3ForCausalLM", dict(head_dim=16, num_key_value_heads=2, tie_word_embeddings=True)),
+    "a2d-llama": ("LlamaForCausalLM", dict(num_key_value_heads=2, rope_theta=5e5)),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", dict(is_causal=False, head_dim=8, num_experts=4, num_experts_per_tok=2)
+    | dict(moe_intermediate_size=24, num_key_value_heads=2, norm_topk_prob=False)),
+    "gpt2": ("GPT2LMHeadModel", dict(is_causal=False, n_inner=48)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llada", "dream", *LAYOUTS])
 def test_native_models_equal_an_independent_forward_padded_or_saved(kind, request, bpe, tmp_path):
-    folder = request.getfixturevalue(kind)
+    folder = tmp_path / "published" if kind in LAYOUTS else request.getfixturevalue(kind)
+    if kind in LAYOUTS:
+        of_transformers(LAYOUTS[kind][0], folder, bpe, kind, **LAYOUTS[kind][1])
     model, at = load(folder), ALL.clone()
+    assert not torch.equal(model(X, ALL, ALL)[0], model(X.where(torch.arange(9) < 8, 5), ALL, ALL)[0])  # bidirectional
     at[0, :3] = False
     plain = model(X, ALL, at)
-    expected = slow_forward(folder, IDS, kind == "dream")
+    expected = slow_forward(folder, IDS, kind)
     expected = expected[2:-1] if kind == "dream" else expected[3:]  # Dream: position i is predicted at i - 1
     torch.testing.assert_close(no_masks(plain, model), no_masks(expected, model), atol=2e-5, rtol=1e-4)
     assert (plain[:, model.mask_id] == -torch.inf).all()
@@ -321,21 +351,20 @@ def test_native_models_equal_an_independent_forward_padded_or_saved(kind, reques
         assert of.eos_ids == sorted(ids(["<|endoftext|>", "<|eot_id|>"]))
 
 
-def masked_lm(kind, pad, path, bpe):
-    """A random checkpoint of transformers' own, saved."""
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    sizes |= dict(attention_dropout=0.3)
-    ids = dict(eos_token_id=0, bos_token_id=0, pad_token_id=pad, cls_token_id=0, sep_token_id=0, mask_token_id=2)
-    settings = getattr(transformers, f"{kind}Config")(vocab_size=len(bpe), **sizes, **ids)
-    model = getattr(transformers, f"{kind}ForMaskedLM")(settings).eval()
-    model.save_pretrained(path)
-    bpe.save_pretrained(path)
-    return model
+def test_the_mask_token_is_that_of_the_config_or_the_flag(tmp_path, bpe):
+    other = llada_checkpoint(tmp_path / "other", bpe, change=lambda config, _: config.update(mask_token_id=7))
+    none = llada_checkpoint(tmp_path / "none", bpe, change=lambda config, _: config.pop("mask_token_id"))
+    named = load(none, mask_token="<|eot_id|>")
+    named.save(tmp_path / "saved")
+    masks = [load(other).mask_id, named.mask_id, load(tmp_path / "saved").mask_id]
+    assert masks == [7, *[bpe.convert_tokens_to_ids("<|eot_id|>")] * 2]
+    with pytest.raises(m.UsageError, match="--mask_token <m>: no token of .*/none"):
+        load(none, mask_token="<m>")
 
 
 @pytest.mark.parametrize("kind, pad", [("ModernBert", 0), ("Roberta", 1)])  # Roberta counts positions from its pad's id
 def test_masked_lm_checkpoints_load_as_they_are(kind, pad, tmp_path, bpe):
-    reference = masked_lm(kind, pad, tmp_path, bpe)
+    reference = of_transformers(f"{kind}ForMaskedLM", tmp_path, bpe, pad_token_id=pad, attention_dropout=0.3)
     model, at = load(tmp_path, trainable=True).train(), torch.arange(9)[None] > 1  # train(): dropout is off
     left = lambda v, fill: torch.cat([torch.full((1, 5), fill), v], 1)  # padded
     got, expected = model(left(X, pad), left(ALL, False), left(at, False)), reference(input_ids=X).logits[0, 2:]
@@ -347,7 +376,7 @@ def test_bf16_weights_have_the_log_ratios_of_float32(kind, request, bpe, tmp_pat
     """Of one update at 3e-6, which the rounding of bf16, as in a rollout's `rough` forward, would replace."""
     pytest.importorskip("peft")
     if kind[0].isupper():
-        masked_lm(kind, 0, tmp_path, bpe)
+        of_transformers(f"{kind}ForMaskedLM", tmp_path, bpe)
     path = tmp_path if kind[0].isupper() else request.getfixturevalue(kind)
     narrow, plain = (load(path, trainable=True, lora=4, bf16=bf16) for bf16 in (True, False))
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16, torch.float32}
