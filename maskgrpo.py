@@ -550,8 +550,19 @@ def resolve(path: str) -> tuple[str, str | None]:
     hub_id = path.count("/") < 2 and not path.startswith(("/", ".", "~", "runs/"))
     require({f"--model {path}: not a directory, and not a hub id either (OWNER/NAME)": Path(path).is_dir() or hub_id})
     with in_one_line(f"--model {path}: adapter_config.json"):
-        file = find_adapter_config_file(path)
-        return (json.loads(Path(file).read_text())["base_model_name_or_path"], path) if file else (path, None)
+        path = str(Path(path).resolve()) if Path(path).is_dir() else path  # an adapter keeps its base's
+        file, beside = find_adapter_config_file(path), Path(path).parent / "sft" / "model"
+        base = json.loads(Path(file).read_text())["base_model_name_or_path"] if file else path
+        # a run may have been moved since, with the base that it trained
+        base = str(beside) if Path(base).parts[-2:] == beside.parts[-2:] and beside.is_dir() else base
+        return base, path if file else None
+
+
+def llama_name(name: str) -> str:
+    """The name in transformers' Llama of a weight, or of an adapter's, of LLaDA."""
+    for pattern, ours in LLADA_KEYS.items():
+        name = re.sub(pattern, ours, name)
+    return name
 
 
 def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel":
@@ -571,7 +582,12 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
     if adapter:
         with in_one_line(f"--model {adapter}: the adapter does not fit {base}"), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
+            settings = peft.PeftConfig.from_pretrained(adapter)
+            names = [name.removeprefix("base_model.model.") for name in peft.load_peft_weights(adapter, "cpu")]
+            own = {f"^{re.escape(name)}$": llama_name(name) for name in names if ".transformer.blocks." in name}
+            if own:  # made for LLaDA's own modules, as published ones are
+                settings.target_modules = {name.split(".lora_")[0] for name in own.values()}
+            hf = peft.PeftModel.from_pretrained(hf, adapter, config=settings, key_mapping=own, is_trainable=trainable)
     elif fresh:
         # the authors' targets; a base of another family has all of its linear layers adapted
         known = isinstance(hf, LlamaForCausalLM | Qwen2ForCausalLM)

@@ -589,14 +589,24 @@ def test_published_format_on_published_data(llada, data_file, tmp_path):
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
     saved = torch.load(tmp_path / "run" / "checkpoint.pt")["weights"]
     assert all("lora_" in name for name in saved)  # a checkpoint holds what trains, not the base
-    # the adapter evaluates to the same figures from its directory, at any batch size, and no run overwrites another
-    again = small_run(tmp_path / "again", model=tmp_path / "run", **sizes)
-    for size, name in (("256", "again"), ("2", "again.old1")):
-        assert m.cli([*again, "--eval_only", "--eval_batch_size", size]) == 0 and (tmp_path / name).is_dir()
+    # its run, its adapter and its merged model have the same figures, at any batch size, and no run overwrites another
+    (tmp_path / "held.jsonl").write_text("".join(data_file.read_text().splitlines(True)[9::10]))
+    merged = load(tmp_path / "run")
+    merged.hf = merged.hf.merge_and_unload()
+    merged.save(tmp_path / "merged")
+    shutil.copytree(
+        tmp_path / "run" / "model", tmp_path / "adapter", ignore=shutil.ignore_patterns("tokenizer*", "*.jinja")
+    )
+    sizes |= dict(data=None, eval_data=tmp_path / "held.jsonl")
+    for n, (name, size) in enumerate((("run", 256), ("adapter", 2), ("merged", 3))):
+        again = small_run(tmp_path / "again", model=tmp_path / name, eval_batch_size=size, **sizes)
+        assert m.cli([*again, "--eval_only"]) == 0 and (tmp_path / f"again.old{n}").is_dir() == (n > 0)
         assert lines_of(tmp_path / "again", "completions_eval_only") == lines_of(tmp_path / "run", "completions_after")
 
 
-def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_what_rl_is_held_to(llada, data_file, tmp_path):
+def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_what_rl_is_held_to(
+    llada, data_file, tmp_path, monkeypatch
+):
     pytest.importorskip("peft")
     values = dict(sft_steps=5, sft_lr=1e-2, max_steps=1, gen_length=64, mu=1, group_size=2, batch_size=2, save_every=0)
     flags = dict(model=llada, data=data_file, lora=4) | values
@@ -609,6 +619,11 @@ def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_what_rl_is_held_to(
     assert lines_of(tmp_path / "run")[0]["kl"] == pytest.approx(0, abs=1e-9)  # the first update starts at the reference
     sft, base = load(tmp_path / "run" / "sft"), load(llada)
     assert (sft(X, ALL, ALL) - base(X, ALL, ALL)).nan_to_num().abs().max() > 1e-2
+    expected = load(tmp_path / "run")(X, ALL, ALL)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    monkeypatch.chdir("/")
+    assert m.resolve(str(tmp_path / "moved"))[0] == str(tmp_path / "moved" / "sft" / "model")
+    assert torch.equal(load(tmp_path / "moved")(X, ALL, ALL), expected)
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
@@ -754,6 +769,30 @@ def test_bad_checkpoints_are_named(tmp_path, bpe, data_file, capfd):
     weights = (broken := llada_checkpoint(tmp_path / "broken", bpe)) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])  # half downloaded
     assert "broken" in named(broken)
+
+
+def test_an_adapter_with_the_names_of_lladas_own_modules_loads_by_the_same_renaming(llada, tmp_path):
+    peft = pytest.importorskip("peft")
+    names = "q_proj k_proj v_proj attn_out ff_proj up_proj ff_out"  # of its own modules; those of transformers' Llama:
+    targets = [m.llama_name(f"model.transformer.blocks.{n}.{name}.")[:-1] for n in range(2) for name in names.split()]
+    native = load(llada)
+    native.hf = peft.get_peft_model(native.hf, peft.LoraConfig(r=2, target_modules=targets))
+    for p in native.parameters():
+        nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel())) if p.requires_grad else None
+    native.hf.save_pretrained(tmp_path)
+    weights, own = load_file(tmp_path / "adapter_model.safetensors"), {}
+    for n, name in itertools.product(range(2), names.split()):
+        old, new = (f"model.transformer.blocks.{n}.{name}", targets[n * 7 + names.split().index(name)])
+        for part in ("lora_A.weight", "lora_B.weight"):
+            own[f"base_model.model.{old}.{part}"] = weights.pop(f"base_model.model.{new}.{part}")
+    assert not weights
+    save_file(own, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    file = tmp_path / "adapter_config.json"
+    # as d1 writes it: names of modules that transformers' Llama has and LLaDA has not
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"target_modules": [*names.split(), "o_proj", "down_proj"]})
+    )
+    assert torch.equal(load(tmp_path)(X, ALL, ALL), native(X, ALL, ALL))
 
 
 def test_an_adapter_that_does_not_fit_is_refused(llada, data_file, tmp_path, capfd, monkeypatch):
