@@ -77,9 +77,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, fsdp2_prepare_model, gather_object
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -388,6 +391,12 @@ class Config(Common):
     base_steps: int = flag(4000, "tiny: its ELBO training ends after this many steps at the latest")
     base_accuracy: float = flag(0.4, "tiny: or at this validation accuracy")
 
+    def over_all(self, processes: int) -> dict[str, int]:
+        """What a resumed run must have again, on whatever number of processes."""
+        sft = self.sft_batch_size * processes if self.sft_steps or not self.model else 0
+        rl = self.batch_size * self.accumulation * processes
+        return {"--batch_size x --accumulation x processes": rl, "--sft_batch_size x processes": sft}
+
 
 # What a task changes for published checkpoints: a sudoku's grid; all codes of an image and one end-of-image token.
 TASK = {
@@ -458,6 +467,7 @@ def parse(argv: list[str] | None = None, kind: type = Config, about: str = __doc
     cfg = kind(**vars(parser.parse_args(argv)))
     # with anything else changed it would be another run
     free = set("resume output_dir max_steps save_every log_with eval_batch_size lr max_grad_norm".split())
+    free |= set("batch_size accumulation minibatch_size sft_batch_size".split())  # but not what they are in all
     for name in saved.keys() - free:
         of_run = f"--resume: --{name} {getattr(cfg, name)} contradicts {path}, which has {saved[name]}"
         require({of_run: getattr(cfg, name) == saved[name]})
@@ -655,6 +665,7 @@ class MaskedDiffusionModel(nn.Module):
     def __init__(self, hf: nn.Module, tokenizer, image: bool = False, bf16: bool = False):
         super().__init__()
         self.hf, self.tokenizer, self.bf16, config = hf, tokenizer, bf16, hf.config
+        self._no_split_modules = list(hf._no_split_modules or [])  # what FSDP shards one by one
         self.name, self.shifted = config.name_or_path or "the model", getattr(config, "shifted_logits", False)
         known, first = tokenizer.get_vocab(), lambda *ids: next((i for i in ids if i is not None), None)
         self.mask_id = first(getattr(config, "mask_token_id", None), tokenizer.mask_token_id)
@@ -787,9 +798,9 @@ class MaskedDiffusionModel(nn.Module):
         attention[:, :width] = torch.arange(width, device=x.device) >= width - len(empty)
         return x, attention
 
-    def save(self, path: Path) -> None:
-        """The model (or its adapter) and tokenizer in transformers' own format, under Llama's or Qwen2's own names."""
-        self.hf.save_pretrained(path, save_original_format=False)
+    def save(self, path: Path, weights: dict | None = None) -> None:
+        """The model (or its adapter) and tokenizer in transformers' own format and names; weights: where it is sharded."""
+        self.hf.save_pretrained(path, state_dict=weights, save_original_format=False)
         self.tokenizer.save_pretrained(path)
 
     def check_problems(self, task, data: dict[str, list[Problem]], gen_length: int, say: Callable) -> None:
@@ -826,6 +837,7 @@ class Run:
         self.cfg, self.accelerator, self.path, self.task = cfg, accelerator, Path(cfg.output_dir), TASKS[cfg.task]
         self.device, self.world, self.rank = accelerator.device, accelerator.num_processes, accelerator.process_index
         self.main, self.say = accelerator.is_main_process, functools.partial(accelerator.print, flush=True)
+        self.sharded = accelerator.is_fsdp2
         self.pixels: rewards.PixelReward | None = None  # the reward of --rewards
         self.seconds, self.began = dict.fromkeys(("base", "rollout", "update", "eval"), 0.0), time.perf_counter()
 
@@ -835,8 +847,38 @@ class Run:
         self.say(f"weights   {count(trained):.2f}M of {count(model.parameters()):.2f}M parameters train")
         self.accelerator.gradient_accumulation_steps = accumulation
         optimizer = torch.optim.AdamW(trained, betas=BETAS, weight_decay=weight_decay)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        return self.model, self.optimizer
+        prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.bare = model
+        return prepared, self.optimizer
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The weights that train; under FSDP the shards, which a rollout has left gathered."""
+        for module in self.bare.modules():
+            module.reshard() if isinstance(module, FSDPModule) else None
+        return {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """A model on the device; under FSDP it stays where it is until its shards go there."""
+        return model if self.sharded else model.to(self.device)
+
+    def frozen(self, model: nn.Module) -> nn.Module:
+        """A model that is only evaluated, placed; under FSDP sharded, and gathered layer by layer in each forward."""
+        model = self.place(model).eval().requires_grad_(False)
+        if self.sharded:
+            fsdp2_prepare_model(self.accelerator, model).set_reshard_after_forward(True)
+        return model
+
+    def whole(self, tree):
+        """A tree of tensors with its shards put together, one after the other, in the main process's memory. All
+        processes have to ask."""
+        kept = lambda v: v.cpu() if self.main else None
+        return tree_map_only(DTensor, lambda v: kept(v.full_tensor()), tree)
+
+    def part(self, whole: Tensor, p: Tensor) -> Tensor:
+        """This process's shard of a tensor, cut as the parameter p is."""
+        if not isinstance(p, DTensor):
+            return whole
+        return distribute_tensor(whole.to(self.device), p.device_mesh, p.placements, src_data_rank=None)
 
     def steps(self, last: int, label: str, save_every: int) -> Iterator[int]:
         """The steps of a training loop that are left, under a bar where someone is looking (a terminal). A checkpoint
@@ -970,9 +1012,9 @@ class Run:
     def save_checkpoint(self, step: int) -> None:
         """All of the state after `step` steps: the weights that train, the optimiser's and the clocks. Masks, noise and
         data order are functions of (seed, step, j, row): there is no other."""
-        trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
-        state = {"weights": trained, "optimizer": self.optimizer.state_dict(), "seconds": self.total()}
-        state |= {"step": step, "logged": len(self.logged()), "processes": self.world}
+        trained = {name: p.data for name, p in self.trained().items()}
+        state = self.whole({"weights": trained, "optimizer": self.optimizer.state_dict(), "seconds": self.total()})
+        state |= {"step": step, "logged": len(self.logged()), "over_all": self.cfg.over_all(self.world)}
         with in_one_line("a new checkpoint cannot be written, the last one is intact"):
             self.write(CHECKPOINTS[0], state, before=CHECKPOINTS[1])
         self.accelerator.wait_for_everyone()
@@ -1000,9 +1042,12 @@ class Run:
             )
             require({lost: not 0 < self.cfg.save_every <= steps})
             return state, f"resumed   from the start: {self.path} has no checkpoint yet"
-        another = f"--resume: {file} was written by {state['processes']} processes, here are {self.world}"
+        had, has = state["over_all"], self.cfg.over_all(self.world)
+        another = {
+            f"--resume: {file} has {name} = {had[name]}, here are {has[name]}": had[name] == has[name] for name in had
+        }
         cut = f"--resume: {file} has logged {state['logged']} steps, metrics.jsonl has {steps}"
-        require({another: state["processes"] == self.world, cut: state["logged"] <= steps})
+        require(another | {cut: state["logged"] <= steps})
         return state, f"resumed   after {state['step']} steps" + f", from {file.name}{fault}" * bool(fault)
 
     def load_checkpoint(self) -> int:
@@ -1010,7 +1055,10 @@ class Run:
         metrics.jsonl holds behind it is cut off, and will be made again."""
         state, note = self.checkpoint() if self.cfg.resume else ({}, None)
         if state:
-            self.model.load_state_dict(state["weights"], strict=False)
+            for name, p in self.trained().items():
+                p.data.copy_(self.part(state["weights"][name], p))
+            for p, moments in zip(self.trained().values(), state["optimizer"]["state"].values()):
+                moments |= {name: self.part(v, p) if v.shape == p.shape else v for name, v in moments.items()}
             self.optimizer.load_state_dict(state["optimizer"])
             self.began -= state["seconds"].pop("total")
             self.seconds = state["seconds"]
@@ -1033,14 +1081,27 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
     with in_one_line("accelerate"):
         accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=cfg.output_dir)
     kind = accelerator.distributed_type.value
-    require({f"accelerate: {kind} is not supported; use MULTI_GPU (DDP)": kind in ("NO", "MULTI_CPU", "MULTI_GPU")})
+    known = kind in ("NO", "MULTI_CPU", "MULTI_GPU") or (accelerator.is_fsdp2 and title == "MaskGRPO")
+    require(
+        {
+            f"accelerate: {kind} is not supported; use MULTI_GPU, or for all weights FSDP, configs/eight_gpus_full.yaml": known
+        }
+    )
+    if accelerator.is_fsdp2:
+        # Accelerate's bf16 would round the weights below what an update changes, and the sums of gradients
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = (
+            True  # else micro-batches add up unsharded gradients
+        )
     run = Run(cfg, accelerator)
     run.open()
     accelerator.init_trackers(title.lower(), config={k: str(v) for k, v in vars(cfg).items()})
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
     run.say(f"{title:<9} {cfg.model or 'the tiny default, trained here first'} -> {run.path}")
     run.say(f"data      {cfg.data or ('generated' if cfg.generated() else 'published')}: {sizes}")
-    run.say(f"device    {run.device}, {run.world} process{'es' * (run.world > 1)}, {torch.get_num_threads()} threads")
+    run.say(
+        f"device    {run.device}, {run.world} process{'es' * (run.world > 1)}{', sharded' * run.sharded}, {torch.get_num_threads()} threads"
+    )
     if run.task.runs_code:
         run.say(f"sandbox   {rewards.protections()}")
     run.say("settings  " + " ".join(f"{name}={value}" for name, value in vars(cfg).items()))
@@ -1172,7 +1233,8 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
         return cfg.model, True
     names = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed".split()
     settings = [getattr(cfg, name) for name in names + ["temperature", "guidance", "steps"] * images]
-    about = [run.world, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), settings]
+    settings[names.index("sft_batch_size")] *= run.world
+    about = [1, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), settings]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     kept = run.path / "sft" if cfg.model else Path("runs", f"base-{cfg.task}-s{cfg.seed}-{key}")
     if (kept / "seconds").is_file():
@@ -1189,11 +1251,12 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     fresh = lambda: tiny_model([words(p) for p in train], cfg.seed, cfg.task)
     base = load_model(cfg.model, cfg, trainable=True) if cfg.model else fresh()
     base.check_problems(run.task, data, cfg.gen_length, run.say)
-    train_elbo(training, base.to(run.device), data["train"], data["validation"])
+    train_elbo(training, training.place(base), data["train"], data["validation"])
     run.seconds["base"], run.began = training.total()["total"], min(run.began, training.began)
+    base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
+    weights = run.whole(base.hf.state_dict()) if run.sharded else None
     if run.main:
-        base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
-        base.save(training.path / "model")
+        base.save(training.path / "model", weights)
         (training.path / "seconds").write_text(f"{run.seconds['base']:.1f}")
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
@@ -1208,7 +1271,7 @@ def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel, path: 
     """pi_ref, the policy before RL, as a context that yields a model: the base with its fresh adapter off, or a frozen
     copy. Without gradients, in the precision of the policy itself, so that equal weights give a KL of 0."""
     needed = run.cfg.beta and not (run.cfg.lora and resolve(path)[1] is None)  # an adapter of --model is part of pi_ref
-    copy = load_model(path, run.cfg, trainable=True).to(run.device).eval().requires_grad_(False) if needed else None
+    copy = run.frozen(load_model(path, run.cfg, trainable=True)) if needed else None
 
     @contextlib.contextmanager
     def reference() -> Iterator[nn.Module]:
@@ -1271,6 +1334,13 @@ def main(argv: list[str] | None = None) -> None:
     }
     check(cfg, "temperature tokens_per_step steps accumulation sft_batch_size sft_lr base_steps", rules)
     run, data = start(cfg, "MaskGRPO")
+    require(
+        {
+            "--lora and adapters fit on every card: MULTI_GPU instead of FSDP": not (
+                run.sharded and (cfg.lora or adapter)
+            )
+        }
+    )
     asked = {problem["question"] for problem in sum(data.values(), []) if image and cfg.tiny()}
     require({f"prompt {q!r}: not one that the embedded t2i task knows": q in rewards.scene_table() for q in asked})
     if cfg.rewards:
@@ -1279,22 +1349,23 @@ def main(argv: list[str] | None = None) -> None:
             decode = pictures if cfg.tiny() else load_magvit(cfg.decoder, run.device).pixels
             run.pixels = rewards.PixelReward(decode, cfg.rewards, run.device, verified=cfg.tiny())
     if cfg.eval_only:
-        base = load_model(cfg.model, cfg, trainable=False)
+        base = load_model(cfg.model, cfg, trainable=False).to(run.device)
         base.check_problems(run.task, data, cfg.gen_length, run.say)
         model = run.accelerator.prepare_model(base, evaluation_mode=True)
         return report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
     torch.set_float32_matmul_precision("high" if cfg.bf16 else "highest")  # TF32: 8 times as exact as bf16
     path, cached = base_path(run, data)
     run.accelerator.free_memory()  # of the base's own training
-    base = load_model(path, cfg, trainable=True).to(run.device)
+    base = run.place(load_model(path, cfg, trainable=True))
     base.check_problems(run.task, data, cfg.gen_length, run.say)
     policy, optimizer = run.prepare(base, cfg.weight_decay, cfg.accumulation)
     before = measure(run, policy, base, data, "before")
     train_policy(run, policy, base, reference_of(run, policy, base, path), optimizer, data)
     after = measure(run, policy, base, data, "after")
+    weights = run.whole(base.hf.state_dict()) if run.sharded else None
     if run.main:
         with in_one_line(f"{run.path / 'model'} cannot be written, the last checkpoint is intact"):
-            base.save(run.path / "model")
+            base.save(run.path / "model", weights)
     report(run, {"before": before, "after": after}, base_cached=cached)
 
 

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT, llada_checkpoint, write_checkpoint
 from runs import dies, ended, forked, forked_pair, lines_of, one_error, results_of, same_run, same_training, small_run
-from runs import spied
+from runs import sharded, spied
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from slow import MASK, SCORE, Enumerable, advantage_by_hand, batch_of, chance, masks_of, merged, plain, slow_ell
@@ -713,10 +713,27 @@ def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two,
     assert f"stopped after step 3; to go on: --resume --output_dir {argv[1]}" in (tmp_path / "out").read_text()
     assert len(lines_of(tmp_path / "run")) == 3 and not (tmp_path / "run" / "results.json").exists()
     resume, before = ["--resume", "--output_dir", tmp_path / "run"], contents(tmp_path / "run")
-    assert "written by 2 processes, here are 1" in one_error([*resume, "--lr", 1], capfd)
+    assert "x processes = 16, here are 8" in one_error([*resume, "--lr", 1], capfd)
     assert "--mu 7 contradicts" in one_error([*resume, "--mu", 7], capfd) and contents(tmp_path / "run") == before
     assert forked_pair(resume, tmp_path) == [0, 0], (tmp_path / "out").read_text()
     same_run(on_two, tmp_path / "run")
+
+
+def test_sharded_processes_equal_others_and_each_goes_on_as_the_other(on_two, uninterrupted, flags, tmp_path, capfd):
+    argv, path = small_run(tmp_path / "run", **flags, batch_size=8, **LONG), tmp_path / "run"
+    killed = forked_pair(argv, tmp_path, dies("policy_loss", 7, signal.SIGKILL), both=sharded)  # in step 4
+    assert killed == [2, -signal.SIGKILL] and "2 processes, sharded" in (tmp_path / "out").read_text()
+    resume = lambda path, *more: ["--resume", "--output_dir", str(path), *more]
+    shutil.copytree(path, alone := tmp_path / "alone")
+    assert forked_pair(resume(path), tmp_path, both=sharded) == [0, 0], (tmp_path / "out").read_text()
+    same_training(on_two, path)
+    assert "--batch_size x --accumulation x processes = 16, here are 8" in one_error(resume(alone), capfd)
+    assert m.cli(resume(alone, "--accumulation", "2")) == 0
+    same_training(on_two, alone)
+    shutil.copytree(uninterrupted, back := tmp_path / "back")  # of one process, and from its fourth step
+    (back / "checkpoint.pt").unlink()
+    assert forked_pair(resume(back, "--batch_size", "8"), tmp_path, both=sharded) == [0, 0]
+    same_training(uninterrupted, back)
 
 
 def test_signals_are_given_back_by_a_loop_that_is_left_early(tmp_path):
