@@ -391,11 +391,10 @@ class Config(Common):
     base_steps: int = flag(4000, "tiny: its ELBO training ends after this many steps at the latest")
     base_accuracy: float = flag(0.4, "tiny: or at this validation accuracy")
 
-    def over_all(self, processes: int) -> dict[str, int]:
-        """What a resumed run must have again, on whatever number of processes."""
-        sft = self.sft_batch_size * processes if self.sft_steps or not self.model else 0
-        rl = self.batch_size * self.accumulation * processes
-        return {"--batch_size x --accumulation x processes": rl, "--sft_batch_size x processes": sft}
+    def batches(self, processes: int) -> list[int]:
+        """Sizes over all processes, which a run that goes on must have again: a batch of RL, and one of ELBO training."""
+        sft = self.sft_batch_size if self.sft_steps or not self.model else 0
+        return [self.batch_size * self.accumulation * processes, sft * processes]
 
 
 # What a task changes for published checkpoints: a sudoku's grid; all codes of an image and one end-of-image token.
@@ -857,28 +856,24 @@ class Run:
             module.reshard() if isinstance(module, FSDPModule) else None
         return {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """A model on the device; under FSDP it stays where it is until its shards go there."""
-        return model if self.sharded else model.to(self.device)
-
     def frozen(self, model: nn.Module) -> nn.Module:
-        """A model that is only evaluated, placed; under FSDP sharded, and gathered layer by layer in each forward."""
-        model = self.place(model).eval().requires_grad_(False)
-        if self.sharded:
-            fsdp2_prepare_model(self.accelerator, model).set_reshard_after_forward(True)
-        return model
+        """A model that is only evaluated, on the device; under FSDP in shards, gathered layer by layer for a forward."""
+        model = model.eval().requires_grad_(False)
+        if not self.sharded:
+            return model.to(self.device)
+        return fsdp2_prepare_model(self.accelerator, model).set_reshard_after_forward(True) or model
 
     def whole(self, tree):
-        """A tree of tensors with its shards put together, one after the other, in the main process's memory. All
-        processes have to ask."""
+        """A tree of tensors with its shards put together on the main process's CPU. All processes have to ask."""
         kept = lambda v: v.cpu() if self.main else None
         return tree_map_only(DTensor, lambda v: kept(v.full_tensor()), tree)
 
-    def part(self, whole: Tensor, p: Tensor) -> Tensor:
-        """This process's shard of a tensor, cut as the parameter p is."""
-        if not isinstance(p, DTensor):
-            return whole
-        return distribute_tensor(whole.to(self.device), p.device_mesh, p.placements, src_data_rank=None)
+    def save(self, base: MaskedDiffusionModel, path: Path) -> None:
+        """The base's weights, from all shards, as `MaskedDiffusionModel.save` writes them. All processes have to ask."""
+        weights = self.whole(base.hf.state_dict()) if self.sharded else None
+        if self.main:
+            with in_one_line(f"{path} cannot be written"):
+                base.save(path, weights)
 
     def steps(self, last: int, label: str, save_every: int) -> Iterator[int]:
         """The steps of a training loop that are left, under a bar where someone is looking (a terminal). A checkpoint
@@ -945,34 +940,29 @@ class Run:
         """Take the run's directory for as long as this process lives. UsageError, on all processes, where another has
         it, or where --resume cannot go on from what is there, of which nothing is changed then. What a finished run
         left is moved aside, never overwritten."""
-        refusal = [None]
+        refusal, lock = [None], self.path / "lock"
         try:
-            self.take() if self.main else None
+            if self.main:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock = lock.open("a+")  # held by this process, until it ends in whatever way
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self.cfg.resume:
+                    self.checkpoint()
+                elif (self.path / "config.json").exists():
+                    names = (self.path.with_name(f"{self.path.name}.old{n}") for n in itertools.count(1))
+                    (aside := next(path for path in names if not path.exists())).mkdir()
+                    for item in {*self.path.iterdir()} - {lock}:
+                        item.rename(aside / item.name)
+                self.lock.truncate(0)
+                self.lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
+                self.lock.flush()
+        except BlockingIOError:
+            refusal = [f"--output_dir {self.path} is in use by {lock.read_text()}; name another"]
         except (UsageError, OSError) as error:
             refusal = [str(error)]
         broadcast_object_list(refusal)
         require({refusal[0]: refusal[0] is None})
         self.write("config.json", json.dumps(vars(self.cfg), indent=1))
-
-    def take(self) -> None:
-        """What `open` does on the main process."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = (self.path / "lock").open("a+")  # held by this process, until it ends in whatever way
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = (self.path / "lock").read_text()
-            raise UsageError(f"--output_dir {self.path} is in use by {holder}; name another") from None
-        if self.cfg.resume:
-            self.checkpoint()
-        elif (self.path / "config.json").exists():
-            names = (self.path.with_name(f"{self.path.name}.old{n}") for n in itertools.count(1))
-            (aside := next(path for path in names if not path.exists())).mkdir()
-            for item in {*self.path.iterdir()} - {self.path / "lock"}:
-                item.rename(aside / item.name)
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
-        self.lock.flush()
 
     def write(self, name: str, content: str | dict, before: str | None = None) -> None:
         """A whole file of the run's directory, a text or tensors, or the old one, whatever happens in between; the old
@@ -1014,7 +1004,7 @@ class Run:
         data order are functions of (seed, step, j, row): there is no other."""
         trained = {name: p.data for name, p in self.trained().items()}
         state = self.whole({"weights": trained, "optimizer": self.optimizer.state_dict(), "seconds": self.total()})
-        state |= {"step": step, "logged": len(self.logged()), "over_all": self.cfg.over_all(self.world)}
+        state |= {"step": step, "logged": len(self.logged()), "batches": self.cfg.batches(self.world)}
         with in_one_line("a new checkpoint cannot be written, the last one is intact"):
             self.write(CHECKPOINTS[0], state, before=CHECKPOINTS[1])
         self.accelerator.wait_for_everyone()
@@ -1031,34 +1021,30 @@ class Run:
         for file in files:
             try:
                 with in_one_line(f"{file}"):
-                    state = torch.load(file, "cpu", mmap=True)
-                break
+                    state = state or torch.load(file, "cpu", mmap=True)
             except UsageError as error:
                 fault += f"; {error}"
         if not state:
+            lost = f"{self.path} has no checkpoint, and metrics.jsonl {steps} steps; without it, it starts over"
             require({f"--resume: no checkpoint is complete{fault}": not any(map(Path.exists, files))})
-            lost = (
-                f"--resume: {self.path} has no checkpoint, and metrics.jsonl {steps} steps; without it, it starts over"
-            )
-            require({lost: not 0 < self.cfg.save_every <= steps})
+            require({f"--resume: {lost}": not 0 < self.cfg.save_every < steps})
             return state, f"resumed   from the start: {self.path} has no checkpoint yet"
-        had, has = state["over_all"], self.cfg.over_all(self.world)
-        another = {
-            f"--resume: {file} has {name} = {had[name]}, here are {has[name]}": had[name] == has[name] for name in had
-        }
-        cut = f"--resume: {file} has logged {state['logged']} steps, metrics.jsonl has {steps}"
-        require(another | {cut: state["logged"] <= steps})
-        return state, f"resumed   after {state['step']} steps" + f", from {file.name}{fault}" * bool(fault)
+        had, has, logged = state["batches"], self.cfg.batches(self.world), state["logged"]
+        require({f"--resume: {self.path} has batches over all processes of {had}, here of {has}": had == has})
+        require({f"--resume: {self.path} has {logged} steps, its metrics.jsonl {steps}": logged <= steps})
+        return state, f"resumed   after {state['step']} steps" + f", the checkpoint before{fault}" * bool(fault)
 
     def load_checkpoint(self) -> int:
         """Steps done, after restoring weights, optimiser and clocks from the checkpoint; 0 without one. What
         metrics.jsonl holds behind it is cut off, and will be made again."""
         state, note = self.checkpoint() if self.cfg.resume else ({}, None)
         if state:
-            for name, p in self.trained().items():
-                p.data.copy_(self.part(state["weights"][name], p))
-            for p, moments in zip(self.trained().values(), state["optimizer"]["state"].values()):
-                moments |= {name: self.part(v, p) if v.shape == p.shape else v for name, v in moments.items()}
+            cut = lambda v, p: distribute_tensor(v.to(self.device), p.device_mesh, p.placements, src_data_rank=None)
+            shard = lambda v, p: cut(v, p) if isinstance(p, DTensor) and v.shape == p.shape else v
+            trained, moments = self.trained(), state["optimizer"]["state"]
+            for i, (name, p) in enumerate(trained.items()):
+                p.data.copy_(shard(state["weights"][name], p))
+                moments[i] = {name: shard(v, p) for name, v in moments[i].items()} if i in moments else {}
             self.optimizer.load_state_dict(state["optimizer"])
             self.began -= state["seconds"].pop("total")
             self.seconds = state["seconds"]
@@ -1073,35 +1059,29 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
     """(the run, its problems by split): data, Accelerate, the run directory and the first lines. An earlier run in the
     directory is moved aside, never overwritten. Raises UsageError."""
     data = rewards.splits(TASKS[cfg.task], cfg, cfg.generated())
-    precision = "bf16" if cfg.bf16 else "no"
-    for name, own in (("mixed_precision", precision), ("gradient_accumulation_steps", str(cfg.accumulation))):
-        asked, flag = os.environ.get(f"ACCELERATE_{name.upper()}", own), f"accelerate launch --{name}"
-        unlike = f"{flag} {asked}: this run has {own}; leave it out, --bf16 and --accumulation decide"
-        require({unlike: asked in (own, "no", "1")})
+    precision, asked = "bf16" if cfg.bf16 else "no", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    unlike = f"accelerate launch --mixed_precision {asked}: --bf16 decides, which is {cfg.bf16} here; leave it out"
+    require({unlike: asked in ("no", precision)})
     with in_one_line("accelerate"):
         accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=cfg.output_dir)
     kind = accelerator.distributed_type.value
-    known = kind in ("NO", "MULTI_CPU", "MULTI_GPU") or (accelerator.is_fsdp2 and title == "MaskGRPO")
-    require(
-        {
-            f"accelerate: {kind} is not supported; use MULTI_GPU, or for all weights FSDP, configs/eight_gpus_full.yaml": known
-        }
-    )
-    if accelerator.is_fsdp2:
-        # Accelerate's bf16 would round the weights below what an update changes, and the sums of gradients
+    known, sharded = kind in ("NO", "MULTI_CPU", "MULTI_GPU"), accelerator.is_fsdp2
+    unknown = f"accelerate: {kind} is not supported; use MULTI_GPU (DDP), or in maskgrpo.py FSDP with fsdp_version: 2"
+    fits = "accelerate: --lora and adapters fit on every card; use MULTI_GPU (DDP) instead of FSDP"
+    adapter = sharded and (getattr(cfg, "lora", 0) or (cfg.model and resolve(cfg.model)[1]))
+    require({unknown: known or (sharded and title == "MaskGRPO"), fits: not adapter})
+    if sharded:
+        # Accelerate's bf16 would round off what an update changes, and its no_sync add up whole gradients on each card
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
-        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = (
-            True  # else micro-batches add up unsharded gradients
-        )
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     run = Run(cfg, accelerator)
     run.open()
     accelerator.init_trackers(title.lower(), config={k: str(v) for k, v in vars(cfg).items()})
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
     run.say(f"{title:<9} {cfg.model or 'the tiny default, trained here first'} -> {run.path}")
     run.say(f"data      {cfg.data or ('generated' if cfg.generated() else 'published')}: {sizes}")
-    run.say(
-        f"device    {run.device}, {run.world} process{'es' * (run.world > 1)}{', sharded' * run.sharded}, {torch.get_num_threads()} threads"
-    )
+    processes = f"{run.world} process{'es' * (run.world > 1)}{', sharded' * run.sharded}"
+    run.say(f"device    {run.device}, {processes}, {torch.get_num_threads()} threads")
     if run.task.runs_code:
         run.say(f"sandbox   {rewards.protections()}")
     run.say("settings  " + " ".join(f"{name}={value}" for name, value in vars(cfg).items()))
@@ -1251,12 +1231,11 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     fresh = lambda: tiny_model([words(p) for p in train], cfg.seed, cfg.task)
     base = load_model(cfg.model, cfg, trainable=True) if cfg.model else fresh()
     base.check_problems(run.task, data, cfg.gen_length, run.say)
-    train_elbo(training, training.place(base), data["train"], data["validation"])
+    train_elbo(training, base, data["train"], data["validation"])
     run.seconds["base"], run.began = training.total()["total"], min(run.began, training.began)
     base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
-    weights = run.whole(base.hf.state_dict()) if run.sharded else None
+    run.save(base, training.path / "model")
     if run.main:
-        base.save(training.path / "model", weights)
         (training.path / "seconds").write_text(f"{run.seconds['base']:.1f}")
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
@@ -1334,13 +1313,6 @@ def main(argv: list[str] | None = None) -> None:
     }
     check(cfg, "temperature tokens_per_step steps accumulation sft_batch_size sft_lr base_steps", rules)
     run, data = start(cfg, "MaskGRPO")
-    require(
-        {
-            "--lora and adapters fit on every card: MULTI_GPU instead of FSDP": not (
-                run.sharded and (cfg.lora or adapter)
-            )
-        }
-    )
     asked = {problem["question"] for problem in sum(data.values(), []) if image and cfg.tiny()}
     require({f"prompt {q!r}: not one that the embedded t2i task knows": q in rewards.scene_table() for q in asked})
     if cfg.rewards:
@@ -1356,16 +1328,13 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high" if cfg.bf16 else "highest")  # TF32: 8 times as exact as bf16
     path, cached = base_path(run, data)
     run.accelerator.free_memory()  # of the base's own training
-    base = run.place(load_model(path, cfg, trainable=True))
+    base = load_model(path, cfg, trainable=True)
     base.check_problems(run.task, data, cfg.gen_length, run.say)
     policy, optimizer = run.prepare(base, cfg.weight_decay, cfg.accumulation)
     before = measure(run, policy, base, data, "before")
     train_policy(run, policy, base, reference_of(run, policy, base, path), optimizer, data)
     after = measure(run, policy, base, data, "after")
-    weights = run.whole(base.hf.state_dict()) if run.sharded else None
-    if run.main:
-        with in_one_line(f"{run.path / 'model'} cannot be written, the last checkpoint is intact"):
-            base.save(run.path / "model", weights)
+    run.save(base, run.path / "model")
     report(run, {"before": before, "after": after}, base_cached=cached)
 
 

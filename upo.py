@@ -331,10 +331,9 @@ class Config(Common):
     corpus: str = flag("plain", "tiny sudoku: digits in its base's training", choices=("plain", "spelled"))
     pass_n: int = flag(0, "held-out problems for pass@N of random and top-K orders, 0: none")
 
-    def over_all(self, processes: int) -> dict[str, int]:
-        """What a resumed run must have again, on whatever number of processes."""
-        sizes = {name: getattr(self, name) * processes for name in ("batch_size", "minibatch_size")}
-        return {f"--{name} x processes": v for name, v in sizes.items()} | {"--accumulation": self.accumulation}
+    def batches(self, processes: int) -> list[int]:
+        """What a run that goes on must have again: sizes over all processes, and the micro-batches of an update."""
+        return [self.batch_size * processes, self.minibatch_size * processes, self.accumulation]
 
     def shape(self) -> tuple[int, int]:
         """(updates per pass over a rollout, micro-batches per update)."""

@@ -658,11 +658,11 @@ def test_a_damaged_or_missing_checkpoint_is_named_and_the_one_before_it_taken(sp
     resume = ["--resume", "--output_dir", str(path), "--lr", "1e-4"]
     spoil(path / "checkpoint.pt")
     assert m.cli(resume[:3]) == 0
-    assert re.search(r"after 4 steps, from checkpoint.pt.before; \S+/checkpoint.pt: .+", capfd.readouterr().out)
+    assert re.search(r"after 4 steps, the checkpoint before; \S+/checkpoint.pt: .+", capfd.readouterr().out)
     same_run(uninterrupted, path)
     (path / "metrics.jsonl").write_text('{"step": 1}\n')
     before = contents(path)
-    assert "logged 6 steps, metrics.jsonl has 1" in one_error(resume, capfd) and contents(path) == before
+    assert "has 6 steps, its metrics.jsonl 1" in one_error(resume, capfd) and contents(path) == before
     for file in path.glob("checkpoint*"):
         file.write_bytes(b"")
     assert re.search(
@@ -713,7 +713,7 @@ def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two,
     assert f"stopped after step 3; to go on: --resume --output_dir {argv[1]}" in (tmp_path / "out").read_text()
     assert len(lines_of(tmp_path / "run")) == 3 and not (tmp_path / "run" / "results.json").exists()
     resume, before = ["--resume", "--output_dir", tmp_path / "run"], contents(tmp_path / "run")
-    assert "x processes = 16, here are 8" in one_error([*resume, "--lr", 1], capfd)
+    assert "batches over all processes of [16, 0], here of [8, 0]" in one_error([*resume, "--lr", 1], capfd)
     assert "--mu 7 contradicts" in one_error([*resume, "--mu", 7], capfd) and contents(tmp_path / "run") == before
     assert forked_pair(resume, tmp_path) == [0, 0], (tmp_path / "out").read_text()
     same_run(on_two, tmp_path / "run")
@@ -727,7 +727,7 @@ def test_sharded_processes_equal_others_and_each_goes_on_as_the_other(on_two, un
     shutil.copytree(path, alone := tmp_path / "alone")
     assert forked_pair(resume(path), tmp_path, both=sharded) == [0, 0], (tmp_path / "out").read_text()
     same_training(on_two, path)
-    assert "--batch_size x --accumulation x processes = 16, here are 8" in one_error(resume(alone), capfd)
+    assert "batches over all processes of [16, 0], here of [8, 0]" in one_error(resume(alone), capfd)
     assert m.cli(resume(alone, "--accumulation", "2")) == 0
     same_training(on_two, alone)
     shutil.copytree(uninterrupted, back := tmp_path / "back")  # of one process, and from its fourth step
@@ -758,7 +758,7 @@ BAD = {
     "--gamma 1": "--gamma 1.0: at least 0 and below 1", "--temperature 0": "--temperature 0.0: must be above 0",
     "--lr nan": "--lr nan", "--model /nowhere": "/nowhere: not a directory", "--task mbpp": "--allow_code_execution",
     "--batch_size 20 --group_size 8": "--batch_size 20 .*--group_size 8", "--lora 4": "--lora and --sft_steps need",
-    "--bf16 false": "accelerate launch --mixed_precision bf16: this run has no; leave it out, --bf16 and",
+    "--bf16 false": "accelerate launch --mixed_precision bf16: --bf16 decides, which is False here",
     "--resume --output_dir /nowhere": "--resume.*no run", "--sampler emerge": "--sampler emerge: not for --task gsm8k",
 }  # fmt: skip
 
