@@ -392,7 +392,7 @@ class Config(Common):
     base_accuracy: float = flag(0.4, "tiny: or at this validation accuracy")
 
     def batches(self, processes: int) -> list[int]:
-        """Sizes over all processes, which a run that goes on must have again: a batch of RL, and one of ELBO training."""
+        """What a run that goes on must have again: the batch of RL over all processes, and that of ELBO training."""
         sft = self.sft_batch_size if self.sft_steps or not self.model else 0
         return [self.batch_size * self.accumulation * processes, sft * processes]
 
@@ -426,7 +426,8 @@ def tables(cfg: Config) -> list[dict]:
     """Where a run's defaults come from: its model, its method, its task; the last one wins."""
     of_model, of_task = (TINY, TINY_TASK) if cfg.tiny() else ({}, TASK)
     image = dict(sampler="maskgit") | OF_IMAGES.get(cfg.method, {}) if TASKS[cfg.task].codebook else {}
-    return [of_model, METHODS[cfg.method], image, of_task.get(cfg.task, {})]
+    whole = {"eval_data": cfg.data} if cfg.eval_only and cfg.data != "generated" else {}  # a file is evaluated whole
+    return [of_model, METHODS[cfg.method], image, of_task.get(cfg.task, {}), whole]
 
 
 def require(rules: dict[str, object]) -> None:
@@ -798,7 +799,7 @@ class MaskedDiffusionModel(nn.Module):
         return x, attention
 
     def save(self, path: Path, weights: dict | None = None) -> None:
-        """The model (or its adapter) and tokenizer in transformers' own format and names; weights: where it is sharded."""
+        """The model (or its adapter) and tokenizer in transformers' own format and names; weights: if it is sharded."""
         self.hf.save_pretrained(path, state_dict=weights, save_original_format=False)
         self.tokenizer.save_pretrained(path)
 
@@ -857,7 +858,7 @@ class Run:
         return {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
 
     def frozen(self, model: nn.Module) -> nn.Module:
-        """A model that is only evaluated, on the device; under FSDP in shards, gathered layer by layer for a forward."""
+        """A model to evaluate, on the device; under FSDP in shards, which a forward gathers layer by layer."""
         model = model.eval().requires_grad_(False)
         if not self.sharded:
             return model.to(self.device)
@@ -869,7 +870,7 @@ class Run:
         return tree_map_only(DTensor, lambda v: kept(v.full_tensor()), tree)
 
     def save(self, base: MaskedDiffusionModel, path: Path) -> None:
-        """The base's weights, from all shards, as `MaskedDiffusionModel.save` writes them. All processes have to ask."""
+        """The base's weights, from all shards, as its own `save` writes them. All processes have to ask."""
         weights = self.whole(base.hf.state_dict()) if self.sharded else None
         if self.main:
             with in_one_line(f"{path} cannot be written"):

@@ -1285,11 +1285,11 @@ def splits(task: Task, cfg, generated: bool) -> dict[str, list[Problem]]:
     Generated ones: train from the run's seed; held-out problems are the same for every run, validation for choices,
     test and unseen for figures only. Published ones, from files or by `datasets`: test is --eval_data, else the
     published test split, else every tenth problem of --data, and never trains; validation is the last tenth of the
-    rest, 256 at most; there is no unseen split. --eval_only has a test split alone: all of the file that is given.
+    rest, 256 at most; there is no unseen split. --eval_only needs no more than a test split.
     """
     none = {split: [] for split in SPLITS}
-    if cfg.eval_only and (cfg.eval_data or not generated):
-        return none | {"test": task.load(cfg.eval_data or cfg.data, "test")[: cfg.eval_n or None]}
+    if cfg.eval_only and (cfg.eval_data or not (generated or cfg.data)):
+        return none | {"test": task.load(cfg.eval_data, "test")[: cfg.eval_n or None]}
     if generated:
         seeds, n = {"train": cfg.seed, "validation": 0}, {"train": 20_000, "validation": 256}
         draw = lambda split: task.generate(split, n.get(split, cfg.eval_n or 1000), seeds.get(split, task.test_draw))

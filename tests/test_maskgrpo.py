@@ -597,7 +597,7 @@ def test_published_format_on_published_data(llada, data_file, tmp_path):
     shutil.copytree(
         tmp_path / "run" / "model", tmp_path / "adapter", ignore=shutil.ignore_patterns("tokenizer*", "*.jinja")
     )
-    sizes |= dict(data=None, eval_data=tmp_path / "held.jsonl")
+    sizes |= dict(data=tmp_path / "held.jsonl")  # evaluated whole
     for n, (name, size) in enumerate((("run", 256), ("adapter", 2), ("merged", 3))):
         again = small_run(tmp_path / "again", model=tmp_path / name, eval_batch_size=size, **sizes)
         assert m.cli([*again, "--eval_only"]) == 0 and (tmp_path / f"again.old{n}").is_dir() == (n > 0)
