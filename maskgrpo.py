@@ -54,14 +54,17 @@ Departures from the authors' code
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -74,12 +77,15 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 from transformers.utils.peft_utils import find_adapter_config_file
 
 import remask
@@ -367,6 +373,7 @@ class Common:
 
     task: str = flag("gsm8k", "a row of rewards.TASKS", choices=tuple(TASKS))
     model: str | None = flag(None, "hub id, or path of a model, adapter or run; default: a tiny model, trained here")
+    mask_token: str | None = flag(None, "the mask token of a --model whose config.json has no mask_token_id")
     data: str | None = flag(None, 'training problems, a FILE or "generated"; default: published, for tiny generated')
     eval_data: str | None = flag(None, "held-out problems, a FILE; default: published, or every tenth of --data")
     allow_code_execution: bool = flag(False, "task mbpp: run the programs that the model writes, in a sandbox")
@@ -434,6 +441,11 @@ class Config(Common):
     base_steps: int = flag(4000, "tiny: its ELBO training ends after this many steps at the latest")
     base_accuracy: float = flag(0.4, "tiny: or at this validation accuracy")
 
+    def batches(self, processes: int) -> list[int]:
+        """What a run that goes on must have again: the batch of RL over all processes, and that of ELBO training."""
+        sft = self.sft_batch_size if self.sft_steps or not self.model else 0
+        return [self.batch_size * self.accumulation * processes, sft * processes]
+
 
 # What a task changes for published checkpoints: a sudoku's grid; all codes of an image and one end-of-image token.
 TASK = {
@@ -444,7 +456,7 @@ TASK = {
 TINY = dict(max_steps=250, save_every=25, bf16=False, gradient_checkpointing=False, sft_batch_size=64, sft_lr=3e-3)
 TINY |= dict(gen_length=16, block_length=4, tokens_per_step=4, temperature=0.7, group_size=8, batch_size=128, mu=4)
 TINY |= dict(accumulation=1, lr=1.5e-4, warmup=20, weight_decay=0.0, max_grad_norm=1.0)
-TINY |= dict(eval_n=1000, eval_every=25, eval_batch_size=256, pass_k=8)
+TINY |= dict(eval_every=25, eval_batch_size=256, pass_k=8)
 TINY_TASK = {
     "math500": dict(base_accuracy=0.1),
     "mbpp": dict(max_steps=80, pass_k=0),  # programs take time to run
@@ -465,7 +477,8 @@ def tables(cfg: Config) -> list[dict]:
     of_model, of_task = (TINY, TINY_TASK) if cfg.tiny() else ({}, TASK)
     image = dict(sampler="maskgit") | OF_IMAGES.get(cfg.method, {}) if TASKS[cfg.task].codebook else {}
     adapted = {"gradient_checkpointing": False} if cfg.lora or (cfg.model and resolve(cfg.model)[1]) else {}
-    return [of_model, adapted, METHODS[cfg.method], image, of_task.get(cfg.task, {})]
+    whole = {"eval_data": cfg.data} if cfg.eval_only and cfg.data != "generated" else {}  # a file is evaluated whole
+    return [of_model, adapted, METHODS[cfg.method], image, of_task.get(cfg.task, {}), whole]
 
 
 def require(rules: dict[str, object]) -> None:
@@ -505,6 +518,7 @@ def parse(argv: list[str] | None = None, kind: type = Config, about: str = __doc
     cfg = kind(**vars(parser.parse_args(argv)))
     # with anything else changed it would be another run
     free = set("resume output_dir max_steps save_every log_with eval_batch_size lr max_grad_norm".split())
+    free |= set("batch_size accumulation minibatch_size sft_batch_size".split())  # but not what they are in all
     for name in saved.keys() - free:
         of_run = f"--resume: --{name} {getattr(cfg, name)} contradicts {path}, which has {saved[name]}"
         require({of_run: getattr(cfg, name) == saved[name]})
@@ -529,7 +543,7 @@ def check(cfg, positive: str, rules: dict[str, object]) -> None:
         rewards.allow_code_execution()
 
 
-# --- The base model: LLaDA, MMaDA, Dream, AutoModelForMaskedLM checkpoints and the tiny default; text <-> tensors -----
+# --- The base model: published checkpoints of several kinds and the tiny default; text <-> tensors --------------------
 
 # Names in a LLaDA or MMaDA checkpoint -> names in transformers' Llama; applied one after the other.
 LLADA_KEYS = {
@@ -553,6 +567,8 @@ LLADA_SIZES |= dict(embedding_size="vocab_size", max_sequence_length="max_positi
 # What bidirectional models have in common. A pad_token_id would become the embedding's padding_idx, and LLaDA's pad is
 # its EOS, whose embedding has to learn.
 BIDIRECTIONAL = dict(is_causal=False, use_cache=False, pad_token_id=None, bos_token_id=None)
+# transformers' own classes that is_causal=False makes bidirectional
+NATIVE = ("llama", "qwen2", "qwen3", "qwen3_moe", "gpt2")
 # The embedded default: initializer_range 0.1 learns the first words faster than Llama's 0.02.
 TINY_SIZES = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4)
 TINY_SIZES |= dict(initializer_range=0.1, max_position_embeddings=128, embedded_default=True)
@@ -565,20 +581,22 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
     """(a published or saved model in transformers' own class, bidirectional; its tokenizer); no remote code. UsageError
     where weights are missing or misfit, of which the library only warns."""
     raw, _ = PreTrainedConfig.get_config_dict(path)
-    kind, rope = str(raw.get("model_type")).lower(), dict(rope_type="default", rope_theta=raw.get("rope_theta", 1e4))
+    kind = str(raw.get("model_type")).lower()
+    own = "qwen2" if kind == "dream" else kind.removeprefix("a2d-")  # dllm's name for masked diffusion models
     family, options, words = transformers.AutoModelForCausalLM, {"trust_remote_code": False}, AutoTokenizer
-    if "d_model" in raw:  # LLaDA, MMaDA
+    if "d_model" in raw:  # LLaDA, iLLaDA, MMaDA
+        rope = dict(rope_type="default", rope_theta=raw.get("rope_theta", 1e4))
         sizes = {"eos_token_id": None} | {LLADA_SIZES[k]: raw[k] for k in LLADA_SIZES if raw.get(k) is not None}
         options |= dict(config=LlamaConfig(**sizes, **BIDIRECTIONAL, rope_parameters=rope), key_mapping=LLADA_KEYS)
-    elif kind == "dream":  # position i is predicted at i - 1
-        dropped = ("architectures", "auto_map", "model_type", "rope_theta", "rope_scaling", *BIDIRECTIONAL)
-        kept = {name: value for name, value in raw.items() if name not in dropped}
-        options["config"] = Qwen2Config(**kept, **BIDIRECTIONAL, rope_parameters=rope, shifted_logits=True)
-        words = transformers.Qwen2Tokenizer
-    elif kind in ("llama", "qwen2"):  # saved by this project: is_causal=False and Dream's shift are in its config
-        require(
-            {f"--model {path}: a causal {kind}, without is_causal: false in its config": not raw.get("is_causal", True)}
-        )
+    elif own in NATIVE and own != kind:
+        dropped = ("architectures", "auto_map", "model_type", *BIDIRECTIONAL)
+        sizes = {name: value for name, value in raw.items() if name not in dropped} | BIDIRECTIONAL
+        # Dream predicts position i at i - 1
+        options["config"] = transformers.AutoConfig.for_model(own, **sizes, shifted_logits=kind == "dream")
+        words = transformers.Qwen2Tokenizer if kind == "dream" else words
+    elif own in NATIVE:  # saved by this project: is_causal=False and Dream's shift are in its config
+        causal = f"--model {path}: a causal {kind}, without is_causal: false in its config"
+        require({causal: not raw.get("is_causal", True)})
     else:
         family = transformers.AutoModelForMaskedLM
     hf, info = family.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
@@ -593,8 +611,19 @@ def resolve(path: str) -> tuple[str, str | None]:
     hub_id = path.count("/") < 2 and not path.startswith(("/", ".", "~", "runs/"))
     require({f"--model {path}: not a directory, and not a hub id either (OWNER/NAME)": Path(path).is_dir() or hub_id})
     with in_one_line(f"--model {path}: adapter_config.json"):
-        file = find_adapter_config_file(path)
-        return (json.loads(Path(file).read_text())["base_model_name_or_path"], path) if file else (path, None)
+        path = str(Path(path).resolve()) if Path(path).is_dir() else path  # an adapter keeps its base's
+        file, beside = find_adapter_config_file(path), Path(path).parent / "sft" / "model"
+        base = json.loads(Path(file).read_text())["base_model_name_or_path"] if file else path
+        # a run may have been moved since, with the base that it trained
+        base = str(beside) if Path(base).parts[-2:] == beside.parts[-2:] and beside.is_dir() else base
+        return base, path if file else None
+
+
+def llama_name(name: str) -> str:
+    """The name in transformers' Llama of a weight, or of an adapter's, of LLaDA."""
+    for pattern, ours in LLADA_KEYS.items():
+        name = re.sub(pattern, ours, name)
+    return name
 
 
 def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel":
@@ -610,10 +639,18 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
         hf, tokenizer = load_published(base, torch.bfloat16 if cfg.bf16 and frozen else torch.float32)
     known = isinstance(hf, LlamaForCausalLM | Qwen2ForCausalLM)
     require({f"--cache {cfg.cache}: {base} keeps none; for models in Llama's shape": known or cfg.cache == "off"})
+    if cfg.mask_token:
+        hf.config.mask_token_id = tokenizer.get_vocab().get(cfg.mask_token)
+        require({f"--mask_token {cfg.mask_token}: no token of {base}": hf.config.mask_token_id is not None})
     if adapter:
         with in_one_line(f"--model {adapter}: the adapter does not fit {base}"), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            hf = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=trainable)
+            settings = peft.PeftConfig.from_pretrained(adapter)
+            names = [name.removeprefix("base_model.model.") for name in peft.load_peft_weights(adapter, "cpu")]
+            own = {f"^{re.escape(name)}$": llama_name(name) for name in names if ".transformer.blocks." in name}
+            if own:  # made for LLaDA's own modules, as published ones are
+                settings.target_modules = {name.split(".lora_")[0] for name in own.values()}
+            hf = peft.PeftModel.from_pretrained(hf, adapter, config=settings, key_mapping=own, is_trainable=trainable)
     elif fresh:
         # the authors' targets; a base of another family has all of its linear layers adapted
         targets = ["q_proj", "k_proj", "v_proj", "up_proj"] if known else "all-linear"
@@ -699,6 +736,7 @@ class MaskedDiffusionModel(nn.Module):
     def __init__(self, hf: nn.Module, tokenizer, image: bool = False, bf16: bool = False):
         super().__init__()
         self.hf, self.tokenizer, self.bf16, config = hf, tokenizer, bf16, hf.config
+        self._no_split_modules = list(hf._no_split_modules or [])  # what FSDP shards one by one
         self.name, self.shifted = config.name_or_path or "the model", getattr(config, "shifted_logits", False)
         known, first = tokenizer.get_vocab(), lambda *ids: next((i for i in ids if i is not None), None)
         self.mask_id = first(getattr(config, "mask_token_id", None), tokenizer.mask_token_id)
@@ -708,7 +746,10 @@ class MaskedDiffusionModel(nn.Module):
         self.pad_id = first(pad, self.end_id)
         of_config = of_config if isinstance(of_config, list) else [of_config]
         self.eos_ids = sorted({self.end_id, self.pad_id, eos, *of_config} - {None, self.mask_id})
-        require({f"{self.name}: no mask_token_id in config.json, no mask_token": self.mask_id is not None})
+        require({f"{self.name}: config.json has no mask_token_id; name one by --mask_token": self.mask_id is not None})
+        rows, last = hf.get_input_embeddings().num_embeddings, max(known, key=known.get)
+        for token, i in (("the mask token", self.mask_id), (repr(last), known[last])):
+            require({f"{self.name}: {token} has id {i}, the embedding only {rows} rows": i < rows})
         tables = [t for name, t in hf.named_modules() if name.endswith("position_embeddings")]
         starts = [t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None]
         self.first_position = max(starts, default=0)  # RoBERTa counts from its padding_idx + 1
@@ -847,15 +888,25 @@ class MaskedDiffusionModel(nn.Module):
         attention[:, :width] = torch.arange(width, device=x.device) >= width - len(empty)
         return x, attention
 
-    def save(self, path: Path) -> None:
-        """The model (or its adapter) and tokenizer in transformers' own format, under Llama's or Qwen2's own names."""
-        self.hf.save_pretrained(path, save_original_format=False)
+    def save(self, path: Path, weights: dict | None = None) -> None:
+        """The model (or its adapter) and tokenizer in transformers' own format and names; weights: if it is sharded."""
+        self.hf.save_pretrained(path, state_dict=weights, save_original_format=False)
         self.tokenizer.save_pretrained(path)
 
-    def check_solution(self, task, problems: list[Problem]) -> None:
-        """Raise UsageError if a solution, as this model would have to write it, earns less than its text: a WordPiece
+    def check_problems(self, task, data: dict[str, list[Problem]], gen_length: int, say: Callable) -> None:
+        """Take out of `data` whatever is longer, with its completion, than the model's context. Raise UsageError if
+        nothing is left, or if a solution, as this model would have to write it, earns less than its text: a WordPiece
         tokenizer writes `#### 5` as `# # # # 5`, and such a base could never earn anything."""
-        problem = next((p for p in problems[:100] if not task.codebook and task.score(task.target(p), p) == 1), None)
+        context = getattr(self.hf.config, "max_position_embeddings", None) or math.inf
+        for split, problems in data.items():
+            data[split] = [p for p in problems if len(self.prompt_ids(task, p)) + gen_length <= context]
+            if long := len(problems) - len(data[split]):
+                longest = max((p["question"] for p in problems), key=len)
+                why = f"longer than {context} tokens with a completion of {gen_length}: {longest[:40]!r} ..."
+                require({f"{self.name}: all {split} problems are {why}": data[split]})
+                say(f"left out  {long} of {len(problems)} {split} problems, {why}")
+        some = (data["train"] or data["test"])[:100]
+        problem = next((p for p in some if not task.codebook and task.score(task.target(p), p) == 1), None)
         if problem is not None:
             target = task.target(problem)
             text = self.tokenizer.decode(self.target_ids(task, problem)[:-1], skip_special_tokens=True)
@@ -866,6 +917,9 @@ class MaskedDiffusionModel(nn.Module):
 # --- The run: what every stage shares, its first lines, its directory and its checkpoints -----------------------------
 
 
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.pt.before")  # the last one, and the one before it
+
+
 class Run:
     """One process's share of a run: configuration, task, Accelerate, directory and clocks."""
 
@@ -873,6 +927,7 @@ class Run:
         self.cfg, self.accelerator, self.path, self.task = cfg, accelerator, Path(cfg.output_dir), TASKS[cfg.task]
         self.device, self.world, self.rank = accelerator.device, accelerator.num_processes, accelerator.process_index
         self.main, self.say = accelerator.is_main_process, functools.partial(accelerator.print, flush=True)
+        self.sharded = accelerator.is_fsdp2
         self.pixels: rewards.PixelReward | None = None  # the reward of --rewards
         self.seconds, self.began = dict.fromkeys(("base", "rollout", "update", "eval"), 0.0), time.perf_counter()
 
@@ -882,8 +937,27 @@ class Run:
         self.say(f"weights   {count(trained):.2f}M of {count(model.parameters()):.2f}M parameters train")
         self.accelerator.gradient_accumulation_steps = accumulation
         optimizer = torch.optim.AdamW(trained, betas=BETAS, weight_decay=weight_decay)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        return self.model, self.optimizer
+        prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.bare = model
+        return prepared, self.optimizer
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The weights that train; under FSDP the shards, which a rollout has left gathered."""
+        for module in self.bare.modules():
+            module.reshard() if isinstance(module, FSDPModule) else None
+        return {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
+
+    def whole(self, tree):
+        """A tree of tensors with its shards put together on the main process's CPU. All processes have to ask."""
+        kept = lambda v: v.cpu() if self.main else None
+        return tree_map_only(DTensor, lambda v: kept(v.full_tensor()), tree)
+
+    def save(self, base: MaskedDiffusionModel, path: Path) -> None:
+        """The base's weights, from all shards, as its own `save` writes them. All processes have to ask."""
+        weights = self.whole(base.hf.state_dict()) if self.sharded else None
+        if self.main:
+            with in_one_line(f"{path} cannot be written"):
+                base.save(path, weights)
 
     def steps(self, last: int, label: str, save_every: int) -> Iterator[int]:
         """The steps of a training loop that are left, under a bar where someone is looking (a terminal). A checkpoint
@@ -946,12 +1020,47 @@ class Run:
         optimizer.zero_grad()
         return metrics
 
-    def write(self, name: str, content: str | dict) -> None:
-        """A whole file of the run's directory, a text or tensors, or the old one, whatever happens in between."""
+    def open(self) -> None:
+        """Take the run's directory for as long as this process lives. UsageError, on all processes, where another has
+        it, or where --resume cannot go on from what is there, of which nothing is changed then. What a finished run
+        left is moved aside, never overwritten."""
+        refusal, lock = [None], self.path / "lock"
+        try:
+            if self.main:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock = lock.open("a+")  # held by this process, until it ends in whatever way
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self.cfg.resume:
+                    self.checkpoint()
+                elif (self.path / "config.json").exists():
+                    names = (self.path.with_name(f"{self.path.name}.old{n}") for n in itertools.count(1))
+                    (aside := next(path for path in names if not path.exists())).mkdir()
+                    for item in {*self.path.iterdir()} - {lock}:
+                        item.rename(aside / item.name)
+                self.lock.truncate(0)
+                self.lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
+                self.lock.flush()
+        except BlockingIOError:
+            refusal = [f"--output_dir {self.path} is in use by {lock.read_text()}; name another"]
+        except (UsageError, OSError) as error:
+            refusal = [str(error)]
+        broadcast_object_list(refusal)
+        require({refusal[0]: refusal[0] is None})
+        self.write("config.json", json.dumps(vars(self.cfg), indent=1))
+
+    def write(self, name: str, content: str | dict, before: str | None = None) -> None:
+        """A whole file of the run's directory, a text or tensors, or the old one, whatever happens in between; the old
+        one is kept under the name `before`."""
         if self.main:
-            part = self.path / f"{name}.part"
-            part.write_text(content) if isinstance(content, str) else torch.save(content, part)
-            part.rename(self.path / name)
+            part, file = self.path / f"{name}.part", self.path / name
+            try:
+                with part.open("w" if isinstance(content, str) else "wb") as out:
+                    out.write(content) if isinstance(content, str) else torch.save(content, out)
+            except RuntimeError as error:
+                raise error.__context__ or error from None  # a full disk: torch's own words do not say so
+            if before and file.exists():
+                file.replace(self.path / before)
+            part.rename(file)
 
     def log(self, line: dict) -> None:
         """A line of metrics.jsonl, whose numbers go to --log_with's tracker too."""
@@ -977,29 +1086,57 @@ class Run:
     def save_checkpoint(self, step: int) -> None:
         """All of the state after `step` steps: the weights that train, the optimiser's and the clocks. Masks, noise and
         data order are functions of (seed, step, j, row): there is no other."""
-        trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
-        state = {"weights": trained, "optimizer": self.optimizer.state_dict(), "seconds": self.total()}
+        trained = {name: p.data for name, p in self.trained().items()}
+        state = self.whole({"weights": trained, "optimizer": self.optimizer.state_dict(), "seconds": self.total()})
+        state |= {"step": step, "logged": len(self.logged()), "batches": self.cfg.batches(self.world)}
         with in_one_line("a new checkpoint cannot be written, the last one is intact"):
-            self.write("checkpoint.pt", state | {"step": step, "processes": self.world})
+            self.write(CHECKPOINTS[0], state, before=CHECKPOINTS[1])
         self.accelerator.wait_for_everyone()
+
+    def logged(self) -> list[str]:
+        """The lines of metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
+        return file.read_text().splitlines(True) if file.is_file() else []
+
+    def checkpoint(self) -> tuple[dict, str]:
+        """(the last complete checkpoint, {} where there never was one; a line about it). UsageError if the run cannot
+        go on from it here."""
+        state, fault, steps, files = {}, "", len(self.logged()), [self.path / name for name in CHECKPOINTS]
+        for file in files:
+            try:
+                with in_one_line(f"{file}"):
+                    state = state or torch.load(file, "cpu", mmap=True)
+            except UsageError as error:
+                fault += f"; {error}"
+        if not state:
+            lost = f"{self.path} has no checkpoint, and metrics.jsonl {steps} steps; without it, it starts over"
+            require({f"--resume: no checkpoint is complete{fault}": not any(map(Path.exists, files))})
+            require({f"--resume: {lost}": not 0 < self.cfg.save_every < steps})
+            return state, f"resumed   from the start: {self.path} has no checkpoint yet"
+        had, has, logged = state["batches"], self.cfg.batches(self.world), state["logged"]
+        require({f"--resume: {self.path} has batches over all processes of {had}, here of {has}": had == has})
+        require({f"--resume: {self.path} has {logged} steps, its metrics.jsonl {steps}": logged <= steps})
+        return state, f"resumed   after {state['step']} steps" + f", the checkpoint before{fault}" * bool(fault)
 
     def load_checkpoint(self) -> int:
         """Steps done, after restoring weights, optimiser and clocks from the checkpoint; 0 without one. What
         metrics.jsonl holds behind it is cut off, and will be made again."""
-        step, kept, log = 0, self.path / "checkpoint.pt", self.path / "metrics.jsonl"
-        if kept.is_file():
-            with in_one_line(f"--resume: {kept}"):
-                state = torch.load(kept, "cpu")
-            another = f"--resume: {kept} was written by {state['processes']} processes, here are {self.world}"
-            require({another: state["processes"] == self.world})
-            self.model.load_state_dict(state["weights"], strict=False)
+        state, note = self.checkpoint() if self.cfg.resume else ({}, None)
+        if state:
+            cut = lambda v, p: distribute_tensor(v.to(self.device), p.device_mesh, p.placements, src_data_rank=None)
+            shard = lambda v, p: cut(v, p) if isinstance(p, DTensor) and v.shape == p.shape else v
+            trained, moments = self.trained(), state["optimizer"]["state"]
+            for i, (name, p) in enumerate(trained.items()):
+                p.data.copy_(shard(state["weights"][name], p))
+                moments[i] = {name: shard(v, p) for name, v in moments[i].items()} if i in moments else {}
             self.optimizer.load_state_dict(state["optimizer"])
             self.began -= state["seconds"].pop("total")
-            self.seconds, step = state["seconds"], state["step"]
-            self.say(f"resumed   after {step} steps")
-        if self.main and log.is_file():
-            self.write(log.name, "".join(log.read_text().splitlines(True)[:step]))
-        return step
+            self.seconds = state["seconds"]
+        self.say(note) if note else None
+        self.accelerator.wait_for_everyone()  # all have read metrics.jsonl
+        if lines := self.logged():
+            self.write("metrics.jsonl", "".join(lines[: state.get("logged", 0)]))
+        return state.get("step", 0)
 
 
 def take_the_cores() -> None:
@@ -1017,26 +1154,31 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
     """(the run, its problems by split): data, Accelerate, the run directory and the first lines. An earlier run in the
     directory is moved aside, never overwritten. Raises UsageError."""
     data = rewards.splits(TASKS[cfg.task], cfg, cfg.generated())
+    precision, asked = "bf16" if cfg.bf16 else "no", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    unlike = f"accelerate launch --mixed_precision {asked}: --bf16 decides, which is {cfg.bf16} here; leave it out"
+    require({unlike: asked in ("no", precision)})
     with in_one_line("accelerate"):
-        precision = "bf16" if cfg.bf16 else "no"
         accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=cfg.output_dir)
     kind = accelerator.distributed_type.value
-    require({f"accelerate: {kind} is not supported; use MULTI_GPU (DDP)": kind in ("NO", "MULTI_CPU", "MULTI_GPU")})
+    known, sharded = kind in ("NO", "MULTI_CPU", "MULTI_GPU"), accelerator.is_fsdp2
+    unknown = f"accelerate: {kind} is not supported; use MULTI_GPU (DDP), or in maskgrpo.py FSDP with fsdp_version: 2"
+    fits = "accelerate: --lora and adapters fit on every card; use MULTI_GPU (DDP) instead of FSDP"
+    adapter = sharded and (getattr(cfg, "lora", 0) or (cfg.model and resolve(cfg.model)[1]))
+    require({unknown: known or (sharded and title == "MaskGRPO"), fits: not adapter})
+    if sharded:
+        # Accelerate's bf16 would round off what an update changes, and its no_sync add up whole gradients on each card
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     run = Run(cfg, accelerator)
     if run.world == 1 and run.device.type == "cpu":
         take_the_cores()
-    if run.main:
-        if not cfg.resume and (run.path / "config.json").exists():
-            aside = (run.path.with_name(f"{run.path.name}.old{n}") for n in itertools.count(1))
-            run.path.rename(next(path for path in aside if not path.exists()))
-        run.path.mkdir(parents=True, exist_ok=True)
-    run.write("config.json", json.dumps(vars(cfg), indent=1))
-    accelerator.wait_for_everyone()
+    run.open()
     accelerator.init_trackers(title.lower(), config={k: str(v) for k, v in vars(cfg).items()})
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
     run.say(f"{title:<9} {cfg.model or 'the tiny default, trained here first'} -> {run.path}")
     run.say(f"data      {cfg.data or ('generated' if cfg.generated() else 'published')}: {sizes}")
-    run.say(f"device    {run.device}, {run.world} process{'es' * (run.world > 1)}, {torch.get_num_threads()} threads")
+    processes = f"{run.world} process{'es' * (run.world > 1)}{', sharded' * run.sharded}"
+    run.say(f"device    {run.device}, {processes}, {torch.get_num_threads()} threads")
     if run.task.runs_code:
         run.say(f"sandbox   {rewards.protections()}")
     run.say("settings  " + " ".join(f"{name}={value}" for name, value in vars(cfg).items()))
@@ -1200,7 +1342,8 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
         return cfg.model, True
     names = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed".split()
     settings = [getattr(cfg, name) for name in names + ["temperature", "guidance", "steps"] * images]
-    about = [run.world, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), settings]
+    settings[names.index("sft_batch_size")] *= run.world
+    about = [1, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), settings]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     kept = run.path / "sft" if cfg.model else Path("runs", f"base-{cfg.task}-s{cfg.seed}-{key}")
     if (kept / "seconds").is_file():
@@ -1216,16 +1359,18 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     words = lambda p: run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images)
     fresh = lambda: tiny_model([words(p) for p in train], cfg.seed, cfg.task)
     base = load_model(cfg.model, cfg, trainable=True) if cfg.model else fresh()
-    train_elbo(training, base.to(run.device), train, data["validation"])
+    base.check_problems(run.task, data, cfg.gen_length, run.say)
+    train_elbo(training, base, data["train"], data["validation"])
     run.seconds["base"], run.began = training.total()["total"], min(run.began, training.began)
+    base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
+    run.save(base, training.path / "model")
     if run.main:
-        base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
-        base.save(training.path / "model")
         (training.path / "seconds").write_text(f"{run.seconds['base']:.1f}")
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
             shutil.move(training.path, kept)
-        (kept / "checkpoint.pt").unlink(missing_ok=True)
+        for name in CHECKPOINTS:
+            (kept / name).unlink(missing_ok=True)
     run.accelerator.wait_for_everyone()
     return str(kept), False
 
@@ -1234,12 +1379,13 @@ def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel) -> Cal
     """pi_ref, the policy as it is now, as a context that yields a model, without gradients: with a fresh adapter (--lora)
     the base without it, else the policy with copies of the weights that train. In the policy's own precision, so that
     equal weights give a KL of 0."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    held = [p.detach().clone() for p in trained] if run.cfg.beta and not run.cfg.lora else []
+    held = [p.detach().clone() for p in run.trained().values()] if run.cfg.beta and not run.cfg.lora else []
 
-    def exchange() -> None:
-        for p, other in zip(trained, held):
-            p.data, other.data = other.data, p.data
+    def exchange() -> None:  # in place: DDP and FSDP know the weights by where they are
+        for p, other in zip(run.trained().values(), held):
+            now = p.detach().clone()
+            p.data.copy_(other)
+            other.copy_(now)
 
     @contextlib.contextmanager
     def reference() -> Iterator[nn.Module]:
@@ -1313,21 +1459,20 @@ def main(argv: list[str] | None = None) -> None:
             decode = pictures if cfg.tiny() else load_magvit(cfg.decoder, run.device).pixels
             run.pixels = rewards.PixelReward(decode, cfg.rewards, run.device, verified=cfg.tiny())
     if cfg.eval_only:
-        base = load_model(cfg.model, cfg, trainable=False)
-        base.check_solution(run.task, data["test"])
+        base = load_model(cfg.model, cfg, trainable=False).to(run.device)
+        base.check_problems(run.task, data, cfg.gen_length, run.say)
         model = run.accelerator.prepare_model(base, evaluation_mode=True)
         return report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
     torch.set_float32_matmul_precision("high" if cfg.bf16 else "highest")  # TF32: 8 times as exact as bf16
     path, cached = base_path(run, data)
     run.accelerator.free_memory()  # of the base's own training
-    base = load_model(path, cfg, trainable=True).to(run.device)
-    base.check_solution(run.task, data["train"])
+    base = load_model(path, cfg, trainable=True)
+    base.check_problems(run.task, data, cfg.gen_length, run.say)
     policy, optimizer = run.prepare(base, cfg.weight_decay, cfg.accumulation)
     before = measure(run, policy, base, data, "before")
     train_policy(run, policy, base, reference_of(run, policy, base), optimizer, data)
     after = measure(run, policy, base, data, "after")
-    if run.main:
-        base.save(run.path / "model")
+    run.save(base, run.path / "model")
     report(run, {"before": before, "after": after}, base_cached=cached)
 
 
@@ -1336,6 +1481,8 @@ def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskg
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # load_published checks by itself what the library warns of
     warnings.filterwarnings("ignore", category=FutureWarning)
+    with contextlib.suppress(AttributeError):  # a stream of somebody's own
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ±
     try:
         main(argv)
         return 0
@@ -1344,6 +1491,12 @@ def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskg
         return 130
     except (UsageError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # the very class is what gloo and NCCL raise
+        if not re.search("(?i)gloo|nccl|peer|socket|time.?out", str(error)) or not torch.distributed.is_initialized():
+            raise
+        ended = "another process has ended or is out of reach; --resume goes on from the last checkpoint"
+        print(f"{name}: error: {ended} ({first_line(error)[:80]} ...)", file=sys.stderr)
         return 2
 
 

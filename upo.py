@@ -338,6 +338,10 @@ class Config(Common):
     corpus: str = flag("plain", "tiny sudoku: digits in its base's training", choices=("plain", "spelled"))
     pass_n: int = flag(0, "held-out problems for pass@N of random and top-K orders, 0: none")
 
+    def batches(self, processes: int) -> list[int]:
+        """What a run that goes on must have again: sizes over all processes, and the micro-batches of an update."""
+        return [self.batch_size * processes, self.minibatch_size * processes, self.accumulation]
+
     def shape(self) -> tuple[int, int]:
         """(updates per pass over a rollout, micro-batches per update)."""
         parts = self.batch_size // self.minibatch_size
@@ -428,7 +432,8 @@ def frozen_base(run: Run, data: dict[str, list[Problem]]) -> tuple[FrozenBase, s
     """(the base, where it lies, whether it was there already); without --model maskgrpo.py's tiny one for the task."""
     cfg = run.cfg
     flags = ["--task", cfg.task, "--seed", str(cfg.seed), "--output_dir", cfg.output_dir]
-    training = Run(parse(flags + ["--model", cfg.model] * bool(cfg.model)), run.accelerator)
+    flags += ["--model", cfg.model] * bool(cfg.model) + ["--mask_token", cfg.mask_token] * bool(cfg.mask_token)
+    training = Run(parse(flags), run.accelerator)
     training.cfg.bf16 = cfg.bf16
     spell = run.task.corpus if cfg.corpus == "spelled" else lambda problem, i: problem
     lessons = [spell(problem, i) for i, problem in enumerate(data["train"])]
@@ -436,7 +441,7 @@ def frozen_base(run: Run, data: dict[str, list[Problem]]) -> tuple[FrozenBase, s
     run.accelerator.free_memory()  # of its training
     run.seconds["base"], run.began = training.seconds["base"], min(run.began, training.began)
     base = FrozenBase(load_model(path, training.cfg, trainable=False).to(run.device))
-    base.model.check_solution(run.task, data["train"] or data["test"])
+    base.model.check_problems(run.task, data, cfg.gen_length, run.say)
     return base, path, cached
 
 

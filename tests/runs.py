@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+import yaml
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from conftest import ROOT
 from safetensors.torch import load_file
 
 import maskgrpo as m
@@ -99,14 +102,38 @@ def ended(*children):
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def forked_pair(argv, cwd, patch=lambda: None, run=m.cli):
+def forked_pair(argv, cwd, patch=lambda: None, run=m.cli, both=lambda: None):
     """Exit codes of two processes under gloo, as the launcher would start them; `patch` runs in the second."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
         env["MASTER_PORT"] = str(free.getsockname()[1])
-    patches = (lambda: None, patch)
+    patches = (both, lambda: (both(), patch()))
     return ended(*(forked(argv, cwd, patches[r], run, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(2)))
+
+
+def sharded():
+    """A patch: configs/eight_gpus_full.yaml on CPUs. Accelerate 1.15 looks at an FSDP configuration on GPUs only, while
+    torch's fully_shard works on gloo: the type is set by hand here, all else is Accelerate's own."""
+    config = yaml.safe_load((ROOT / "configs" / "eight_gpus_full.yaml").read_text())["fsdp_config"]
+    os.environ |= {name.upper(): str(value) for name, value in config.items()} | {"ACCELERATE_USE_FSDP": "true"}
+    plain, step, shared = AcceleratorState.__init__, m.train_step, AcceleratorState._shared_state
+
+    def init(self, *args, fsdp_plugin=None, **options):
+        fresh = not shared or shared == PartialState._shared_state
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fresh:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    def checked(run, policy, base, reference, optimizer, problems, n):
+        moments = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+        with reference() as ref:
+            for p in [*ref.parameters(), *optimizer.param_groups[0]["params"], *moments]:
+                assert p.shape[0] % 2 or 2 * p.to_local().numel() == p.numel()
+        return step(run, policy, base, reference, optimizer, problems, n)
+
+    AcceleratorState.__init__, m.train_step = init, checked
 
 
 def dies(name, call, by, module=m):

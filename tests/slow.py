@@ -291,28 +291,61 @@ def upo_step_by_hand(cfg, g, rows, advantages, rate, init):
     return [sum(values) / len(values) for values in zip(*found)]
 
 
-def slow_forward(folder, ids, dream):
-    """LLaDA's or Dream's forward in plain torch, from the checkpoint file: (L, V) logits of one unpadded row."""
+def slow_forward(folder, ids, kind):
+    """The forward of a published model in plain torch, from the checkpoint file: (L, V) logits of one unpadded row."""
     w, c = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    if kind == "gpt2":
+        return slow_gpt2(w, ids)
     attention = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
     llama = f"{attention} input_layernorm post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj"
     own = "q_proj k_proj v_proj attn_out attn_norm ff_norm ff_proj up_proj ff_out"
-    names = dict(zip("q k v o n1 n2 gate up down".split(), (llama if dream else own).split()))
-    top = "model.embed_tokens model.norm lm_head model.layers" if dream else "wte ln_f ff_out blocks"
-    embed, last, head, block = (name if dream else f"model.transformer.{name}" for name in top.split())
-    norm = lambda v, name: v * (v.pow(2).mean(-1, keepdim=True) + c["rms_norm_eps"]).rsqrt() * w[name + ".weight"]
-    x, size, half = w[embed + ".weight"][ids], 8, 4
-    angle = torch.arange(len(ids))[:, None] / c["rope_theta"] ** (torch.arange(0, size, 2) / size)
+    names = dict(zip("q k v o n1 n2 gate up down".split(), (own if kind == "llada" else llama).split()))
+    top = "wte ln_f ff_out blocks" if kind == "llada" else "model.embed_tokens model.norm lm_head model.layers"
+    embed, last, head, block = (f"model.transformer.{name}" if kind == "llada" else name for name in top.split())
+    scale = lambda v, weight: v * (v.pow(2).mean(-1, keepdim=True) + c["rms_norm_eps"]).rsqrt() * weight
+    norm = lambda v, name: scale(v, w[name + ".weight"])
+    x, size = w[embed + ".weight"][ids], c.get("head_dim") or 8
+    rates = c.get("rope_theta", 1e4) ** (torch.arange(0, size, 2) / size)
+    angle = torch.arange(len(ids))[:, None] / rates
     cos, sin = angle.cos(), angle.sin()
-    turn = lambda v: v * cos.repeat(1, 2) + torch.cat([-v[..., half:], v[..., :half]], -1) * sin.repeat(1, 2)
+    turn = lambda v: (
+        v * cos.repeat(1, 2) + torch.cat([-v[..., size // 2 :], v[..., : size // 2]], -1) * sin.repeat(1, 2)
+    )
     for n in range(2):
         name = lambda part, n=n: f"{block}.{n}.{names[part]}"
         get = lambda part, v: nn.functional.linear(v, w[name(part) + ".weight"], w.get(name(part) + ".bias"))  # noqa: B023
         h = norm(x, name("n1"))
-        q, k, v = (get(p, h).view(len(ids), -1, size).transpose(0, 1) for p in "qkv")  # (heads, L, 8)
+        q, k, v = (get(p, h).view(len(ids), -1, size).transpose(0, 1) for p in "qkv")  # (heads, L, size)
+        if "qwen3" in kind:  # a norm of each head's queries and keys
+            q, k = (scale(z, w[f"{block}.{n}.self_attn.{p}_norm.weight"]) for z, p in ((q, "q"), (k, "k")))
         k, v = (z.repeat_interleave(len(q) // len(k), 0) for z in (turn(k), v))
         mixed = (turn(q) @ k.mT / size**0.5).softmax(-1) @ v  # no causal mask: every token sees every token
         x = x + get("o", mixed.transpose(0, 1).reshape(len(ids), -1))
         h = norm(x, name("n2"))
-        x = x + get("down", nn.functional.silu(get("gate", h)) * get("up", h))
-    return norm(x, last) @ w[head + ".weight"].T
+        if kind == "qwen3_moe":  # each token goes through the two likeliest of its experts
+            p, chosen = (h @ w[f"{block}.{n}.mlp.gate.weight"].T).softmax(-1).topk(2)
+            layer = lambda e, part, v, n=n: v @ w[f"{block}.{n}.mlp.experts.{e}.{part}_proj.weight"].T
+            expert = lambda e, v: layer(e, "down", nn.functional.silu(layer(e, "gate", v)) * layer(e, "up", v))  # noqa: B023
+            pairs = zip(h, p.tolist(), chosen.tolist())
+            x = x + torch.stack([sum(a * expert(e, v) for a, e in zip(*of)) for v, *of in pairs])  # noqa: B023
+        else:
+            x = x + get("down", nn.functional.silu(get("gate", h)) * get("up", h))
+    return norm(x, last) @ w.get(head + ".weight", w[embed + ".weight"]).T  # tied where there is none
+
+
+def slow_gpt2(w, ids):
+    """GPT-2's: learned positions, norms with a mean and a bias, 4 heads, its head tied to the embedding."""
+    at = lambda name: w.get(f"transformer.{name}", w.get(name))
+    norm = lambda v, name: nn.functional.layer_norm(v, v.shape[-1:], at(name + ".weight"), at(name + ".bias"))
+    dense = lambda v, name: v @ at(name + ".weight") + at(name + ".bias")
+    x = at("wte.weight")[ids] + at("wpe.weight")[: len(ids)]
+    for n in range(2):
+        q, k, v = (
+            z.view(len(ids), 4, -1).transpose(0, 1)
+            for z in dense(norm(x, f"h.{n}.ln_1"), f"h.{n}.attn.c_attn").chunk(3, -1)
+        )
+        mixed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        x = x + dense(mixed.transpose(0, 1).flatten(1), f"h.{n}.attn.c_proj")
+        h = dense(norm(x, f"h.{n}.ln_2"), f"h.{n}.mlp.c_fc")
+        x = x + dense(nn.functional.gelu(h, approximate="tanh"), f"h.{n}.mlp.c_proj")
+    return norm(x, "ln_f") @ at("wte.weight").T

@@ -169,7 +169,9 @@ def test_mmada_from_prompts_to_pixels_to_rewards(bpe, tmp_path, monkeypatch):
         assert codes.shape == (1, 16) and codes.max() < 32
         assert row["score"] == pytest.approx(0.5 * decoder.pixels(codes).float().mean().item() / 255, abs=1e-4)
     # the trained model draws again from its own format
-    again = flags | dict(model=tmp_path / "run", eval_only=True)
+    held = "".join((tmp_path / "prompts.txt").read_text().splitlines(True)[9::10])
+    (tmp_path / "held.txt").write_text(held)
+    again = flags | dict(model=tmp_path / "run", eval_only=True, data=tmp_path / "held.txt")
     assert m.cli(small_run(tmp_path / "again", **again)) == 0
     assert results_of(tmp_path / "again")["eval_only"] == results["after"]
 

@@ -1,14 +1,19 @@
 """maskgrpo.py: every equation by enumeration or by hand, training against a loop, models against a slow forward, and
 runs as a user makes them, stopped and killed. The slow versions are in slow.py."""
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +23,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT, llada_checkpoint, write_checkpoint
 from runs import dies, ended, forked, forked_pair, lines_of, one_error, results_of, same_run, same_training, small_run
-from runs import spied
+from runs import sharded, spied
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from slow import MASK, SCORE, Enumerable, advantage_by_hand, batch_of, chance, masks_of, merged, plain, slow_ell
 from slow import slow_forward, slow_objective, slow_rollout, step_by_hand
@@ -238,6 +244,7 @@ def test_two_training_steps_equal_a_loop_by_hand(scheme, problem_file, tmp_path,
     policy, optimizer = run.accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=9.0))
     own, prompts = {name: v.clone() for name, v in policy.state_dict().items()}, []
     policy.load_state_dict(own if cfg.lora else other.state_dict())
+    run.bare = policy
     reference = m.reference_of(run, policy, policy)
     policy.load_state_dict(own)
 
@@ -335,13 +342,43 @@ def no_masks(logits, model):
     return logits[:, torch.arange(logits.shape[1]) != model.mask_id]
 
 
-@pytest.mark.parametrize("kind", ["llada", "dream"])
+def of_transformers(kind, path, bpe, model_type=None, **settings):
+    """A random checkpoint of one of transformers' own classes, saved, perhaps under another model_type."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    ids = dict(eos_token_id=0, bos_token_id=0, cls_token_id=0, sep_token_id=0, mask_token_id=2, pad_token_id=0)
+    name = kind.removesuffix("LMHeadModel").partition("For")[0]
+    settings = getattr(transformers, f"{name}Config")(vocab_size=len(bpe), **sizes | ids | settings)
+    model = getattr(transformers, kind)(settings).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+    model.save_pretrained(path)
+    bpe.save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    rope = config.pop("rope_parameters", None) or {}
+    config |= {"model_type": model_type or config["model_type"]} | {k: v for k, v in rope.items() if k != "rope_type"}
+    (path / "config.json").write_text(json.dumps(config))
+    return model
+
+
+LAYOUTS = {  # as published: model_type -> the class of transformers that it has the shape of, and its settings
+    "a2d-qwen3": ("Qwen3ForCausalLM", dict(head_dim=16, num_key_value_heads=2, tie_word_embeddings=True)),
+    "a2d-llama": ("LlamaForCausalLM", dict(num_key_value_heads=2, rope_theta=5e5)),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", dict(is_causal=False, head_dim=8, num_experts=4, num_experts_per_tok=2)
+    | dict(moe_intermediate_size=24, num_key_value_heads=2, norm_topk_prob=False)),
+    "gpt2": ("GPT2LMHeadModel", dict(is_causal=False, n_inner=48)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llada", "dream", *LAYOUTS])
 def test_native_models_equal_an_independent_forward_padded_or_saved(kind, request, bpe, tmp_path):
-    folder = request.getfixturevalue(kind)
+    folder = tmp_path / "published" if kind in LAYOUTS else request.getfixturevalue(kind)
+    if kind in LAYOUTS:
+        of_transformers(LAYOUTS[kind][0], folder, bpe, kind, **LAYOUTS[kind][1])
     model, at = load(folder), ALL.clone()
+    assert not torch.equal(model(X, ALL, ALL)[0], model(X.where(torch.arange(9) < 8, 5), ALL, ALL)[0])  # bidirectional
     at[0, :3] = False
     plain = model(X, ALL, at)
-    expected = slow_forward(folder, IDS, kind == "dream")
+    expected = slow_forward(folder, IDS, kind)
     expected = expected[2:-1] if kind == "dream" else expected[3:]  # Dream: position i is predicted at i - 1
     torch.testing.assert_close(no_masks(plain, model), no_masks(expected, model), atol=2e-5, rtol=1e-4)
     assert (plain[:, model.mask_id] == -torch.inf).all()
@@ -390,11 +427,20 @@ def masked_lm(kind, pad, path, bpe):
     model.save_pretrained(path)
     bpe.save_pretrained(path)
     return model
+def test_the_mask_token_is_that_of_the_config_or_the_flag(tmp_path, bpe):
+    other = llada_checkpoint(tmp_path / "other", bpe, change=lambda config, _: config.update(mask_token_id=7))
+    none = llada_checkpoint(tmp_path / "none", bpe, change=lambda config, _: config.pop("mask_token_id"))
+    named = load(none, mask_token="<|eot_id|>")
+    named.save(tmp_path / "saved")
+    masks = [load(other).mask_id, named.mask_id, load(tmp_path / "saved").mask_id]
+    assert masks == [7, *[bpe.convert_tokens_to_ids("<|eot_id|>")] * 2]
+    with pytest.raises(m.UsageError, match="--mask_token <m>: no token of .*/none"):
+        load(none, mask_token="<m>")
 
 
 @pytest.mark.parametrize("kind, pad", [("ModernBert", 0), ("Roberta", 1)])  # Roberta counts positions from its pad's id
 def test_masked_lm_checkpoints_load_as_they_are(kind, pad, tmp_path, bpe):
-    reference = masked_lm(kind, pad, tmp_path, bpe)
+    reference = of_transformers(f"{kind}ForMaskedLM", tmp_path, bpe, pad_token_id=pad, attention_dropout=0.3)
     model, at = load(tmp_path, trainable=True).train(), torch.arange(9)[None] > 1  # train(): dropout is off
     left = lambda v, fill: torch.cat([torch.full((1, 5), fill), v], 1)  # padded
     got, expected = model(left(X, pad), left(ALL, False), left(at, False)), reference(input_ids=X).logits[0, 2:]
@@ -432,7 +478,7 @@ def test_bf16_weights_have_the_log_ratios_of_float32(kind, request, bpe, tmp_pat
     """Of one update at 3e-6, which the rounding of bf16, as in a rollout's `rough` forward, would replace."""
     pytest.importorskip("peft")
     if kind[0].isupper():
-        masked_lm(kind, 0, tmp_path, bpe)
+        of_transformers(f"{kind}ForMaskedLM", tmp_path, bpe)
     path = tmp_path if kind[0].isupper() else request.getfixturevalue(kind)
     narrow, plain = (load(path, trainable=True, lora=4, bf16=bf16) for bf16 in (True, False))
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16, torch.float32}
@@ -480,7 +526,19 @@ def test_a_tokenizer_that_cannot_spell_the_answer_is_refused(llada, data_file, t
     folder = llada_checkpoint(tmp_path / "wordpiece", wordpiece)
     flags = small_run(tmp_path / "run", model=folder, data=data_file, gen_length=64, max_steps=0)
     assert re.search(r"its tokenizer turns '.*# # # # \d+', which does not earn", one_error(flags, capfd))
-    load(llada).check_solution(rewards.TASKS["gsm8k"], rewards.TASKS["gsm8k"].load(str(data_file), "train"))
+
+
+def test_problems_longer_than_the_context_are_left_out_and_counted(llada, data_file):
+    task, base, said = rewards.TASKS["gsm8k"], load(llada), []
+    problems = task.load(str(data_file), "train")
+    sizes = [len(base.prompt_ids(task, p)) for p in problems]
+    limit = base.hf.config.max_position_embeddings = max(sizes) + 63
+    base.check_problems(task, data := {"train": [*problems], "test": []}, 64, said.append)
+    assert data["train"] == [p for p, size in zip(problems, sizes) if size < max(sizes)]
+    line = (
+        f"left out  {sizes.count(max(sizes))} of 60 train problems, longer than {limit} tokens with a completion of 64"
+    )
+    assert said[0].startswith(line)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -620,7 +678,8 @@ def on_two(base, problem_file, tmp_path_factory):
 
 
 def test_two_processes_equal_one_with_two_micro_batches(on_two, flags, tmp_path):
-    assert m.cli(small_run(tmp_path / "one", **flags, batch_size=8, accumulation=2, **LONG)) == 0
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="ascii")):  # a terminal without ±
+        assert m.cli(small_run(tmp_path / "one", **flags, batch_size=8, accumulation=2, **LONG)) == 0
     same_training(tmp_path / "one", on_two)
     one, two = results_of(tmp_path / "one"), results_of(on_two)
     assert all(one[name] == two[name] for name in ("before", "after", "before_pass_at"))
@@ -636,14 +695,24 @@ def test_published_format_on_published_data(llada, data_file, tmp_path):
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
     saved = torch.load(tmp_path / "run" / "checkpoint.pt")["weights"]
     assert all("lora_" in name for name in saved)  # a checkpoint holds what trains, not the base
-    # the adapter evaluates to the same figures from its directory, at any batch size, and no run overwrites another
-    again = small_run(tmp_path / "again", model=tmp_path / "run", **sizes)
-    for size, name in (("256", "again"), ("2", "again.old1")):
-        assert m.cli([*again, "--eval_only", "--eval_batch_size", size]) == 0 and (tmp_path / name).is_dir()
+    # its run, its adapter and its merged model have the same figures, at any batch size, and no run overwrites another
+    (tmp_path / "held.jsonl").write_text("".join(data_file.read_text().splitlines(True)[9::10]))
+    merged = load(tmp_path / "run")
+    merged.hf = merged.hf.merge_and_unload()
+    merged.save(tmp_path / "merged")
+    shutil.copytree(
+        tmp_path / "run" / "model", tmp_path / "adapter", ignore=shutil.ignore_patterns("tokenizer*", "*.jinja")
+    )
+    sizes |= dict(data=tmp_path / "held.jsonl")  # evaluated whole
+    for n, (name, size) in enumerate((("run", 256), ("adapter", 2), ("merged", 3))):
+        again = small_run(tmp_path / "again", model=tmp_path / name, eval_batch_size=size, **sizes)
+        assert m.cli([*again, "--eval_only"]) == 0 and (tmp_path / f"again.old{n}").is_dir() == (n > 0)
         assert lines_of(tmp_path / "again", "completions_eval_only") == lines_of(tmp_path / "run", "completions_after")
 
 
-def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_what_rl_is_held_to(llada, data_file, tmp_path):
+def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_what_rl_is_held_to(
+    llada, data_file, tmp_path, monkeypatch
+):
     pytest.importorskip("peft")
     values = dict(sft_steps=5, sft_lr=1e-2, max_steps=1, gen_length=64, mu=1, group_size=2, batch_size=2, save_every=0)
     flags = dict(model=llada, data=data_file, lora=4) | values
@@ -656,6 +725,11 @@ def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_what_rl_is_held_to(
     assert lines_of(tmp_path / "run")[0]["kl"] == pytest.approx(0, abs=1e-9)  # the first update starts at the reference
     sft, base = load(tmp_path / "run" / "sft"), load(llada)
     assert (sft(X, ALL, ALL) - base(X, ALL, ALL)).nan_to_num().abs().max() > 1e-2
+    expected = load(tmp_path / "run")(X, ALL, ALL)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    monkeypatch.chdir("/")
+    assert m.resolve(str(tmp_path / "moved"))[0] == str(tmp_path / "moved" / "sft" / "model")
+    assert torch.equal(load(tmp_path / "moved")(X, ALL, ALL), expected)
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
@@ -673,11 +747,69 @@ def test_killed_and_resumed_to_the_same_numbers(where, call, uninterrupted, flag
     """In step 2, before any checkpoint; in step 4; and where step 4's is written, but not yet renamed."""
     argv = small_run(tmp_path / "run", **flags, **LONG)
     assert ended(forked(argv, tmp_path, dies(where, call, signal.SIGKILL))) == [-signal.SIGKILL]
-    kept = tmp_path / "run" / "checkpoint.pt"
-    assert (torch.load(kept)["step"] if kept.is_file() else None) == (None if call == 3 else 2)
+    kept = [file for file in map((tmp_path / "run").joinpath, m.CHECKPOINTS) if file.is_file()]
+    assert [torch.load(file)["step"] for file in kept] == ([] if call == 3 else [2])
     assert (tmp_path / "run" / "checkpoint.pt.part").exists() == (where == "rename")
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
     same_run(uninterrupted, tmp_path / "run")
+
+
+def contents(path):
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("spoil", [lambda file: file.write_bytes(file.read_bytes()[:5000]), lambda file: file.unlink()])
+def test_a_damaged_or_missing_checkpoint_is_named_and_the_one_before_it_taken(spoil, uninterrupted, tmp_path, capfd):
+    shutil.copytree(uninterrupted, path := tmp_path / "run")
+    resume = ["--resume", "--output_dir", str(path), "--lr", "1e-4"]
+    spoil(path / "checkpoint.pt")
+    assert m.cli(resume[:3]) == 0
+    assert re.search(r"after 4 steps, the checkpoint before; \S+/checkpoint.pt: .+", capfd.readouterr().out)
+    same_run(uninterrupted, path)
+    (path / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = contents(path)
+    assert "has 6 steps, its metrics.jsonl 1" in one_error(resume, capfd) and contents(path) == before
+    for file in path.glob("checkpoint*"):
+        file.write_bytes(b"")
+    assert re.search(
+        "no checkpoint is complete; .*/checkpoint.pt: .*; .*/checkpoint.pt.before: ", one_error(resume, capfd)
+    )
+    for file in path.glob("checkpoint*"):
+        file.unlink()
+    (path / "metrics.jsonl").write_text('{"step": 1}\n' * 3)  # with a checkpoint after every second step
+    assert "has no checkpoint, and metrics.jsonl 3 steps" in one_error(resume, capfd)
+
+
+def test_a_directory_has_one_run_at_a_time(flags, tmp_path, capfd):
+    argv, lock = small_run(tmp_path / "run", **flags), tmp_path / "run" / "lock"
+    child = forked(argv, tmp_path, lambda: setattr(m, "train_policy", lambda *_: signal.pause()))
+    while not (tmp_path / "run" / "completions_before.jsonl").exists():
+        time.sleep(0.05)
+    before = contents(tmp_path)
+    for second in (argv, ["--resume", *argv[:2]]):
+        assert f"in use by process {child} on {socket.gethostname()} since" in one_error(second, capfd)
+    assert contents(tmp_path) == before and lock.exists()
+    os.kill(child, signal.SIGKILL)
+    assert ended(child) == [-signal.SIGKILL]
+    assert m.cli(["--resume", *argv[:2]]) == 0 and f"{tmp_path / 'run'} has no checkpoint yet" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["config.json.part", "metrics.jsonl", "checkpoint.pt.part", "model"])
+def test_a_full_disk_says_so_whoever_writes(file, flags, tmp_path, capfd, monkeypatch):
+    (tmp_path / "run").mkdir()
+    if file != "model":
+        (tmp_path / "run" / file).symlink_to("/dev/full")
+    else:  # safetensors replaces what it writes; its error is no OSError
+        full = lambda *_, **__: (_ for _ in ()).throw(SafetensorError("I/O error: No space left on device"))
+        monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    assert "No space left" in one_error(small_run(tmp_path / "run", **flags), capfd)
+
+
+def test_the_survivor_of_two_processes_says_that_the_other_has_ended(flags, tmp_path):
+    argv = small_run(tmp_path / "run", **flags, batch_size=8, **LONG)
+    assert forked_pair(argv, tmp_path, dies("policy_loss", 5, signal.SIGKILL)) == [2, -signal.SIGKILL]
+    *_, last = (tmp_path / "out").read_text().splitlines()
+    assert "error: another process has ended or is out of reach; --resume goes on from the last checkpoint" in last
 
 
 def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two, flags, tmp_path, capfd):
@@ -686,11 +818,28 @@ def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two,
     assert stopped == [143, 143], (tmp_path / "out").read_text()
     assert f"stopped after step 3; to go on: --resume --output_dir {argv[1]}" in (tmp_path / "out").read_text()
     assert len(lines_of(tmp_path / "run")) == 3 and not (tmp_path / "run" / "results.json").exists()
-    resume = ["--resume", "--output_dir", tmp_path / "run"]
-    assert "written by 2 processes, here are 1" in one_error(resume, capfd)
-    assert "--mu 7 contradicts" in one_error([*resume, "--mu", 7], capfd)
+    resume, before = ["--resume", "--output_dir", tmp_path / "run"], contents(tmp_path / "run")
+    assert "batches over all processes of [16, 0], here of [8, 0]" in one_error([*resume, "--lr", 1], capfd)
+    assert "--mu 7 contradicts" in one_error([*resume, "--mu", 7], capfd) and contents(tmp_path / "run") == before
     assert forked_pair(resume, tmp_path) == [0, 0], (tmp_path / "out").read_text()
     same_run(on_two, tmp_path / "run")
+
+
+def test_sharded_processes_equal_others_and_each_goes_on_as_the_other(on_two, uninterrupted, flags, tmp_path, capfd):
+    argv, path = small_run(tmp_path / "run", **flags, batch_size=8, **LONG), tmp_path / "run"
+    killed = forked_pair(argv, tmp_path, dies("policy_loss", 7, signal.SIGKILL), both=sharded)  # in step 4
+    assert killed == [2, -signal.SIGKILL] and "2 processes, sharded" in (tmp_path / "out").read_text()
+    resume = lambda path, *more: ["--resume", "--output_dir", str(path), *more]
+    shutil.copytree(path, alone := tmp_path / "alone")
+    assert forked_pair(resume(path), tmp_path, both=sharded) == [0, 0], (tmp_path / "out").read_text()
+    same_training(on_two, path)
+    assert "batches over all processes of [16, 0], here of [8, 0]" in one_error(resume(alone), capfd)
+    assert m.cli(resume(alone, "--accumulation", "2")) == 0
+    same_training(on_two, alone)
+    shutil.copytree(uninterrupted, back := tmp_path / "back")  # of one process, and from its fourth step
+    (back / "checkpoint.pt").unlink()
+    assert forked_pair(resume(back, "--batch_size", "8"), tmp_path, both=sharded) == [0, 0]
+    same_training(uninterrupted, back)
 
 
 def test_signals_are_given_back_by_a_loop_that_is_left_early(tmp_path):
@@ -714,7 +863,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_resumes_it(flag
 BAD = {
     "--gamma 1": "--gamma 1.0: at least 0 and below 1", "--temperature 0": "--temperature 0.0: must be above 0",
     "--lr nan": "--lr nan", "--model /nowhere": "/nowhere: not a directory", "--task mbpp": "--allow_code_execution",
-    "--batch_size 20 --group_size 8": "--batch_size 20 .*--group_size 8", "--lora 4": "--lora and --sft_steps need", "--task t2i --cache dual": "--cache dual: of texts",
+    "--batch_size 20 --group_size 8": "--batch_size 20 .*--group_size 8", "--lora 4": "--lora and --sft_steps need",
+    "--task t2i --cache dual": "--cache dual: of texts",
+    "--bf16 false": "accelerate launch --mixed_precision bf16: --bf16 decides, which is False here",
     "--resume --output_dir /nowhere": "--resume.*no run", "--sampler emerge": "--sampler emerge: not for --task gsm8k",
 }  # fmt: skip
 
@@ -738,6 +889,7 @@ def test_a_process_that_is_launched_alone_takes_the_cores_unless_told(omp, flag,
 @pytest.mark.parametrize("argv", BAD)
 def test_usage_errors_are_one_line_and_exit_2(argv, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if "bf16" in argv else "no")
     assert re.search(BAD[argv], one_error(argv.split(), capfd))
 
 
@@ -748,11 +900,39 @@ def test_bad_checkpoints_are_named(tmp_path, bpe, data_file, capfd):
     assert "missing keys ['model.layers.1.self_attn.o_proj.weight']" in missing
     assert "surprise" in changed("extra", lambda _, weights: weights.update(surprise=torch.zeros(2)))
     assert "mask_token_id" in changed("unmasked", lambda config, _: config.pop("mask_token_id"))
+    beyond = changed("beyond", lambda config, _: config.update(mask_token_id=999))
+    assert f"the mask token has id 999, the embedding only {len(bpe)} rows" in beyond
+    short = changed("short", lambda config, _: config.update(max_sequence_length=300))
+    assert re.search("all train problems are longer than 300 tokens with a completion of 256: '.+' ...", short)
     causal = write_checkpoint(tmp_path / "causal", {"model_type": "llama"}, {"a": torch.zeros(1)}, bpe)
     assert "is_causal" in named(causal)
     weights = (broken := llada_checkpoint(tmp_path / "broken", bpe)) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])  # half downloaded
     assert "broken" in named(broken)
+
+
+def test_an_adapter_with_the_names_of_lladas_own_modules_loads_by_the_same_renaming(llada, tmp_path):
+    peft = pytest.importorskip("peft")
+    names = "q_proj k_proj v_proj attn_out ff_proj up_proj ff_out"  # of its own modules; those of transformers' Llama:
+    targets = [m.llama_name(f"model.transformer.blocks.{n}.{name}.")[:-1] for n in range(2) for name in names.split()]
+    native = load(llada)
+    native.hf = peft.get_peft_model(native.hf, peft.LoraConfig(r=2, target_modules=targets))
+    for p in native.parameters():
+        nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel())) if p.requires_grad else None
+    native.hf.save_pretrained(tmp_path)
+    weights, own = load_file(tmp_path / "adapter_model.safetensors"), {}
+    for n, name in itertools.product(range(2), names.split()):
+        old, new = (f"model.transformer.blocks.{n}.{name}", targets[n * 7 + names.split().index(name)])
+        for part in ("lora_A.weight", "lora_B.weight"):
+            own[f"base_model.model.{old}.{part}"] = weights.pop(f"base_model.model.{new}.{part}")
+    assert not weights
+    save_file(own, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    file = tmp_path / "adapter_config.json"
+    # as d1 writes it: names of modules that transformers' Llama has and LLaDA has not
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"target_modules": [*names.split(), "o_proj", "down_proj"]})
+    )
+    assert torch.equal(load(tmp_path)(X, ALL, ALL), native(X, ALL, ALL))
 
 
 def test_an_adapter_that_does_not_fit_is_refused(llada, data_file, tmp_path, capfd, monkeypatch):

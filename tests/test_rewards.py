@@ -170,6 +170,8 @@ def test_what_a_run_holds_out(data_file, tmp_path):
     assert splits["test"] == load("gsm8k", held) and len(splits["train"] + splits["validation"]) == 40
     with pytest.raises(DataError, match="too few"):
         splits_of("gsm8k", data=held, eval_data=held)
+    splits = splits_of("gsm8k", eval_only=True, eval_data=held)  # all of it, and no need of any other
+    assert splits["test"] == load("gsm8k", held) and not splits["train"] + splits["validation"]
     with pytest.raises(DataError, match="--data FILE, a CSV file with the header"):
         splits_of("sudoku")
 

@@ -131,7 +131,7 @@ def test_the_rollout_draws_from_p_g(k, steps, states):
     # each state once with what is left in it, however many rows were in it
     assert e.length.eq(steps).all() and len(e.state.hidden) == states
     # what each row has drawn, in its order, with the probability of that order
-    chance, total = defaultdict(float), 0.0
+    chance = defaultdict(float)
     for at, open, actions, _, p in every_trajectory(base, k=k):
         log_p = log_policy(log_g[at], open).gather(1, actions[:, None])[:, 0]
         chance[tuple(actions.tolist())] += p * log_p.sum().exp().item()
