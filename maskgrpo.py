@@ -97,8 +97,6 @@ from rewards import DataError as UsageError  # something the caller has to chang
 
 # --- The paper, 1: the likelihood of a masked diffusion model (Eq. 2) -------------------------------------------------
 
-CHUNK = 2**25  # logits that are there at a time when log-probabilities are taken: 128 MiB of float32
-
 
 class Batch(NamedTuple):
     """B prompts, padded on the left, and gen_length columns behind them. x: (B, L) long; attention: (B, L) bool, False
@@ -107,52 +105,6 @@ class Batch(NamedTuple):
     x: Tensor
     attention: Tensor
     completion: Tensor
-
-
-class ChosenLogProbs(torch.autograd.Function):
-    """log softmax(head(h) / T) of one token per row, without the (N, V) logits; for a head that does not train.
-
-    h (N, D), tokens (N,) long, head: (n, D) -> (n, V), any function; n = `rows` rows at a time -> (N,). A backward needs
-    no more than the gradient with respect to h, which is as small as h. So each chunk takes its own, and overwrites its
-    logits with d log p(o) / d logit_v = (1[v = o] - p(v)) / T. Left to autograd 4.5 (N, V) tensors live at the peak:
-    logits, logits / T, logsumexp's, gather's gradient, their sum.
-    """
-
-    @staticmethod
-    def forward(ctx, h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int) -> Tensor:
-        log_p, gradients, wanted = [], [], ctx.needs_input_grad[0]
-        for part, chosen in zip(h.split(rows), tokens[:, None].split(rows)):
-            with torch.set_grad_enabled(wanted):
-                logits = head(part := part.detach().requires_grad_(wanted))
-            p = logits.detach().div_(temperature)  # in the logits' own memory, as what follows
-            total = p.logsumexp(-1, keepdim=True)
-            log_p.append((p.gather(-1, chosen) - total)[:, 0])
-            if wanted:
-                p = p.sub_(total).exp_().neg_().scatter_add_(-1, chosen, torch.ones_like(total)).div_(temperature)
-                gradients += torch.autograd.grad(logits, part, p)
-        if wanted:
-            ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(log_p)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, of_log_p: Tensor):
-        return of_log_p[:, None] * ctx.saved_tensors[0], None, None, None, None
-
-
-def plain_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: float) -> Tensor:
-    """What ChosenLogProbs computes, by autograd, which has a trained head's gradient too."""
-    logits = head(h) / temperature
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def chosen_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int, trains: bool) -> Tensor:
-    """The same for any head. Of one that trains, chunks are computed again in the backward, unless one chunk is all."""
-    if not trains:
-        return ChosenLogProbs.apply(h, tokens, head, temperature, rows)
-    once = functools.partial(checkpoint, use_reentrant=False) if len(h) > rows else lambda f, *args: f(*args)
-    parts = zip(h.split(rows), tokens.split(rows))
-    return torch.cat([once(plain_log_probs, *part, head, temperature) for part in parts])
 
 
 def token_log_probs(
@@ -693,10 +645,8 @@ def in_bf16(hf: nn.Module) -> None:
         return y if layer.bias is None else y + layer.bias
 
     tied = {module.weight for module in hf.modules() if isinstance(module, nn.Embedding)}
-    frozen = lambda module: (
-        type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
-    )  # an adapter's are float32
-    layers = [module for module in hf.modules() if frozen(module)]
+    linear = [module for module in hf.modules() if type(module) is nn.Linear]
+    layers = [layer for layer in linear if layer.weight.dtype == torch.bfloat16]  # an adapter's are float32
     for p in set(hf.parameters()) - ({layer.weight for layer in layers} - tied):
         p.data = p.data.float()
     for layer in layers:
@@ -723,6 +673,55 @@ def tiny_model(texts: list[str], seed: int, task: str = "gsm8k") -> "MaskedDiffu
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return MaskedDiffusionModel(LlamaForCausalLM(LlamaConfig(**sizes | BIDIRECTIONAL)), tokenizer, codes > 0)
+
+
+CHUNK = 2**25  # logits that are there at a time when log-probabilities are taken: 128 MiB of float32
+
+
+class ChosenLogProbs(torch.autograd.Function):
+    """log softmax(head(h) / T) of one token per row, without the (N, V) logits; for a head that does not train.
+
+    h (N, D), tokens (N,) long, head: (n, D) -> (n, V), any function; n = `rows` rows at a time -> (N,). A backward needs
+    no more than the gradient with respect to h, which is as small as h. So each chunk takes its own, and overwrites its
+    logits with d log p(o) / d logit_v = (1[v = o] - p(v)) / T. Left to autograd 4.5 (N, V) tensors live at the peak:
+    logits, logits / T, logsumexp's, gather's gradient, their sum.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int) -> Tensor:
+        log_p, gradients, wanted = [], [], ctx.needs_input_grad[0]
+        for part, chosen in zip(h.split(rows), tokens[:, None].split(rows)):
+            with torch.set_grad_enabled(wanted):
+                logits = head(part := part.detach().requires_grad_(wanted))
+            p = logits.detach().div_(temperature)  # in the logits' own memory, as what follows
+            total = p.logsumexp(-1, keepdim=True)
+            log_p.append((p.gather(-1, chosen) - total)[:, 0])
+            if wanted:
+                p = p.sub_(total).exp_().neg_().scatter_add_(-1, chosen, torch.ones_like(total)).div_(temperature)
+                gradients += torch.autograd.grad(logits, part, p)
+        if wanted:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(log_p)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_log_p: Tensor):
+        return of_log_p[:, None] * ctx.saved_tensors[0], None, None, None, None
+
+
+def plain_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: float) -> Tensor:
+    """What ChosenLogProbs computes, by autograd, which has a trained head's gradient too."""
+    logits = head(h) / temperature
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def chosen_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int, trains: bool) -> Tensor:
+    """The same for any head. Of one that trains, chunks are computed again in the backward, unless one chunk is all."""
+    if not trains:
+        return ChosenLogProbs.apply(h, tokens, head, temperature, rows)
+    once = functools.partial(checkpoint, use_reentrant=False) if len(h) > rows else lambda f, *args: f(*args)
+    parts = zip(h.split(rows), tokens.split(rows))
+    return torch.cat([once(plain_log_probs, *part, head, temperature) for part in parts])
 
 
 class MaskedDiffusionModel(nn.Module):
