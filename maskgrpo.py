@@ -81,9 +81,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -917,6 +916,15 @@ class MaskedDiffusionModel(nn.Module):
 
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.pt.before")  # the last one, and the one before it
+# of a checkpoint: what trains, put together from all shards, on the main process's CPU
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that train; under FSDP the shards, for which what a rollout has left gathered is let go."""
+    for module in model.modules():
+        module.reshard() if isinstance(module, FSDPModule) else None
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 class Run:
@@ -932,28 +940,18 @@ class Run:
 
     def prepare(self, model: nn.Module, weight_decay: float, accumulation: int) -> tuple[nn.Module, object]:
         """(the model as Accelerate wraps it, AdamW on those of its weights that train; `update` sets the rate)."""
-        trained, count = [p for p in model.parameters() if p.requires_grad], lambda of: sum(p.numel() for p in of) / 1e6
-        self.say(f"weights   {count(trained):.2f}M of {count(model.parameters()):.2f}M parameters train")
+        mine, count = trained(model), lambda of: sum(p.numel() for p in of) / 1e6
+        self.say(f"weights   {count(mine):.2f}M of {count(model.parameters()):.2f}M parameters train")
         self.accelerator.gradient_accumulation_steps = accumulation
-        optimizer = torch.optim.AdamW(trained, betas=BETAS, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(mine, betas=BETAS, weight_decay=weight_decay)
         prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.bare = model
         return prepared, self.optimizer
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The weights that train; under FSDP the shards, which a rollout has left gathered."""
-        for module in self.bare.modules():
-            module.reshard() if isinstance(module, FSDPModule) else None
-        return {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
-
-    def whole(self, tree):
-        """A tree of tensors with its shards put together on the main process's CPU. All processes have to ask."""
-        kept = lambda v: v.cpu() if self.main else None
-        return tree_map_only(DTensor, lambda v: kept(v.full_tensor()), tree)
-
     def save(self, base: MaskedDiffusionModel, path: Path) -> None:
         """The base's weights, from all shards, as its own `save` writes them. All processes have to ask."""
-        weights = self.whole(base.hf.state_dict()) if self.sharded else None
+        trained(base)
+        weights = get_model_state_dict(base.hf, options=WHOLE) if self.sharded else None
         if self.main:
             with in_one_line(f"{path} cannot be written"):
                 base.save(path, weights)
@@ -1085,9 +1083,10 @@ class Run:
     def save_checkpoint(self, step: int) -> None:
         """All of the state after `step` steps: the weights that train, the optimiser's and the clocks. Masks, noise and
         data order are functions of (seed, step, j, row): there is no other."""
-        trained = {name: p.data for name, p in self.trained().items()}
-        state = self.whole({"weights": trained, "optimizer": self.optimizer.state_dict(), "seconds": self.total()})
-        state |= {"step": step, "logged": len(self.logged()), "batches": self.cfg.batches(self.world)}
+        trained(self.bare)
+        weights, moments = get_state_dict(self.bare, self.optimizer.optimizer, options=WHOLE)
+        state = {"weights": weights, "optimizer": moments, "seconds": self.total(), "step": step}
+        state |= {"logged": len(self.logged()), "batches": self.cfg.batches(self.world)}
         with in_one_line("a new checkpoint cannot be written, the last one is intact"):
             self.write(CHECKPOINTS[0], state, before=CHECKPOINTS[1])
         self.accelerator.wait_for_everyone()
@@ -1122,13 +1121,9 @@ class Run:
         metrics.jsonl holds behind it is cut off, and will be made again."""
         state, note = self.checkpoint() if self.cfg.resume else ({}, None)
         if state:
-            cut = lambda v, p: distribute_tensor(v.to(self.device), p.device_mesh, p.placements, src_data_rank=None)
-            shard = lambda v, p: cut(v, p) if isinstance(p, DTensor) and v.shape == p.shape else v
-            trained, moments = self.trained(), state["optimizer"]["state"]
-            for i, (name, p) in enumerate(trained.items()):
-                p.data.copy_(shard(state["weights"][name], p))
-                moments[i] = {name: shard(v, p) for name, v in moments[i].items()} if i in moments else {}
-            self.optimizer.load_state_dict(state["optimizer"])
+            kept = dict(model_state_dict=state["weights"], optim_state_dict=state["optimizer"], options=WHOLE)
+            trained(self.bare)
+            set_state_dict(self.bare, self.optimizer.optimizer, **kept)
             self.began -= state["seconds"].pop("total")
             self.seconds = state["seconds"]
         self.say(note) if note else None
@@ -1378,10 +1373,10 @@ def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel) -> Cal
     """pi_ref, the policy as it is now, as a context that yields a model, without gradients: with a fresh adapter (--lora)
     the base without it, else the policy with copies of the weights that train. In the policy's own precision, so that
     equal weights give a KL of 0."""
-    held = [p.detach().clone() for p in run.trained().values()] if run.cfg.beta and not run.cfg.lora else []
+    held = [p.detach().clone() for p in trained(base)] if run.cfg.beta and not run.cfg.lora else []
 
     def exchange() -> None:  # in place: DDP and FSDP know the weights by where they are
-        for p, other in zip(run.trained().values(), held):
+        for p, other in zip(trained(base), held):
             now = p.detach().clone()
             p.data.copy_(other)
             other.copy_(now)

@@ -4,8 +4,7 @@ Paper: "Improving Discrete Diffusion Unmasking Policies Beyond Explicit Referenc
 Which token of a masked completion is revealed next is an action, the frozen base that fills it is the environment,
 and a small policy g learns to choose by GRPO, held to a reference order. Everything of the paper is in the first
 part of this file, and `train_step` is its algorithm box. Without --model the tiny base of maskgrpo.py is trained
-first; published checkpoints run through the same lines. On sudoku the blanks are filled in place between the clues,
-as in the authors' code, so that a trajectory has as many steps as the puzzle has empty cells.
+first; published checkpoints run through the same lines. A sudoku's blanks are filled in place, as in the authors' code.
 
     symbol        shape            meaning
     x_n, x_0      (B, W) long      the sequence with n tokens of its completion masked; the finished one
@@ -105,10 +104,8 @@ class Trajectories(NamedTuple):
 def reveal(log_g: Tensor, candidates: Tensor, k: Tensor, logits_at: Callable, temperature: float, for_a, for_token):
     """One step of the MDP, p(x_{n-1} | x_n) = g(a_n | x_n) pi(x_{n-1} | x_n, a_n), in R rows, of which each reveals k
     (R,) long: (positions (R, max of k) long, the first k in the order drawn; where they are (R, W) bool; their tokens).
-
     log_g (R, W), -inf where g is 0; candidates (R, W) bool; logits_at(R, W) -> (N, V); for_a, for_token: one generator
-    per row. Without for_a the most probable positions are taken, at temperature 0 the most likely tokens.
-    """
+    per row. Without for_a the most probable positions are taken, at temperature 0 the most likely tokens."""
     if for_a is not None:  # Gumbel top-k: the k largest g(a) / E_a, E_a ~ Exp(1), are k draws without replacement
         noise = exponential_noise(candidates, 1, for_a)[:, 0].log().float()  # at candidates: padding uses none up
         log_g = log_g - torch.zeros_like(log_g).masked_scatter(candidates, noise)
@@ -249,7 +246,6 @@ def cross_entropy(log_g: Tensor, log_ref: Tensor) -> Tensor:
 
 def upo_loss(log_g: Tensor, e: Trajectories, advantages: Tensor, *, ref: str, clip: float, beta: float):
     """L_token = - [ (1/B) sum_b sum_n min(rho A_b, clip(rho) A_b) - beta D ] of one update: (a scalar, its figures).
-
     Proposition 1: at g = g_old it has the gradient of L_output = - E[p_g(x_0) / p_g_old(x_0) A(x_0)], whose p_g(x_0) is
     a sum over all orders. log_g (U, W): g on the states of e; advantages (B,). D is L_KL, the KL over trajectories,
     with softmax_confidence and topk; with max_confidence, whose g_ref is 0 almost everywhere, the cross-entropy, summed
@@ -276,8 +272,7 @@ def train_step(run: Run, base: "FrozenBase", g: nn.Module, optimizer, problems: 
     """One step of UPO, the paper's algorithm box; returns its metrics. Raises UsageError if a loss is not finite.
 
     base: pi, frozen; g: the policy as Accelerate has wrapped it; problems: what prompts are taken from. The rest of the
-    file only prepares these.
-    """
+    file only prepares these."""
     cfg, updates = run.cfg, []
     # Roll out G trajectories of each prompt: a_n ~ g_old(. | x_n), x_{n-1} ~ pi(. | x_n, a_n), until x_0, whose reward
     # is r. g_old is g as it is now.

@@ -244,7 +244,6 @@ def test_two_training_steps_equal_a_loop_by_hand(scheme, problem_file, tmp_path,
     policy, optimizer = run.accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=9.0))
     own, prompts = {name: v.clone() for name, v in policy.state_dict().items()}, []
     policy.load_state_dict(own if cfg.lora else other.state_dict())
-    run.bare = policy
     reference = m.reference_of(run, policy, policy)
     policy.load_state_dict(own)
 
