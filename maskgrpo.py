@@ -54,7 +54,6 @@ Departures from the authors' code
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -1026,7 +1025,10 @@ class Run:
             if self.main:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock = lock.open("a+")  # held by this process, until it ends in whatever way
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with contextlib.suppress(ImportError):  # Windows has none of these
+                    import fcntl
+
+                    fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self.cfg.resume:
                     self.checkpoint()
                 elif (self.path / "config.json").exists():
