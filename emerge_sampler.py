@@ -90,9 +90,10 @@ def first_above(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return index, target - F.pad(running, (1, 0)).gather(1, index)
 
 
-def inverse_cdf(p: Tensor, u: Tensor, width: int = 2048) -> Tensor:
-    """Words (N,) long distributed as p (N, V) float; u (N,) float64, uniform. p is read once: summed over runs of `width`
+def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
+    """Words (N,) long distributed as p (N, V) float; u (N,) float64, uniform. p is read once: summed over runs of 2048
     words, for which float32 is exact enough. Then the run in which u lies is found, and the word in it."""
+    width = min(2048, p.shape[1])
     runs = torch.stack([of.sum(1) for of in p.split(width, dim=1)], dim=1)
     run, left = first_above(runs, u[:, None] * runs.sum(1, keepdim=True, dtype=u.dtype))
     words = run * width + torch.arange(width, device=p.device)
