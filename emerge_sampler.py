@@ -68,8 +68,8 @@ class Rollout(NamedTuple):
 
 
 def exponential_noise(positions: Tensor, columns: int, generator: Noise) -> Tensor:
-    """(N, columns) float64 draws E of Exp(1) for the N True positions (B, L); one generator for all rows, or one per
-    row. e^-E is uniform on (0, 1), and -log E is Gumbel noise."""
+    """(N, columns) float64 draws E of Exp(1) for the N True positions (B, L), of one generator for all rows or one per
+    row; e^-E is uniform on (0, 1), -log E is Gumbel noise."""
     if isinstance(generator, torch.Generator):
         generator, counts = [generator], [int(positions.sum())]
     else:
@@ -93,10 +93,9 @@ def first_above(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
     """Words (N,) long distributed as p (N, V) float; u (N,) float64, uniform. p is read once: summed over runs of 2048
     words, for which float32 is exact enough. Then the run in which u lies is found, and the word in it."""
-    width = min(2048, p.shape[1])
-    runs = torch.stack([of.sum(1) for of in p.split(width, dim=1)], dim=1)
+    runs = torch.stack([of.sum(1) for of in p.split(2048, dim=1)], dim=1)
     run, left = first_above(runs, u[:, None] * runs.sum(1, keepdim=True, dtype=u.dtype))
-    words = run * width + torch.arange(width, device=p.device)
+    words = run * 2048 + torch.arange(min(2048, p.shape[1]), device=p.device)
     inside = p.gather(1, words.clamp(max=p.shape[1] - 1)) * (words < p.shape[1])
     return words.gather(1, first_above(inside, left)[0])[:, 0]
 
