@@ -1135,13 +1135,20 @@ class Run:
         return state.get("step", 0)
 
 
-def take_the_cores() -> None:
+def launcher() -> bytes:
+    """Environment and command line of the `accelerate launch` that started this process; empty where there is no such
+    launcher, or no /proc."""
+    parent = Path(f"/proc/{os.getppid()}")
+    with contextlib.suppress(OSError):
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:
+            return (parent / "environ").read_bytes() + (parent / "cmdline").read_bytes()
+    return b""
+
+
+def take_the_cores(given: bytes) -> None:
     """For a process that is alone on a CPU. `accelerate launch` gives it one thread, by OMP_NUM_THREADS: it takes them
-    all, unless the launcher itself was started with that variable or with --num_cpu_threads_per_process."""
-    launcher = Path(f"/proc/{os.getppid()}")  # of Linux
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and (launcher / "environ").is_file()
-    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
-        given = (launcher / "environ").read_bytes() + (launcher / "cmdline").read_bytes()
+    all, unless the launcher itself was given that variable or --num_cpu_threads_per_process."""
+    if given and os.environ.get("OMP_NUM_THREADS") == "1":
         if b"OMP_NUM_THREADS=" not in given and b"--num_cpu_threads" not in given:
             torch.set_num_threads(len(os.sched_getaffinity(0)))
 
@@ -1152,7 +1159,8 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
     data = rewards.splits(TASKS[cfg.task], cfg, cfg.generated())
     precision, asked = "bf16" if cfg.bf16 else "no", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     unlike = f"accelerate launch --mixed_precision {asked}: --bf16 decides, which is {cfg.bf16} here; leave it out"
-    require({unlike: asked in ("no", precision)})
+    steps = "accelerate launch --gradient_accumulation_steps: --accumulation decides; leave it out"
+    require({unlike: asked in ("no", precision), steps: b"--gradient_accumulation_steps" not in launcher()})
     with in_one_line("accelerate"):
         accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=cfg.output_dir)
     kind = accelerator.distributed_type.value
@@ -1167,7 +1175,7 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     run = Run(cfg, accelerator)
     if run.world == 1 and run.device.type == "cpu":
-        take_the_cores()
+        take_the_cores(launcher())
     run.open()
     accelerator.init_trackers(title.lower(), config={k: str(v) for k, v in vars(cfg).items()})
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)

@@ -870,7 +870,8 @@ BAD = {
 
 
 @pytest.mark.parametrize(
-    "omp, flag, threads", [(None, "", None), ("1", "", 1), (None, "--num_cpu_threads_per_process", 1)]
+    "omp, flag, threads",
+    [(None, "--gradient_accumulation_steps", None), ("1", "", 1), (None, "--num_cpu_threads_per_process", 1)],
 )
 def test_a_process_that_is_launched_alone_takes_the_cores_unless_told(omp, flag, threads, monkeypatch):
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | ({"OMP_NUM_THREADS": omp} if omp else {})
@@ -880,7 +881,10 @@ def test_a_process_that_is_launched_alone_takes_the_cores_unless_told(omp, flag,
     for name, value in {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}.items():
         monkeypatch.setenv(name, value)
     seen = spied(monkeypatch, torch, "set_num_threads", "set")
-    m.take_the_cores()
+    m.take_the_cores(m.launcher())
+    if "accumulation" in flag:
+        with pytest.raises(m.UsageError, match="--gradient_accumulation_steps: --accumulation decides"):
+            m.start(m.parse([]), "MaskGRPO")
     launcher.communicate()
     assert seen == ([] if threads else [(len(os.sched_getaffinity(0)),)])
 
