@@ -82,7 +82,7 @@ def exponential_noise(positions: Tensor, columns: int, generator: Noise) -> Tens
 
 
 def first_above(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(where the running sum of weights (N, V) is first above target (N, 1), what is left of target there), (N, 1) both.
+    """(where the running sum of weights (N, V) is first above target (N, 1), what is left of that there), (N, 1) both.
     In target's float64: in float32 the sum of 100,000 words would swallow the rare ones at its end."""
     running = weights.to(target.dtype).cumsum(1)
     target = torch.minimum(target, running[:, -1:] * (1 - torch.finfo(target.dtype).eps))  # sums may round

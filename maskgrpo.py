@@ -54,6 +54,7 @@ Departures from the authors' code
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -80,7 +81,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
@@ -679,7 +680,7 @@ CHUNK = 2**25  # logits that are there at a time when log-probabilities are take
 class ChosenLogProbs(torch.autograd.Function):
     """log softmax(head(h) / T) of one token per row, without the (N, V) logits; for a head that does not train.
 
-    h (N, D), tokens (N,) long, head: (n, D) -> (n, V), any function; n = `rows` rows at a time -> (N,). A backward needs
+    h (N, D), tokens (N,) long, head: (n, D) -> (n, V), any function, n = `rows` at a time -> (N,). A backward needs
     no more than the gradient with respect to h, which is as small as h. So each chunk takes its own, and overwrites its
     logits with d log p(o) / d logit_v = (1[v = o] - p(v)) / T. Left to autograd 4.5 (N, V) tensors live at the peak:
     logits, logits / T, logsumexp's, gather's gradient, their sum.
@@ -795,7 +796,8 @@ class MaskedDiffusionModel(nn.Module):
         cache = {} if past is None else dict(past_key_values=past, use_cache=True)
         if window is not None:  # keys and values need no order: their places are in them
             place, attention = place[:, window], torch.cat([attention[:, ~window], attention[:, window]], dim=1)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and rough):
+        # no cache: it would hold a copy of all weights that train, each of which is used once
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and rough, cache_enabled=False):
             return self.hf(input_ids=x, attention_mask=attention.long(), position_ids=place, **cache).logits
 
     def prompt_ids(self, task, problem: Problem) -> list[int]:
@@ -916,7 +918,7 @@ class MaskedDiffusionModel(nn.Module):
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.pt.before")  # the last one, and the one before it
 # of a checkpoint: what trains, put together from all shards, on the main process's CPU
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -950,7 +952,7 @@ class Run:
     def save(self, base: MaskedDiffusionModel, path: Path) -> None:
         """The base's weights, from all shards, as its own `save` writes them. All processes have to ask."""
         trained(base)
-        weights = get_model_state_dict(base.hf, options=WHOLE) if self.sharded else None
+        weights = state_dict.get_model_state_dict(base.hf, options=WHOLE) if self.sharded else None
         if self.main:
             with in_one_line(f"{path} cannot be written"):
                 base.save(path, weights)
@@ -1025,10 +1027,15 @@ class Run:
             if self.main:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock = lock.open("a+")  # held by this process, until it ends in whatever way
-                with contextlib.suppress(ImportError):  # Windows has none of these
+                try:
                     import fcntl
 
                     fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except ImportError:
+                    pass  # Windows has none of these locks
+                except OSError as error:  # nor have some file systems: any other error
+                    if error.errno in (errno.EACCES, errno.EAGAIN):
+                        raise BlockingIOError from None
                 if self.cfg.resume:
                     self.checkpoint()
                 elif (self.path / "config.json").exists():
@@ -1059,7 +1066,7 @@ class Run:
                 raise error.__context__ or error from None  # a full disk: torch's own words do not say so
             if before and file.exists():
                 file.replace(self.path / before)
-            part.rename(file)
+            part.replace(file)
 
     def log(self, line: dict) -> None:
         """A line of metrics.jsonl, whose numbers go to --log_with's tracker too."""
@@ -1086,7 +1093,7 @@ class Run:
         """All of the state after `step` steps: the weights that train, the optimiser's and the clocks. Masks, noise and
         data order are functions of (seed, step, j, row): there is no other."""
         trained(self.bare)
-        weights, moments = get_state_dict(self.bare, self.optimizer.optimizer, options=WHOLE)
+        weights, moments = state_dict.get_state_dict(self.bare, self.optimizer.optimizer, options=WHOLE)
         state = {"weights": weights, "optimizer": moments, "seconds": self.total(), "step": step}
         state |= {"logged": len(self.logged()), "batches": self.cfg.batches(self.world)}
         with in_one_line("a new checkpoint cannot be written, the last one is intact"):
@@ -1105,7 +1112,7 @@ class Run:
         for file in files:
             try:
                 with in_one_line(f"{file}"):
-                    state = state or torch.load(file, "cpu", mmap=True)
+                    state = state or torch.load(file, "cpu", mmap=os.name == "posix")
             except UsageError as error:
                 fault += f"; {error}"
         if not state:
@@ -1125,7 +1132,7 @@ class Run:
         if state:
             kept = dict(model_state_dict=state["weights"], optim_state_dict=state["optimizer"], options=WHOLE)
             trained(self.bare)
-            set_state_dict(self.bare, self.optimizer.optimizer, **kept)
+            state_dict.set_state_dict(self.bare, self.optimizer.optimizer, **kept)
             self.began -= state["seconds"].pop("total")
             self.seconds = state["seconds"]
         self.say(note) if note else None
@@ -1350,7 +1357,7 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     about = [1, train, TINY_SIZES | TINY_SIZES_OF.get(cfg.task, {}), settings]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     kept = run.path / "sft" if cfg.model else Path("runs", f"base-{cfg.task}-s{cfg.seed}-{key}")
-    if (kept / "seconds").is_file():
+    if run.everyone((kept / "seconds").is_file()):
         run.seconds["base"] = float((kept / "seconds").read_text())
         run.say(f"base      {kept}, trained earlier")
         return str(kept), True
@@ -1380,7 +1387,7 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
 
 
 def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel) -> Callable:
-    """pi_ref, the policy as it is now, as a context that yields a model, without gradients: with a fresh adapter (--lora)
+    """pi_ref, the policy as it is now, as a context that yields a model, without gradients: of a fresh adapter (--lora)
     the base without it, else the policy with copies of the weights that train. In the policy's own precision, so that
     equal weights give a KL of 0."""
     held = [p.detach().clone() for p in trained(base)] if run.cfg.beta and not run.cfg.lora else []
@@ -1435,6 +1442,7 @@ def report(run: Run, phases: dict[str, list[dict]], **more) -> None:
     cfg, results = run.cfg, {name: getattr(run.cfg, name) for name in ("task", "method", "seed")} | more
     image, text = f"{cfg.steps} steps of {cfg.sampler}", f"blocks of {cfg.block_length}, {cfg.tokens_per_step} per step"
     extra = f", guidance {cfg.guidance:g}" * (cfg.guidance > 0) + ", EOS last" * cfg.eos_last
+    extra += f", cache {cfg.cache}" * (cfg.cache != "off")
     results["decoding"] = f"{cfg.gen_length} tokens, {image if run.task.codebook else text}{extra}"
     results |= rewards.figures(phases, cfg.pass_k)
     results["seconds"] = {name: round(value, 1) for name, value in run.total().items()}

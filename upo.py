@@ -215,7 +215,7 @@ def sum_over_steps(values: Tensor, e: Trajectories) -> Tensor:
 
 
 def mean_over_steps(values: Tensor, e: Trajectories) -> float:
-    """(1/B) sum_b (1/L_b) sum_n of values (S,), for what is reported."""
+    """(1/B) sum_b (1/L_b) sum_n of values (S,), for what is reported: a step's k values add up."""
     return (per_row(e.weight * values.detach(), e.row, len(e.length)) / e.length).mean().item()
 
 

@@ -3,7 +3,7 @@
 python experiments/speed.py                        # LLaDA's shape at width 512, one CPU thread, some minutes
 python experiments/speed.py --device cuda --bf16 true --width 4096 --layers 32 --peak 990 --growth false
 
-Random weights, LoRA, no server, no download. Seconds are the best of --repeats; on one CPU thread they are CPU seconds,
+Random weights, LoRA, no server, no download; on Linux. Seconds are the best of --repeats; on one CPU thread they are CPU seconds,
 which other work on the machine does not count into.
 """
 
@@ -40,7 +40,7 @@ class Config:
     device: str = m.flag("cpu", "cpu or cuda")
     bf16: bool = m.flag(False, "frozen weights and rollouts in bfloat16")
     repeats: int = m.flag(3, "of which the best counts")
-    peak: float = m.flag(0.0, "the device's TFLOP/s, for the share of it that is used; 0: unknown")
+    peak: float = m.flag(0.0, "the device's TFLOP/s in a step's precision; 0: unknown")
     growth: bool = m.flag(True, "also over lengths, vocabularies and blocks")
 
 
@@ -180,6 +180,7 @@ HEAD = [
 def main() -> None:
     (cfg,) = transformers.HfArgumentParser(Config).parse_args_into_dataclasses()
     torch.set_num_threads(1 if cfg.device == "cpu" else torch.get_num_threads())
+    torch.set_float32_matmul_precision("high" if cfg.bf16 else "highest")  # as in a run: an update's products are TF32
     size = sum(p.numel() * p.element_size() for p in build(cfg).parameters()) / 2**20
     print(f"{cfg}\ntorch {torch.__version__}; a forward reads {size:,.0f} MiB of weights")
     table(HEAD, {f"V = {cfg.vocabulary:,}": cells(cfg, measure(cfg))})
