@@ -563,11 +563,8 @@ def resolve(path: str) -> tuple[str, str | None]:
     require({f"--model {path}: not a directory, and not a hub id either (OWNER/NAME)": Path(path).is_dir() or hub_id})
     with in_one_line(f"--model {path}: adapter_config.json"):
         path = str(Path(path).resolve()) if Path(path).is_dir() else path  # an adapter keeps its base's
-        file, beside = find_adapter_config_file(path), Path(path).parent / "sft" / "model"
-        base = json.loads(Path(file).read_text())["base_model_name_or_path"] if file else path
-        # a run may have been moved since, with the base that it trained
-        base = str(beside) if Path(base).parts[-2:] == beside.parts[-2:] and beside.is_dir() else base
-        return base, path if file else None
+        file = find_adapter_config_file(path)
+        return (json.loads(Path(file).read_text())["base_model_name_or_path"], path) if file else (path, None)
 
 
 def llama_name(name: str) -> str:
@@ -1373,7 +1370,6 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     base.check_problems(run.task, data, cfg.gen_length, run.say)
     train_elbo(training, base, data["train"], data["validation"])
     run.seconds["base"], run.began = training.total()["total"], min(run.began, training.began)
-    base.hf = base.hf.merge_and_unload() if cfg.lora else base.hf
     run.save(base, training.path / "model")
     if run.main:
         (training.path / "seconds").write_text(f"{run.seconds['base']:.1f}")
@@ -1386,11 +1382,12 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     return str(kept), False
 
 
-def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel) -> Callable:
+def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel, path: str) -> Callable:
     """pi_ref, the policy as it is now, as a context that yields a model, without gradients: of a fresh adapter (--lora)
     the base without it, else the policy with copies of the weights that train. In the policy's own precision, so that
-    equal weights give a KL of 0."""
-    held = [p.detach().clone() for p in trained(base)] if run.cfg.beta and not run.cfg.lora else []
+    equal weights give a KL of 0. path: what the policy was loaded from."""
+    fresh = run.cfg.lora and resolve(path)[1] is None  # an adapter that was trained before is a part of pi_ref
+    held = [p.detach().clone() for p in trained(base)] if run.cfg.beta and not fresh else []
 
     def exchange() -> None:  # in place: DDP and FSDP know the weights by where they are
         for p, other in zip(trained(base), held):
@@ -1400,7 +1397,7 @@ def reference_of(run: Run, policy: nn.Module, base: MaskedDiffusionModel) -> Cal
 
     @contextlib.contextmanager
     def reference() -> Iterator[nn.Module]:
-        with torch.no_grad(), base.hf.disable_adapter() if run.cfg.lora else contextlib.nullcontext():
+        with torch.no_grad(), base.hf.disable_adapter() if fresh else contextlib.nullcontext():
             exchange()
             yield policy
             exchange()
@@ -1482,7 +1479,7 @@ def main(argv: list[str] | None = None) -> None:
     base.check_problems(run.task, data, cfg.gen_length, run.say)
     policy, optimizer = run.prepare(base, cfg.weight_decay, cfg.accumulation)
     before = measure(run, policy, base, data, "before")
-    train_policy(run, policy, base, reference_of(run, policy, base), optimizer, data)
+    train_policy(run, policy, base, reference_of(run, policy, base, path), optimizer, data)
     after = measure(run, policy, base, data, "after")
     run.save(base, run.path / "model")
     report(run, {"before": before, "after": after}, base_cached=cached)

@@ -911,11 +911,13 @@ def check_sudoku(row: dict, where: str) -> Problem:
     in a sentence, and may have other solutions."""
     text, solution = (pick_text(row, names, where) for names in (QUESTION, GOLD))
     cells = len(solution)
-    digits = next(filter(None, (re.search(rf"{of}{{{cells // 2},{cells}}}", text) for of in ("[0-9]", "[0-9.]"))), None)
-    # a spreadsheet drops the zeros that a puzzle begins with
-    puzzle = digits[0].replace(".", EMPTY).zfill(cells) if digits else ""
-    if EMPTY not in puzzle or not is_solved(solution) or not all(a in (EMPTY, b) for a, b in zip(puzzle, solution)):
-        raise DataError(f"{where}: {solution!r} is no solution of {text!r}, or that has no empty cell")
+    digits = re.search(rf"[0-9.]{{{cells // 2},{cells}}}", text)
+    found = digits[0] if digits else ""
+    # a spreadsheet drops the zeros that a puzzle begins with; a full stop may end its sentence
+    puzzle = (found if len(found) == cells else found.rstrip(".")).replace(".", EMPTY).zfill(cells)
+    agree = all(a in (EMPTY, b) for a, b in zip(puzzle, solution))
+    if not ({EMPTY} < {*puzzle} and is_solved(solution) and agree):
+        raise DataError(f"{where}: {solution!r} is no solution of {text!r}, or that has no empty cell, or no other")
     return {"question": puzzle, "answer": solution}
 
 

@@ -244,7 +244,7 @@ def test_two_training_steps_equal_a_loop_by_hand(scheme, problem_file, tmp_path,
     policy, optimizer = run.accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=9.0))
     own, prompts = {name: v.clone() for name, v in policy.state_dict().items()}, []
     policy.load_state_dict(own if cfg.lora else other.state_dict())
-    reference = m.reference_of(run, policy, policy)
+    reference = m.reference_of(run, policy, policy, str(path))
     policy.load_state_dict(own)
 
     def logits_of(weights, x):
@@ -727,7 +727,7 @@ def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_what_rl_is_held_to(
     expected = load(tmp_path / "run")(X, ALL, ALL)
     shutil.move(tmp_path / "run", tmp_path / "moved")
     monkeypatch.chdir("/")
-    assert m.resolve(str(tmp_path / "moved"))[0] == str(tmp_path / "moved" / "sft" / "model")
+    assert m.resolve(str(tmp_path / "moved")) == (str(llada), str(tmp_path / "moved" / "model"))
     assert torch.equal(load(tmp_path / "moved")(X, ALL, ALL), expected)
 
 
@@ -741,14 +741,14 @@ def uninterrupted(base, problem_file, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("where, call", [("policy_loss", 3), ("policy_loss", 8), ("rename", 4)])
+@pytest.mark.parametrize("where, call", [("policy_loss", 3), ("policy_loss", 8), ("replace", 5)])
 def test_killed_and_resumed_to_the_same_numbers(where, call, uninterrupted, flags, tmp_path):
     """In step 2, before any checkpoint; in step 4; and where step 4's is written, but not yet renamed."""
     argv = small_run(tmp_path / "run", **flags, **LONG)
     assert ended(forked(argv, tmp_path, dies(where, call, signal.SIGKILL))) == [-signal.SIGKILL]
     kept = [file for file in map((tmp_path / "run").joinpath, m.CHECKPOINTS) if file.is_file()]
     assert [torch.load(file)["step"] for file in kept] == ([] if call == 3 else [2])
-    assert (tmp_path / "run" / "checkpoint.pt.part").exists() == (where == "rename")
+    assert (tmp_path / "run" / "checkpoint.pt.part").exists() == (where == "replace")
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
     same_run(uninterrupted, tmp_path / "run")
 

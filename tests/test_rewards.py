@@ -575,6 +575,8 @@ def test_other_files(tmp_path):
     assert [p["question"] for p in load("gsm8k", file)] == ['a\nb, "c"', "d"]
     file.write_text("Puzzle,Solution\n234341221434321,1234341221434321\n")
     assert load("sudoku", file)[0]["question"] == "0234341221434321"
+    sentence = write(tmp_path / "a.jsonl", [{"question": "Solve 34341221434321.", "answer": "1234341221434321"}])
+    assert load("sudoku", sentence)[0]["question"] == "0034341221434321"
     nine = "".join(str((3 * r + r // 3 + c) % 9 + 1) for r in range(9) for c in range(9))
     file.write_text(f"quizzes,solutions\n{nine[:78]}...,{nine}\n")
     (puzzle,) = load("sudoku", file)
