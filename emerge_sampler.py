@@ -213,12 +213,12 @@ def semi_autoregressive(
         return unfinished & (block == block.masked_fill(~unfinished, x.shape[1]).amin(1, keepdim=True))
 
     def step(n: int, logits: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """(a token (N,) long for each candidate, which of them stay (B, L) bool) of forward n; logits (N, V)."""
         noise = exponential_noise(candidates, 1, generator)[:, 0] if temperature > 0 else None
         tokens = draw(logits, temperature, noise)
         confidence = confidence_of(logits, tokens)
         if eos_last:
-            is_eos = torch.isin(tokens, torch.tensor(list(eos_ids), device=x.device))
-            confidence = confidence - 1e4 * is_eos  # behind every other token of the block
+            confidence -= 1e4 * torch.isin(tokens, torch.tensor(list(eos_ids), device=x.device))  # behind all others
         return tokens, most_confident(confidence, candidates, tokens_per_step)
 
     return fill(denoise, x, completion, read, step, eos_ids=eos_ids, **rest)

@@ -685,6 +685,7 @@ class ChosenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int) -> Tensor:
+        """(N,) float32; what is kept for the backward is the gradient with respect to h (N, D), if that is wanted."""
         log_p, gradients, wanted = [], [], ctx.needs_input_grad[0]
         for part, chosen in zip(h.split(rows), tokens[:, None].split(rows)):
             with torch.set_grad_enabled(wanted):
@@ -762,7 +763,11 @@ class MaskedDiffusionModel(nn.Module):
             none = f"{self.name} draws no images: its config.json has codebook_size {self.codebook or 'missing'}"
             require({none: self.codebook and max(behind - 1, *self.marks.values()) < config.vocab_size})
             project = lambda h: nn.functional.linear(h, head.weight[self.first_id : behind].to(h.dtype))
-        rows = max(CHUNK // (self.codebook or config.vocab_size), 1)
+        self.put_in_place_of(head, project, max(CHUNK // (self.codebook or config.vocab_size), 1))
+
+    def put_in_place_of(self, head: nn.Module, project: Callable, rows: int) -> None:
+        """Let the head answer at the positions that `forward` was asked for alone; project: (n, D) -> (n, V), its own
+        product; rows: so many at a time where log-probabilities are asked for."""
 
         def logits(h: Tensor) -> Tensor:
             found = project(h).float()
@@ -1208,6 +1213,7 @@ def asking(model: nn.Module, view: Callable, cache: str, shifted: bool) -> Calla
     past, block, rows, window = None, range(0), None, None
 
     def denoise(x: Tensor, positions: Tensor) -> Tensor:
+        """Logits (N, V) float32 at the N True positions (B, L); x (B, L) long."""
         nonlocal past, block, rows, window
         (x, attention), here = view(x), positions.any(0).nonzero()[:, 0].tolist()
         if past is not None and all(i in block for i in here):
