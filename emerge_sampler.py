@@ -201,11 +201,13 @@ def semi_autoregressive(
     generator: Noise,
     eos_ids: Sequence[int],
     eos_last: bool = False,
+    threshold: float = 1.0,
     **rest,
 ) -> Rollout:
     """Fill the masked completion of x (B, L) long block by block; completion (B, L) bool; rest: of `fill`, as eos_ids.
 
-    A row takes ceil(block_length / k) forwards per block, until it has ended.
+    A row takes ceil(block_length / k) forwards per block, until it has ended; fewer where draws have a probability above
+    `threshold`, all of which stay, too.
     """
     block = torch.where(completion, (completion.cumsum(1) - 1) // block_length, -1)  # (B, L)
 
@@ -219,7 +221,8 @@ def semi_autoregressive(
         confidence = confidence_of(logits, tokens)
         if eos_last:
             confidence -= 1e4 * torch.isin(tokens, torch.tensor(list(eos_ids), device=x.device))  # behind all others
-        return tokens, most_confident(confidence, candidates, tokens_per_step)
+        sure = candidates.masked_scatter(candidates, confidence > math.log(threshold))
+        return tokens, sure | most_confident(confidence, candidates, tokens_per_step)
 
     return fill(denoise, x, completion, read, step, eos_ids=eos_ids, **rest)
 

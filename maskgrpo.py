@@ -208,10 +208,9 @@ def mask_noise(cfg: "Config", o: Rollouts, step: int, j: int) -> tuple[Tensor, T
 def remasked(cfg: "Config", o: Rollouts, step: int, j: int) -> tuple[Tensor, Remask]:
     """(what x_t hides (B, L) bool, the masks) of update j: remask.py has t_j and the schemes; the tail behind EOS is
     hidden too, but for what a trace shows."""
-    noise = mask_noise(cfg, o, step, j)[0], mask_noise(cfg, o, step, 0)[1]
-    u, u_ratio = (v.to(o.completion.device) for v in noise)
+    noise = lambda j: [v.to(o.completion.device) for v in mask_noise(cfg, o, step, j)]
     prompt, tail = o.batch.attention & ~o.batch.completion, o.batch.completion & ~o.completion
-    masks = remask.by_name(cfg.remask, o.completion, prompt, o.unmask_step, u, u_ratio, j, cfg.mu, cfg.gamma)
+    masks = remask.by_name(cfg.remask, o.completion, prompt, o.unmask_step, noise, j, cfg.mu, cfg.gamma)
     return masks.masked | (tail & (o.unmask_step < 0) if cfg.remask in remask.TRACES else tail), masks
 
 
@@ -306,6 +305,11 @@ METHODS = {
     "tracerl": dict(remask="trace", gamma=0.0, managed_randomness=False, advantage="std"),
     "truncation": dict(remask="uniform", gamma=0.6, managed_randomness=True, advantage="std"),  # the paper's ablation
     "rotated-trace": dict(remask="rotated_trace", gamma=0.0, managed_randomness=False, advantage="std"),  # of no paper
+    "coupled-grpo": dict(remask="coupled", gamma=0.0, managed_randomness=False, advantage="std"),  # DiffuCoder
+    "gdpo": dict(remask="quadrature", gamma=0.0, managed_randomness=False, advantage="mean", ratio="sequence"),
+    "agrpo": dict(remask="random_step", gamma=0.0, managed_randomness=False, advantage="std"),
+    "justgrpo": dict(remask="left_to_right", gamma=0.0, managed_randomness=False, advantage="std")
+    | dict(block_length=1, tokens_per_step=1),
 }
 # What of a text is computed in a block's first forward alone: nothing, what stands before the block, all around it.
 CACHES = ("off", "prefix", "dual")
@@ -375,6 +379,7 @@ class Config(Common):
     ratio: str = flag("token", "ratio and KL per token, or of the sequence (Eq. 9, 10)", choices=("token", "sequence"))
     sampler: str = flag("semi_autoregressive", "text has this one, images the others", choices=tuple(SAMPLERS))
     tokens_per_step: int = flag(2, "tokens of a text revealed per step")
+    threshold: float = flag(1.0, "tokens of a text that are surer than this are revealed in the same step, too")
     eos_last: bool = flag(False, "EOS waits until the rest of its block is filled")
     cache: str = flag("off", "text: computed once per block, before it or all around; approximate", choices=CACHES)
     steps: int = flag(12, "steps of an image")
@@ -1244,8 +1249,8 @@ def roll_out(run: Run, model, base, problems: list[Problem], keys, temperature: 
         options |= dict(steps=cfg.steps, schedule="cosine", first_id=base.first_id)
         options |= dict(gumbel=cfg.gumbel, decay=cfg.gumbel_decay) if cfg.sampler == "maskgit" else {}
     else:
-        options |= dict(block_length=cfg.block_length, tokens_per_step=cfg.tokens_per_step, eos_last=cfg.eos_last)
-        options |= dict(eos_ids=ends, pad_id=base.pad_id)
+        names = ("block_length", "tokens_per_step", "eos_last", "threshold")
+        options |= {name: getattr(cfg, name) for name in names} | dict(eos_ids=ends, pad_id=base.pad_id)
     options["generator"] = [seeded(*key, device=run.device) for key in keys]
     views = (lambda x: (x, batch.attention)), functools.partial(base.unprompted, batch)
     denoise = guided(*(asking(model, view, cfg.cache, base.shifted) for view in views), cfg.guidance)
@@ -1445,7 +1450,7 @@ def report(run: Run, phases: dict[str, list[dict]], **more) -> None:
     cfg, results = run.cfg, {name: getattr(run.cfg, name) for name in ("task", "method", "seed")} | more
     image, text = f"{cfg.steps} steps of {cfg.sampler}", f"blocks of {cfg.block_length}, {cfg.tokens_per_step} per step"
     extra = f", guidance {cfg.guidance:g}" * (cfg.guidance > 0) + ", EOS last" * cfg.eos_last
-    extra += f", cache {cfg.cache}" * (cfg.cache != "off")
+    extra += f", threshold {cfg.threshold:g}" * (cfg.threshold < 1) + f", cache {cfg.cache}" * (cfg.cache != "off")
     results["decoding"] = f"{cfg.gen_length} tokens, {image if run.task.codebook else text}{extra}"
     results |= rewards.figures(phases, cfg.pass_k)
     results["seconds"] = {name: round(value, 1) for name, value in run.total().items()}
@@ -1464,7 +1469,7 @@ def main(argv: list[str] | None = None) -> None:
         "--eval_only, --lora and --sft_steps need --model": cfg.model or not cfg.eval_only + cfg.lora + cfg.sft_steps,
         f"--lora {cfg.lora}: {adapter} is an adapter already, and trains as it is": not (cfg.lora and adapter),
     }
-    check(cfg, "temperature tokens_per_step steps accumulation sft_batch_size sft_lr base_steps", rules)
+    check(cfg, "temperature tokens_per_step threshold steps accumulation sft_batch_size sft_lr base_steps", rules)
     run, data = start(cfg, "MaskGRPO")
     asked = {problem["question"] for problem in sum(data.values(), []) if image and cfg.tiny()}
     require({f"prompt {q!r}: not one that the embedded t2i task knows": q in rewards.scene_table() for q in asked})

@@ -8,8 +8,12 @@ re-masks the completion, lets the model predict what was hidden, and compares po
     uniform          MaskGRPO, Alg. 2: every token is hidden with the same probability, for images
     full             diffu-GRPO: the whole completion, and 15% of the prompt
     whole_range      UniGRPO: uniform, at mu ratios spaced evenly from a random start up to 1
+    coupled          DiffuCoder: a random mask and what it leaves, turn and turn about
+    quadrature       GDPO: uniform, at the nodes of a Gauss quadrature over t
     trace            TraceRL: the recorded order of generation, replayed slice by slice
     rotated_trace    not of a paper: the same slices, but each completion begins with another one
+    random_step      AGRPO: the tokens of one random step of the recorded order
+    left_to_right    JustGRPO: slices from left to right, whatever the recorded order
 
 Each is a pure function of tensors and returns a `Remask`: what to hide, what to score, at which t.
 
@@ -27,10 +31,13 @@ Departures from the paper and from its official code
     expected ratio is then 1/(4(1-r)) instead of r (r = .3 masks .357). With the paper's
     gamma = 0.6 it never happens. `expected_ratio` says what a row really expects.
  3. The noise comes from a generator of the caller's. The official code reseeds the global one.
+ 4. Each mask is an update of its own, one of mu. DiffuCoder sums both masks of a pair, and a full one, in one loss, GDPO
+    its three nodes, JustGRPO all tokens, one forward for each: as here with mu = L, but in one update.
 
-    python remask.py            # mask probability by position, every scheme, as text and as a picture
+    python remask.py            # mask probability by position, every scheme
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -139,6 +146,22 @@ def whole_range(completion: Tensor, u: Tensor, u_ratio: Tensor, j: int, mu: int)
     return uniform(completion, start + (1 - start) * (j - 1) / max(mu - 1, 1), u)
 
 
+def coupled(completion: Tensor, u: Tensor, u_ratio: Tensor, second: bool) -> Remask:
+    """Coupled-GRPO (DiffuCoder): uniform masks at r = .2 + .6 u_ratio, and `second`, of the same noise, all that the first
+    one leaves, at 1 - r. Together they score each token exactly once. u_ratio (B,) uniform noise."""
+    first = uniform(completion, 0.2 + 0.6 * u_ratio, u)
+    rest = completion & ~first.masked
+    return Remask(rest, rest, 1 - first.t) if second else first
+
+
+def quadrature(completion: Tensor, u: Tensor, j: int, mu: int) -> Remask:
+    """GDPO: uniform masks at node t_j of the Gauss-Legendre rule of mu nodes on (0, 1). The weight of the node is put into
+    t, so that the mean over j of (1/t) sum is the rule: exact where E sum / t is a polynomial in t of degree 2 mu - 1."""
+    nodes, weights = np.polynomial.legendre.leggauss(mu)  # on (-1, 1)
+    masks = uniform(completion, (1 + nodes[j - 1]) / 2, u)
+    return masks._replace(t=masks.t / (mu * weights[j - 1] / 2))
+
+
 def trace(completion: Tensor, unmask_step: Tensor, j: int | Tensor, mu: int) -> Remask:
     """TraceRL: replay of the recorded order. unmask_step (B, L) long, as the sampler returns it; j may be (B, 1) long.
 
@@ -148,8 +171,7 @@ def trace(completion: Tensor, unmask_step: Tensor, j: int | Tensor, mu: int) -> 
     Tokens behind the EOS that were revealed before it belong to that state, and are never scored.
     t is set so that the 1/t weight undoes the slicing: E over j of (1/t) sum equals the full sum.
     """
-    steps = unmask_step.masked_fill(~completion, -1).amax(1, keepdim=True) + 1  # that this row took, (B, 1)
-    current = unmask_step * mu // steps.clamp(min=1) + 1  # the slice 1 ... mu of each token, (B, L)
+    current = unmask_step * mu // steps_of(completion, unmask_step) + 1  # the slice 1 ... mu of each token, (B, L)
     masked, scored = (unmask_step >= 0) & (current >= j), completion & (current == j)
     return Remask(masked, scored, torch.full((len(completion),), 1 / mu, device=completion.device))
 
@@ -165,21 +187,46 @@ def rotated_trace(completion: Tensor, unmask_step: Tensor, phase: Tensor, j: int
     return trace(completion, unmask_step, (j - 1 + (phase[:, None] * mu).long()) % mu + 1, mu)
 
 
-SCHEMES = ("fading_out", "uniform", "full", "whole_range", "trace", "rotated_trace")
-TRACES = ("trace", "rotated_trace")  # schemes that replay the rollout's own states
+def steps_of(completion: Tensor, unmask_step: Tensor) -> Tensor:
+    """Steps that each row's completion took, (B, 1) long, at least 1."""
+    return unmask_step.masked_fill(~completion, -1).amax(1, keepdim=True).clamp(min=0) + 1
 
 
-def by_name(scheme: str, completion, prompt, unmask_step, u, u_ratio, j: int, mu: int, gamma: float) -> Remask:
-    """The masks of inner update j by the name of their scheme; arguments as above, each scheme uses its own. u is a
-    draw of update j, u_ratio one of the rollout: the same for all j."""
-    r = inner_time(j, mu, gamma)
+def random_step(completion: Tensor, unmask_step: Tensor, u_ratio: Tensor) -> Remask:
+    """AGRPO: the tokens of one step of the rollout, each step with the same probability, in the very state in which they
+    were drawn. 1/t is the number of steps: E ell is the sum over the trace. u_ratio (B,) uniform noise."""
+    steps = steps_of(completion, unmask_step)
+    n = (u_ratio[:, None] * steps).long()
+    return Remask(unmask_step >= n, completion & (unmask_step == n), 1 / steps[:, 0])
+
+
+def left_to_right(completion: Tensor, j: int, mu: int) -> Remask:
+    """JustGRPO: `trace`, as if tokens had been drawn from left to right. The exact likelihood of a rollout that has
+    (--block_length 1) if mu is its length, where it is the trace."""
+    return trace(completion, (completion.cumsum(1) * completion) - 1, j, mu)
+
+
+SCHEMES = ("fading_out", "uniform", "full", "whole_range", "coupled", "quadrature")
+SCHEMES += ("trace", "rotated_trace", "random_step", "left_to_right")
+TRACES = ("trace", "rotated_trace", "random_step")  # schemes that replay the rollout's own states
+Noise = Callable[[int], tuple[Tensor, Tensor]]  # j -> u (B, L), u_ratio (B,): uniform draws of update j, 0: of the rollout
+
+
+def by_name(scheme: str, completion, prompt, unmask_step, noise: Noise, j: int, mu: int, gamma: float) -> Remask:
+    """The masks of inner update j by the name of their scheme; arguments as above, each scheme uses its own. What the
+    updates of a rollout have in common comes from noise(0), and the two of a pair, 1 and 2, 3 and 4, share noise(1, 3)."""
+    u, r, odd = (lambda: noise(j)[0]), inner_time(j, mu, gamma), j - 1 + j % 2
     return {
-        "fading_out": lambda: fading_out(completion, r, u),
-        "uniform": lambda: uniform(completion, r, u),
-        "full": lambda: full(completion, prompt, u),
-        "whole_range": lambda: whole_range(completion, u, u_ratio, j, mu),
+        "fading_out": lambda: fading_out(completion, r, u()),
+        "uniform": lambda: uniform(completion, r, u()),
+        "full": lambda: full(completion, prompt, u()),
+        "whole_range": lambda: whole_range(completion, u(), noise(0)[1], j, mu),
+        "coupled": lambda: coupled(completion, *noise(odd), second=j > odd),
+        "quadrature": lambda: quadrature(completion, u(), j, mu),
         "trace": lambda: trace(completion, unmask_step, j, mu),
-        "rotated_trace": lambda: rotated_trace(completion, unmask_step, u_ratio, j, mu),
+        "rotated_trace": lambda: rotated_trace(completion, unmask_step, noise(0)[1], j, mu),
+        "random_step": lambda: random_step(completion, unmask_step, noise(j)[1]),
+        "left_to_right": lambda: left_to_right(completion, j, mu),
     }[scheme]()
 
 
@@ -190,21 +237,21 @@ def mask_probability(scheme: str, length: int = 24, gamma: float = 0.6, mu: int 
     """Measured probability that each completion position is masked, and scored, over all updates j; (length,) each."""
     completion = torch.ones(draws, length, dtype=torch.bool)
     order = torch.arange(length).expand(draws, length) // 2  # left to right, two tokens a step
-    masked, scored, u_ratio = torch.zeros(length), torch.zeros(length), torch.rand(draws, generator=seeded(0))
+    masked, scored = torch.zeros(length), torch.zeros(length)
+    noise = lambda j: (torch.rand(draws, length, generator=seeded(0, j)), torch.rand(draws, generator=seeded(1, j)))
     for j in range(1, mu + 1):
-        u = torch.rand(draws, length, generator=seeded(0, j))
-        masks = by_name(scheme, completion, ~completion, order, u, u_ratio, j, mu, gamma)
+        masks = by_name(scheme, completion, ~completion, order, noise, j, mu, gamma)
         masked, scored = masked + masks.masked.float().mean(0) / mu, scored + masks.scored.float().mean(0) / mu
     return Remask(masked, scored, torch.ones(1))
 
 
 def main() -> None:
-    """Each scheme's mask probability by position, as text and as a picture."""
-    # rotated_trace has, over a rollout, what trace has
-    probabilities = {name: mask_probability(name) for name in SCHEMES if name != "rotated_trace"}
+    """Each scheme's mask probability by position."""
+    # the other traces have, over a rollout, nearly what trace has
+    probabilities = {name: mask_probability(name) for name in SCHEMES if name not in TRACES[1:]}
     curves = {name: p.masked for name, p in probabilities.items()} | {"trace, scored": probabilities["trace"].scored}
     print("Probability that a completion token is masked, by position: 24 tokens, gamma = 0.6, mu = 4, mean over")
-    print("j = 1 ... mu and 20,000 draws. What is masked is scored, but for trace, which scores a slice of it.\n")
+    print("j = 1 ... mu and 20,000 draws. What is masked is scored, but for traces, which score a slice of it.\n")
     print(f"{'position':<14}" + "".join(f"{n:>5}" for n in (*range(1, 25, 4), 24)) + "   mean")
     for name, p in curves.items():
         cells = "".join(f"{v:5.2f}" for v in (*p[::4], p[-1]))
@@ -213,25 +260,6 @@ def main() -> None:
     print("\nAlg. 1 clamps its ramp below r = 1/2; the ratio that 256 tokens really expect:")
     print("  r        " + "".join(f"{r:7.1f}" for r in ratios))
     print("  expected " + "".join(f"{expected_ratio(row, r).item():7.3f}" for r in ratios))
-    draw(curves)
-
-
-def draw(curves: dict[str, Tensor], path: str = "remask.png") -> None:
-    """The same curves as a picture, where matplotlib is installed."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("\n(pip install matplotlib, and this also draws remask.png)")
-        return
-    figure, axes = plt.subplots(figsize=(7, 3.6))
-    for name, p in curves.items():
-        axes.plot(range(1, len(p) + 1), p, marker=".", label=name)
-    axes.set(xlabel="position in the completion", ylabel="probability of being masked", ylim=(0, 1.05))
-    axes.set_title("What each re-masking looks at (gamma = 0.6, mu = 4)", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    print(f"\npicture: {path}")
 
 
 if __name__ == "__main__":

@@ -1,142 +1,150 @@
-"""The paper's ladder on the tiny default, at equal rollouts: 5 seeds, 150 steps of 128 completions, 2,000 held-out
-problems per split, paired; and four of its rows with one token per step instead of four.
+"""The paper's ladder on the tiny default, at equal rollouts, forwards and nearly seconds: 8 seeds, 150 steps of 128
+completions, 1,000 held-out problems per split, paired by seed.
 
     python experiments/ladder.py                # runs what is not there yet, then prints and draws
+    python experiments/ladder.py 1 of 2         # makes every second run, to share the work; prints nothing
 
-Each row changes one thing of the row above it, so all of them divide advantages by their group's std. The paper goes
-from a full mask that hides 15% of the prompt to AR-like masks at once; here are two rows between them, a full mask (all
-but one token in 10,000) that hides none of the prompt, and uniform masks at the ratios of the AR-like ones. What
-follows MaskGRPO stands beside the ladder. Completions are counted until validation accuracy (256 problems, every 25
-steps) reaches what another row ends with. The long runs may go side by side, so seconds are those of 20 steps alone.
+Each of the first rows changes one thing of the row above it, so all of them divide advantages by their group's std. The
+paper goes from a full mask that hides 15% of the prompt to AR-like masks at once; between them are uniform masks at the
+same nominal ratios. Every row has the learning rate, of three, with the best final validation accuracy (256 problems)
+over three other seeds, or that of the row named behind it. The long runs may go side by side, so seconds are those of 20
+steps alone.
 """
 
-import math
+import itertools
 import re
+import sys
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
 from common import lines, results, run, spread, table, tidy
 
-SEEDS = (0, 1, 2, 3, 4)
-T95 = 2.776  # the t distribution's 97.5% point for 5 seeds
+SEEDS, TUNING, RATES = range(8), range(8, 11), ("7.5e-05", "1.5e-04", "3e-04")
+T95 = 2.365  # the t distribution's 97.5% point for 8 seeds
+# flags, and the row whose learning rate it has
 ROWS = {
-    "diffu-GRPO": "--method diffu-grpo",
-    "+ managed randomness": "--method diffu-grpo --managed_randomness",
-    "+ clean prompt": "--method diffu-grpo --managed_randomness --remask uniform --gamma 0.9999",
-    "+ uniform masks": "--method diffu-grpo --managed_randomness --remask uniform --gamma 0",
-    "+ AR-like masks": "--method maskgrpo --gamma 0",
-    "+ truncation: MaskGRPO": "--method maskgrpo",
-    "uniform masks, gamma .6": "--method truncation",
-    "UniGRPO": "--method unigrpo",
-    "TraceRL": "--method tracerl",
-    "rotated-trace": "--method rotated-trace",
+    "diffu-GRPO": ("--method diffu-grpo", None),
+    "uniform masks": ("--method maskgrpo --remask uniform --gamma 0", "MaskGRPO"),
+    "AR-like masks": ("--method maskgrpo --gamma 0", "MaskGRPO"),
+    "MaskGRPO": ("--method maskgrpo", None),
+    "uniform masks, gamma .6": ("--method truncation", "MaskGRPO"),
+    "UniGRPO": ("--method unigrpo", None),
+    "Coupled-GRPO": ("--method coupled-grpo", None),
+    "AGRPO": ("--method agrpo", None),
+    "TraceRL": ("--method tracerl", None),
+    "rotated-trace": ("--method rotated-trace", "TraceRL"),
 }
-# tokens per step: the rows that are run with it
-STEPS = {4: tuple(ROWS), 1: ("+ AR-like masks", "+ truncation: MaskGRPO", "TraceRL", "rotated-trace")}
-# tokens per step: the rows whose final accuracy the others are timed to
-GOALS = {4: ("diffu-GRPO", "UniGRPO"), 1: ("+ truncation: MaskGRPO",)}
 PAIRS = (
-    ("+ managed randomness", "diffu-GRPO"),
-    ("+ clean prompt", "+ managed randomness"),
-    ("+ uniform masks", "+ clean prompt"),
-    ("+ AR-like masks", "+ uniform masks"),
-    ("+ truncation: MaskGRPO", "+ AR-like masks"),
-    ("+ truncation: MaskGRPO", "diffu-GRPO"),
-    ("uniform masks, gamma .6", "+ uniform masks"),
-    ("+ truncation: MaskGRPO", "uniform masks, gamma .6"),
-    ("+ truncation: MaskGRPO", "UniGRPO"),
-    ("TraceRL", "+ AR-like masks"),
-    ("TraceRL", "+ truncation: MaskGRPO"),
+    ("MaskGRPO", "diffu-GRPO"),
+    ("MaskGRPO", "UniGRPO"),
+    ("AR-like masks", "uniform masks"),
+    ("MaskGRPO", "AR-like masks"),
+    ("uniform masks, gamma .6", "uniform masks"),
+    ("MaskGRPO", "Coupled-GRPO"),
+    ("TraceRL", "MaskGRPO"),
     ("rotated-trace", "TraceRL"),
+    ("AGRPO", "TraceRL"),
 )
 
 
-def path(name: str, seed: int, tokens: int, extra: str = "--max_steps 150 --eval_n 2000", label: str = "") -> Path:
+def path(name: str, seed: int, lr: str, extra: str = "--max_steps 150 --eval_n 1000") -> Path:
     """The directory of one finished run."""
-    command = f"accelerate launch maskgrpo.py --task gsm8k {ROWS[name]} --tokens_per_step {tokens}"
-    directory = f"runs/ladder-{tokens}-{'-'.join(re.findall('[A-Za-z0-9]+', name))}-s{seed}{label}"
-    return run(f"{command} --advantage std --pass_k 0 --seed {seed} {extra}", directory)
+    command = f"accelerate launch maskgrpo.py --task gsm8k {ROWS[name][0]} --advantage std --lr {lr} --pass_k 0"
+    label = "-".join(re.findall("[A-Za-z0-9]+", name)) + f"-{lr}-s{seed}" + "-pace" * ("20" in extra.split())
+    return run(f"{command} --seed {seed} {extra}", f"runs/ladder-{label}")
 
 
-def pace(name: str, tokens: int) -> float:
+def tuned(name: str) -> dict[str, list[float]]:
+    """Learning rate -> the final validation accuracies of its runs, on the seeds that choose it."""
+    ends = lambda lr: [lines(path(name, seed, lr, "--max_steps 150 --eval_n 2"), "metrics")[-1] for seed in TUNING]
+    return {lr: [line["validation_accuracy"] for line in ends(lr)] for lr in RATES}
+
+
+def rate(name: str) -> str:
+    """The learning rate of a row."""
+    found = tuned(ROWS[name][1] or name)
+    return max(found, key=lambda lr: mean(found[lr]))
+
+
+def pace(name: str) -> float:
     """Seconds of a step, rollout and updates."""
-    spent = results(path(name, 0, tokens, "--max_steps 20 --eval_n 2 --eval_every 0", "-pace"))["seconds"]
+    spent = results(path(name, 0, rate(name), "--max_steps 20 --eval_n 2 --eval_every 0"))["seconds"]
     return (spent["rollout"] + spent["update"]) / 20
 
 
-def scores(name: str, seed: int, tokens: int, split: str) -> list[float]:
-    """The score of every problem of a split after RL, in the same order for every row."""
-    rows = lines(path(name, seed, tokens), "completions_after")
-    return [row["score"] for row in rows if row["split"] == split]
+def accuracies(name: str, split: str, phase: str = "after") -> list[float]:
+    """Of every seed."""
+    found = [results(path(name, seed, rate(name))) for seed in SEEDS]
+    return [r[phase + ("_unseen" if split == "unseen" else "")]["accuracy"] for r in found]
 
 
-def curve(name: str, seed: int, tokens: int) -> list[tuple[int, float, float]]:
-    """(completions drawn, seconds of RL, validation accuracy) wherever it was measured."""
-    rows = [row for row in lines(path(name, seed, tokens), "metrics") if "validation_accuracy" in row]
-    return [(row["completions"], row["step"] * pace(name, tokens), row["validation_accuracy"]) for row in rows]
+def curve(name: str, seed: int) -> list[tuple[int, float]]:
+    """(completions drawn, validation accuracy) wherever it was measured."""
+    rows = lines(path(name, seed, rate(name)), "metrics")
+    return [(row["completions"], row["validation_accuracy"]) for row in rows if "validation_accuracy" in row]
 
 
-def reached(name: str, goal: str, tokens: int) -> str:
-    """Completions until the final validation accuracy of `goal` is reached, the median seed; it may be none of them."""
-    first = []
-    for seed in SEEDS:
-        end = curve(goal, seed, tokens)[-1][2]
-        first.append(next((n for n, _, accuracy in curve(name, seed, tokens) if accuracy >= end), math.inf))
-    return f"{median(first):,.0f}" if median(first) < math.inf else "never"
+def p_value(gains: list[float]) -> float:
+    """Of a mean gain of 0, by exchanging signs: the share of all 2^n sign patterns with a sum as far from 0."""
+    sums = [sum(signs) for signs in itertools.product(*[(gain, -gain) for gain in gains])]
+    return sum(abs(s) >= abs(sum(gains)) - 1e-12 for s in sums) / len(sums)
 
 
-def compared(name: str, rival: str, tokens: int) -> list[str]:
-    """Points that `name` gains over `rival` on both splits, ± the 95% t interval over seeds, and seeds better."""
-    cells = []
-    for split in ("test", "unseen"):
-        pairs = [[mean(scores(n, seed, tokens, split)) for n in (name, rival)] for seed in SEEDS]
-        gains = [100 * (ours - theirs) for ours, theirs in pairs]
-        cells.append(f"{mean(gains):+.1f} ± {T95 * stdev(gains) / len(SEEDS) ** 0.5:.1f}")
-        cells.append(f"{sum(gain > 0 for gain in gains)} of {len(SEEDS)}")
-    return cells
+def holm(ps: list[float]) -> list[float]:
+    """p-values corrected for their number (Holm): in rising order p (n - i), never below the one before."""
+    order, corrected, most = sorted(range(len(ps)), key=ps.__getitem__), [0.0] * len(ps), 0.0
+    for i, k in enumerate(order):
+        most = corrected[k] = max(most, min(1.0, ps[k] * (len(ps) - i)))
+    return corrected
 
 
-def short(name: str) -> str:
-    """A row's name outside the ladder."""
-    return name.removeprefix("+ ").removeprefix("truncation: ")
+def compared(split: str) -> dict[str, list[str]]:
+    """For each pair the points gained, ± the 95% t interval over seeds, seeds better, p and p corrected."""
+    gains = [[100 * (a - b) for a, b in zip(accuracies(x, split), accuracies(y, split))] for x, y in PAIRS]
+    ps, rows = list(map(p_value, gains)), {}
+    for (x, y), g, p, corrected in zip(PAIRS, gains, ps, holm(ps)):
+        interval = f"{mean(g):+.1f} ± {T95 * stdev(g) / len(g) ** 0.5:.1f}"
+        rows[f"{x} over {y}"] = [interval, f"{sum(v > 0 for v in g)} of {len(g)}", f"{p:.3f}", f"{corrected:.2f}"]
+    return rows
 
 
-def named(tokens: int) -> str:
-    return f"{tokens} token{'s' * (tokens > 1)} per step"
+def share(mine: int, of: int) -> None:
+    """Makes every of-th run, from the mine-th on (1 is the first): those that choose rates, then the others."""
+    chosen = [(lambda n=n, s=s, lr=lr: path(n, s, lr, "--max_steps 150 --eval_n 2")) for n in ROWS if not ROWS[n][1]
+              for s in TUNING for lr in RATES]  # fmt: skip
+    measured = [(lambda n=n, s=s: path(n, s, rate(n))) for s in SEEDS for n in ROWS]
+    for make in (chosen + measured)[mine - 1 :: of]:
+        make()
 
 
 def main() -> None:
-    for tokens, names in STEPS.items():
-        found = {name: [results(path(name, seed, tokens)) for seed in SEEDS] for name in names}
-        accuracies = lambda of, phase: [spread([r[f"{phase}{s}"]["accuracy"] for r in of]) for s in ("", "_unseen")]
-        rows = {"base": [*accuracies(found[names[0]], "before"), *([""] * len(GOALS[tokens])), ""]}
-        for name, of in found.items():
-            counts = [reached(name, goal, tokens) for goal in GOALS[tokens]]
-            rows[name] = [*accuracies(of, "after"), *counts, f"{150 * pace(name, tokens):.0f}"]
-        print(f"\n{named(tokens)}")
-        counts = [f"completions to {short(goal)}'s end" for goal in GOALS[tokens]]
-        table(["", "fresh", "unseen pairs", *counts, "seconds"], rows)
-        pairs = {f"{short(a)} over {short(b)}": compared(a, b, tokens) for a, b in PAIRS if {a, b} <= set(names)}
-        table(["points", "fresh", "seeds better", "unseen pairs", "seeds better"], pairs)
+    if len(sys.argv) == 4:
+        return share(int(sys.argv[1]), int(sys.argv[3]))
+    found = {name: tuned(name) for name, (_, other) in ROWS.items() if other is None}
+    print(f"\nFinal validation accuracy by learning rate, seeds {TUNING[0]} to {TUNING[-1]}")
+    table(["", *RATES], {name: [spread(of) for of in row.values()] for name, row in found.items()})
+    rows = {"base": ["", *(spread(accuracies("MaskGRPO", split, "before")) for split in ("test", "unseen")), ""]}
+    for name in ROWS:
+        cells = [spread(accuracies(name, split)) for split in ("test", "unseen")]
+        rows[name] = [rate(name), *cells, f"{150 * pace(name):.0f}"]
+    table(["", "learning rate", "fresh", "unseen pairs", "seconds"], rows)
+    for split in ("test", "unseen"):
+        print(f"\nPoints on {'fresh problems' if split == 'test' else 'unseen pairs'}")
+        table(["", "gain, ± 95%", "seeds better", "p", "p (Holm)"], compared(split))
     draw()
 
 
 def draw() -> None:
-    """assets/ladder.png: mean validation accuracy over completions, and over seconds of RL."""
+    """assets/ladder.png: mean validation accuracy over completions."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
-    for ax, (tokens, column) in zip(axes, ((4, 0), (4, 1), (1, 0))):
-        for name in STEPS[tokens]:
-            points = zip(*[curve(name, seed, tokens) for seed in SEEDS])
-            x, y = zip(*[(mean(p[column] for p in at), mean(p[2] for p in at)) for at in points])
-            ax.plot(x, y, color=f"C{list(ROWS).index(name)}", lw=1.3, label=name)
-        ax.set(xlabel=("completions", "seconds of rollouts and updates")[column])
-        ax.set_title(named(tokens), fontsize=10)
-        tidy(ax)
-    axes[0].set(ylabel=f"greedy accuracy, mean of {len(SEEDS)} seeds")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.0))
+    figure, ax = plt.subplots(figsize=(7, 4))
+    for i, name in enumerate(ROWS):
+        points = list(zip(*[curve(name, seed) for seed in SEEDS]))
+        ax.plot([at[0][0] for at in points], [mean(a for _, a in at) for at in points], color=f"C{i}", lw=1.3, label=name)
+    ax.set(xlabel="completions", ylabel=f"greedy accuracy, mean of {len(SEEDS)} seeds")
+    tidy(ax)
+    ax.legend(frameon=False, fontsize=8, ncols=2)
     figure.savefig("assets/ladder.png", dpi=150, bbox_inches="tight")
 
 

@@ -32,8 +32,8 @@ def colours(scheme: str, j: int) -> list[str]:
     width = PROMPT + LENGTH
     completion = torch.arange(width)[None] >= PROMPT
     order = ((torch.arange(width)[None] - PROMPT) // 2).clamp(min=-1)  # left to right, two tokens a step
-    u, u_ratio = torch.rand(1, width, generator=remask.seeded(DRAW, j)), torch.tensor([0.7])  # UniGRPO begins at .3
-    masks = remask.by_name(scheme, completion, ~completion, order, u, u_ratio, j, MU, 0.8 if scheme == "uniform" else 0.6)
+    noise = lambda j: (torch.rand(1, width, generator=remask.seeded(DRAW, j)), torch.tensor([0.7]))  # UniGRPO: from .3
+    masks = remask.by_name(scheme, completion, ~completion, order, noise, j, MU, 0.8 if scheme == "uniform" else 0.6)
     kinds = []
     for n in range(width):
         hidden = "scored" if masks.scored[0, n] else "hidden"

@@ -101,20 +101,19 @@ def advantage_by_hand(r, i, cfg):
     return apart / 2 if cfg.advantage == "mean" or not apart else math.copysign(1 / 2**0.5, apart)
 
 
-def slow_rollout(logits_of, x, start, block, k, ends, pad, temperature=0.0, noise=None, eos_last=False):
+def slow_rollout(logits_of, x, start, block, k, ends, pad, temperature=0.0, noise=None, eos_last=False, threshold=1.0):
     """LLaDA's procedure for one row, written with loops; returns (tokens, step of each). x ends with the mask token;
     logits_of(x, places) -> (N, V)."""
     x, steps, n, mask = list(x), [-1] * len(x), 0, x[-1]
     end = lambda: next((i for i in range(start, len(x)) if x[i] in ends), len(x))
     for left in range(start, len(x), block):
-        for _ in range(-(-block // k)):
-            places = [i for i in range(left, min(left + block, len(x))) if x[i] == mask and i < end()]
-            if places:
-                logits = logits_of(x, places)
-                p, tokens = logits.softmax(-1), slow_draw(logits, temperature, noise)
-                last = [eos_last and token in ends for token in tokens]
-                found = [(not last[r], p[r, tokens[r]].item(), i, tokens[r]) for r, i in enumerate(places)]
-                for *_, i, token in sorted(found, reverse=True)[:k]:
+        while places := [i for i in range(left, min(left + block, len(x))) if x[i] == mask and i < end()]:
+            logits = logits_of(x, places)
+            p, tokens = logits.softmax(-1), slow_draw(logits, temperature, noise)
+            last = [eos_last and token in ends for token in tokens]
+            found = [(not last[r], p[r, tokens[r]].item(), i, tokens[r]) for r, i in enumerate(places)]
+            for rank, (free, sure, i, token) in enumerate(sorted(found, reverse=True)):
+                if rank < k or (free and sure > threshold):
                     x[i], steps[i] = token, n
             n += 1
     return [pad if t == mask else t for t in x], steps  # what was revealed behind the EOS before it stays

@@ -44,14 +44,16 @@ def test_greedy_rollout_equals_the_slow_loop(block, k):
     before, gens = torch.get_rng_state(), lambda: [torch.Generator().manual_seed(r) for r in range(3)]
     x, everywhere = torch.full((3, 10), MASK), torch.ones(1, 10, dtype=torch.bool)
     x[0, :1], x[1, :2], x[2, :5] = 0, torch.tensor([2, EOS]), 4
-    for denoise, temperature, eos_last in itertools.product(map(network, range(6)), (0.0, 0.7), (False, True)):
+    variants = (False, 1.0), (True, 1.0), (False, 0.5), (True, 0.2)
+    for denoise, temperature, (eos_last, threshold) in itertools.product(map(network, range(6)), (0.0, 0.7), variants):
         read = lambda x, places: denoise(torch.tensor([x]), everywhere)[places]  # noqa: B023
         settings = dict(block_length=block, tokens_per_step=k, temperature=temperature, eos_last=eos_last)
+        settings |= dict(threshold=threshold)
         denoise.calls.clear()
         out, taken = rollout(denoise, x, generator=gens(), **settings), []
         assert all((x == MASK)[there].all() for x, there in denoise.calls) and out.forwards == len(denoise.calls)
         for row, (start, noise) in enumerate(zip((1, 2, 5), gens())):
-            rest = block, k, [EOS], PAD, temperature, noise, eos_last
+            rest = block, k, [EOS], PAD, temperature, noise, eos_last, threshold
             tokens, steps = slow_rollout(read, x[row].tolist(), start, *rest)
             assert out.x[row].tolist() == tokens and out.unmask_step[row].tolist() == steps
             taken.append(max(steps) + 1)

@@ -51,6 +51,14 @@ def test_fading_out_counts_a_token_by_its_chance_over_r_and_inverse_weights_coun
     assert (min(chances) < r) == (r < 1)  # and 1/t is another weight
 
 
+ORDERS = list(itertools.permutations(range(4)))
+
+
+def any_order(model):
+    """The mean over all orders of generation of log p(X0)."""
+    return sum(log_p_of(model, n, order[i:]) for order in ORDERS for i, n in enumerate(order)) / len(ORDERS)
+
+
 def test_whole_range_is_the_mean_over_all_orders_of_generation():
     """UniGRPO's masks sample the any-order likelihood bound. In r the mean is a polynomial: 8 nodes integrate it."""
     model, got = Enumerable(True), 0.0
@@ -58,9 +66,27 @@ def test_whole_range_is_the_mean_over_all_orders_of_generation():
         r = (node + 1) / 2
         scheme = lambda u: remask.whole_range(WHOLE, u, torch.tensor([1 - r]), 1, 1)
         got += weight / 2 * mean_over_masks(model, scheme, r, hiding=0.0)
-    orders = list(itertools.permutations(range(4)))
-    expected = sum(log_p_of(model, n, order[i:]) for order in orders for i, n in enumerate(order)) / len(orders)
-    assert got == pytest.approx(expected, rel=1e-4)
+    assert got == pytest.approx(any_order(model), rel=1e-4)
+
+
+@pytest.mark.parametrize("mu", [1, 2, 3, 12])
+def test_quadrature_has_the_same_mean_from_two_nodes_on(mu):
+    """Of 4 tokens it is a polynomial of degree 3 in t, so that one node is not enough."""
+    model, nodes = Enumerable(True), (np.polynomial.legendre.leggauss(mu)[0] + 1) / 2
+    each = [lambda u, j=j: remask.quadrature(WHOLE, u, j, mu) for j in range(1, mu + 1)]
+    got = sum(mean_over_masks(model, scheme, r, hiding=0.0) for scheme, r in zip(each, nodes)) / mu
+    assert (got == pytest.approx(any_order(model), rel=1e-4)) == (mu > 1)
+
+
+def test_a_pair_of_coupled_masks_scores_each_token_once_at_r_and_at_1_minus_r():
+    model, u_ratio, got = Enumerable(True), torch.tensor([0.25]), 0.0  # r = .35
+    for hide in masks_of(4):
+        pair = [remask.coupled(WHOLE, torch.where(hide, 0.3, 0.4)[None], u_ratio, second) for second in (False, True)]
+        assert torch.equal(pair[0].masked[0], hide) and torch.equal(pair[1].masked[0], ~hide)
+        assert [masks.t.item() for masks in pair] == pytest.approx([0.35, 0.65])
+        got += chance(hide, 0.35) * sum(ell_of(model, masks) for masks in pair) / 2
+    uniform = [mean_over_masks(model, lambda u, r=r: remask.uniform(WHOLE, r, u), r, hiding=0.0) for r in (0.35, 0.65)]
+    assert got == pytest.approx(sum(uniform) / 2, rel=1e-5)
 
 
 STEPS = torch.tensor([[1, 0, 3, 2]])  # a trace: the step that revealed each token
@@ -82,3 +108,17 @@ def test_every_update_of_rotated_trace_has_the_mean_of_trace(mu):
     slices = [ell_of(model, remask.trace(WHOLE, STEPS, j, mu)) for j in range(1, mu + 1)]
     for j in range(1, mu + 1):
         assert sum(ell_of(model, rotated(phase, j)) for phase in phases) / mu == pytest.approx(sum(slices) / mu)
+
+
+def test_the_mean_of_random_step_is_the_sum_over_the_steps():
+    """In the very states of the rollout, of however many steps: here 3, with two tokens in one of them."""
+    model, order = Enumerable(True), torch.tensor([[1, 0, 2, 1]])
+    steps = [ell_of(model, remask.random_step(WHOLE, order, torch.tensor([(n + 0.5) / 3]))) for n in range(3)]
+    states = {0: [0, 2, 3], 1: [0, 1, 2, 3], 2: [2], 3: [0, 2, 3]}
+    assert sum(steps) / 3 == pytest.approx(sum(log_p_of(model, n, hidden) for n, hidden in states.items()), rel=1e-5)
+
+
+def test_left_to_right_is_the_likelihood_of_that_order():
+    model = Enumerable(True)
+    got = sum(ell_of(model, remask.left_to_right(WHOLE, j, 4)) for j in range(1, 5)) / 4
+    assert got == pytest.approx(sum(log_p_of(model, n, range(n, 4)) for n in range(4)), rel=1e-5)

@@ -550,7 +550,12 @@ METHODS = {
     "tracerl": ("trace", 0.0, False, "std", "trace", 0.0, "maskgit"),
     "truncation": ("uniform", 0.6, True, "std", "uniform", 0.8, "maskgit"),
     "rotated-trace": ("rotated_trace", 0.0, False, "std", "rotated_trace", 0.0, "maskgit"),
+    "coupled-grpo": ("coupled", 0.0, False, "std", "coupled", 0.0, "maskgit"),
+    "gdpo": ("quadrature", 0.0, False, "mean", "quadrature", 0.0, "maskgit"),
+    "agrpo": ("random_step", 0.0, False, "std", "random_step", 0.0, "maskgit"),
+    "justgrpo": ("left_to_right", 0.0, False, "std", "left_to_right", 0.0, "maskgit"),
 }
+ALONE = {"gdpo": dict(ratio="sequence"), "justgrpo": dict(block_length=1, tokens_per_step=1)}  # what it alone decides
 SIZES = "gen_length block_length tokens_per_step temperature group_size batch_size accumulation mu lr warmup max_steps"
 PAPER = (256, 16, 2, 0.9, 6, 6, 2, 12, 3e-6, 100, 500)
 TINY = (16, 4, 4, 0.7, 8, 128, 1, 4, 1.5e-4, 20, 250)
@@ -571,8 +576,9 @@ def test_the_settings_of_every_task_and_method(task, method):
     row |= dict(remask=remasking, gamma=gamma, sampler=sampler) if task == "t2i" else {}
     for flags, sizes, of_task in (["--model", "some/model"], PAPER, OF_PAPER), ([], TINY, OF_TINY):
         flags = [*flags, "--task", task, "--method", method]
-        shared = dict(ratio="token", beta=0.01, clip=0.2, guidance=0)
-        expected, cfg = shared | dict(zip(SIZES.split(), sizes)) | row | of_task.get(task, {}), m.parse(flags)
+        shared = dict(beta=0.01, clip=0.2, guidance=0, ratio="token")
+        sizes = dict(zip(SIZES.split(), sizes)) | ALONE.get(method, {})
+        expected, cfg = shared | sizes | row | of_task.get(task, {}), m.parse(flags)
         assert {name: getattr(cfg, name) for name in expected} == expected
         given = m.parse([*flags, "--advantage", "std", "--gamma", "0.3"])
         assert (given.advantage, given.gamma) == ("std", 0.3)  # a flag wins over every table
