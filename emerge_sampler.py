@@ -6,11 +6,10 @@ A sampler here takes a callable `denoise(x, positions) -> logits` and knows noth
     positions  (B, L) bool        where the sampler will read
     logits     (N, V) float       predictions at the N True positions, in row-major order
 
-Logits are computed only where they are read: a 126k-word head over every position is what runs out
-of memory. Three samplers share one loop, `fill`, and differ in where they read and what they reveal:
+Logits are computed only where they are read: a 126k-word head over every position is what runs out of memory.
+Three samplers share one loop, `fill`, and differ in where they read and what they reveal:
 
-    semi_autoregressive   text, of LLaDA, d1 and MaskGRPO: block by block from left to right and, inside
-                          a block, k tokens per step, most confident first
+    semi_autoregressive   text, of LLaDA, d1 and MaskGRPO: block by block, in it k tokens per step, most confident first
     emerge                images, MaskGRPO's Alg. 4: every masked token emerges by itself, with the
                           probability that the schedule gives it, and is drawn from the model
     maskgit               images, what the paper compares with: a fixed number per step, most confident
@@ -29,7 +28,7 @@ Departures from LLaDA's generate.py, and from the paper's and MMaDA's code
  3. What lies behind a row's first revealed EOS is not decoded any more: what is still masked there stays so
     while the row is finished, is never read, and is returned as the pad token with step -1. Tokens that were
     revealed there before the EOS are returned with their steps: the later ones were drawn in their presence.
- 4. `eos_last=True` lets EOS wait until the rest of its block is filled, against "EOS flooding".
+ 4. `eos_last` lets EOS wait until the rest of its block is filled; `threshold` is Fast-dLLM's.
  5. q_s is Alg. 4's, normalised, as in the official image sampler. Its variant for text, which no trainer calls, is
     not: it leaves a third of the tokens to the last step whatever the number of steps.
 
@@ -206,8 +205,7 @@ def semi_autoregressive(
 ) -> Rollout:
     """Fill the masked completion of x (B, L) long block by block; completion (B, L) bool; rest: of `fill`, as eos_ids.
 
-    A row takes ceil(block_length / k) forwards per block, until it has ended; fewer where draws have a probability above
-    `threshold`, all of which stay, too.
+    A row takes ceil(block_length / k) forwards per block, until it has ended; whatever is surer than `threshold` stays.
     """
     block = torch.where(completion, (completion.cumsum(1) - 1) // block_length, -1)  # (B, L)
 
@@ -259,7 +257,7 @@ def emerge_probabilities(pi: Tensor, alpha_t: float, alpha_s: float) -> Tensor:
 
 
 def emerge_step(logits: Tensor, alpha_t: float, alpha_s: float, temperature: float, noise: Tensor):
-    """One step of Alg. 4: (tokens (N,) long, emerged (N,) bool), drawn from q_s; logits (N, V), noise (N,) of Exp(1)."""
+    """One step of Alg. 4: (tokens (N,) long, emerged (N,) bool) from q_s; logits (N, V), noise (N,) of Exp(1)."""
     pi = (logits.float() / temperature).softmax(-1)
     outcome = inverse_cdf(emerge_probabilities(pi, alpha_t, alpha_s), (-noise).exp())
     return outcome, outcome < logits.shape[-1]
@@ -433,8 +431,7 @@ class Joint:
             seen = self.log_joint[tuple(slice(None) if w == self.v else slice(w, w + 1) for w in row)]
             tables = []
             for n in range(self.n):
-                others = [m for m in range(self.n) if m != n]
-                table = seen.logsumexp(others) if others else seen
+                table = seen.logsumexp([m for m in range(self.n) if m != n])
                 tables.append(table.expand(self.v) - seen.logsumexp(list(range(self.n))))
             self.cache[row] = torch.stack(tables)
         return self.cache[row]
@@ -490,8 +487,8 @@ def show_images(log_joint: Tensor, rows: int) -> None:
             shown = " ".join(f"{n:.2f}" for n in revealed[:8]) + (" ..." if len(revealed) > 8 else "")
             print(f"{name:<11} {steps:>3} steps {distance:>7.3f} {entropy:>6.2f} bits   {shown}")
     print(
-        "\nEmerge converges to the truth as the steps grow. MaskGIT reveals one token per step at least and stops"
-        "\nchanging; with little noise it stays too sure. Total variation on larger codebooks, 8 steps: m codes spell a word."
+        "\nEmerge converges to the truth as the steps grow; MaskGIT, with little noise, stays too sure."
+        "\nTotal variation on larger codebooks, 8 steps: m codes spell a word."
     )
     print(f"{'m':<24}" + "".join(f"{m:>7}" for m in (1, 8, 64)))
     for name, sampler in samplers.items():

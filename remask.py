@@ -27,12 +27,11 @@ Each is a pure function of tensors and returns a `Remask`: what to hide, what to
 Departures from the paper and from its official code
  1. The ramp spans each row's own completion. The official code spans prompt and completion together,
     taking the first element of the mask for the prompt's length, so a nominal ratio of .633 becomes .768.
- 2. Alg. 1 as printed gives p > 1 at the start once r < 1/2; a probability is clamped to 1, and the
-    expected ratio is then 1/(4(1-r)) instead of r (r = .3 masks .357). With the paper's
-    gamma = 0.6 it never happens. `expected_ratio` says what a row really expects.
+ 2. Alg. 1 as printed gives p > 1 at the start once r < 1/2; a probability is clamped to 1, and the expected
+    ratio is then 1/(4(1-r)), r = .3 masks .357 (`expected_ratio`). With the paper's gamma = 0.6 it never happens.
  3. The noise comes from a generator of the caller's. The official code reseeds the global one.
- 4. Each mask is an update of its own, one of mu. DiffuCoder sums both masks of a pair, and a full one, in one loss, GDPO
-    its three nodes, JustGRPO all tokens, one forward for each: as here with mu = L, but in one update.
+ 4. Each mask is an update of its own, one of mu. DiffuCoder sums both masks of a pair, and a full one, in
+    one loss, GDPO its three nodes, JustGRPO all tokens, one forward for each: as with mu = L here.
 
     python remask.py            # mask probability by position, every scheme
 """
@@ -100,8 +99,7 @@ def keep_probability(completion: Tensor, r: float | Tensor) -> Tensor:
     """Alg. 1: the probability that each completion token stays visible, (B, L) float32, 0 elsewhere."""
     length = completion.sum(1, keepdim=True)  # L_o, (B, 1)
     position = completion.cumsum(1) - 1  # 0 ... L_o - 1 inside the completion, wherever it starts
-    d = 1 - position / (length - 1).clamp(min=1)  # d = linspace(1, 0, L_o), (B, L)
-    d = d * completion
+    d = (1 - position / (length - 1).clamp(min=1)) * completion  # d = linspace(1, 0, L_o), (B, L)
     # p = d (1 - r) L_o / sum(d); sum(d) is L_o / 2, so p starts at 2 (1 - r) and fades out to 0
     r = ratio_column(r, len(completion), completion.device)
     p = d * (1 - r) * length / d.sum(1, keepdim=True).clamp(min=1e-9)
@@ -114,11 +112,8 @@ def expected_ratio(completion: Tensor, r: float | Tensor) -> Tensor:
 
 
 def fading_out(completion: Tensor, r: float | Tensor, u: Tensor) -> Remask:
-    """MaskGRPO Alg. 1, text. completion (B, L) bool, u (B, L) uniform noise.
-
-    The 1/t weight uses t = r, as in the paper. It is exact for masks that hide every token with
-    the same probability; here early tokens are hidden more rarely than r, and weigh too little.
-    """
+    """MaskGRPO Alg. 1, text. completion (B, L) bool, u (B, L) uniform noise. The 1/t weight has t = r, as in the paper:
+    exact for masks that hide every token alike; here early tokens are hidden more rarely, and weigh too little."""
     masked = completion & (u >= keep_probability(completion, r))
     return Remask(masked, masked, ratio_column(r, len(completion), completion.device)[:, 0])
 
@@ -147,16 +142,16 @@ def whole_range(completion: Tensor, u: Tensor, u_ratio: Tensor, j: int, mu: int)
 
 
 def coupled(completion: Tensor, u: Tensor, u_ratio: Tensor, second: bool) -> Remask:
-    """Coupled-GRPO (DiffuCoder): uniform masks at r = .2 + .6 u_ratio, and `second`, of the same noise, all that the first
-    one leaves, at 1 - r. Together they score each token exactly once. u_ratio (B,) uniform noise."""
+    """Coupled-GRPO (DiffuCoder): uniform masks at r = .2 + .6 u_ratio and, of the same noise, `second`: all that the
+    first one leaves, at 1 - r. Together they score each token exactly once. u_ratio (B,) uniform noise."""
     first = uniform(completion, 0.2 + 0.6 * u_ratio, u)
     rest = completion & ~first.masked
     return Remask(rest, rest, 1 - first.t) if second else first
 
 
 def quadrature(completion: Tensor, u: Tensor, j: int, mu: int) -> Remask:
-    """GDPO: uniform masks at node t_j of the Gauss-Legendre rule of mu nodes on (0, 1). The weight of the node is put into
-    t, so that the mean over j of (1/t) sum is the rule: exact where E sum / t is a polynomial in t of degree 2 mu - 1."""
+    """GDPO: uniform masks at node t_j of the Gauss-Legendre rule of mu nodes on (0, 1), whose weight is put into t: the
+    mean over j of (1/t) sum is the rule, exact where E sum / t is a polynomial in t of degree 2 mu - 1 or less."""
     nodes, weights = np.polynomial.legendre.leggauss(mu)  # on (-1, 1)
     masks = uniform(completion, (1 + nodes[j - 1]) / 2, u)
     return masks._replace(t=masks.t / (mu * weights[j - 1] / 2))
@@ -193,28 +188,27 @@ def steps_of(completion: Tensor, unmask_step: Tensor) -> Tensor:
 
 
 def random_step(completion: Tensor, unmask_step: Tensor, u_ratio: Tensor) -> Remask:
-    """AGRPO: the tokens of one step of the rollout, each step with the same probability, in the very state in which they
-    were drawn. 1/t is the number of steps: E ell is the sum over the trace. u_ratio (B,) uniform noise."""
+    """AGRPO: the tokens of one step of the rollout, any with the same probability, in the state in which they were
+    drawn. 1/t is the number of steps: E ell is the sum over the trace. u_ratio (B,) uniform noise."""
     steps = steps_of(completion, unmask_step)
     n = (u_ratio[:, None] * steps).long()
     return Remask(unmask_step >= n, completion & (unmask_step == n), 1 / steps[:, 0])
 
 
 def left_to_right(completion: Tensor, j: int, mu: int) -> Remask:
-    """JustGRPO: `trace`, as if tokens had been drawn from left to right. The exact likelihood of a rollout that has
-    (--block_length 1) if mu is its length, where it is the trace."""
+    """JustGRPO: `trace` as if tokens had been drawn from left to right; with --block_length 1 they have, and it is."""
     return trace(completion, (completion.cumsum(1) * completion) - 1, j, mu)
 
 
 SCHEMES = ("fading_out", "uniform", "full", "whole_range", "coupled", "quadrature")
 SCHEMES += ("trace", "rotated_trace", "random_step", "left_to_right")
 TRACES = ("trace", "rotated_trace", "random_step")  # schemes that replay the rollout's own states
-Noise = Callable[[int], tuple[Tensor, Tensor]]  # j -> u (B, L), u_ratio (B,): uniform draws of update j, 0: of the rollout
+Noise = Callable[[int], tuple[Tensor, Tensor]]  # j, 0: the rollout -> uniform draws of it, u (B, L), u_ratio (B,)
 
 
 def by_name(scheme: str, completion, prompt, unmask_step, noise: Noise, j: int, mu: int, gamma: float) -> Remask:
-    """The masks of inner update j by the name of their scheme; arguments as above, each scheme uses its own. What the
-    updates of a rollout have in common comes from noise(0), and the two of a pair, 1 and 2, 3 and 4, share noise(1, 3)."""
+    """The masks of inner update j by the name of their scheme; arguments as above, each scheme uses its own. What all
+    updates of a rollout share comes from noise(0); of a pair, 1 and 2, 3 and 4, both have the noise of the first."""
     u, r, odd = (lambda: noise(j)[0]), inner_time(j, mu, gamma), j - 1 + j % 2
     return {
         "fading_out": lambda: fading_out(completion, r, u()),
@@ -251,7 +245,7 @@ def main() -> None:
     probabilities = {name: mask_probability(name) for name in SCHEMES if name not in TRACES[1:]}
     curves = {name: p.masked for name, p in probabilities.items()} | {"trace, scored": probabilities["trace"].scored}
     print("Probability that a completion token is masked, by position: 24 tokens, gamma = 0.6, mu = 4, mean over")
-    print("j = 1 ... mu and 20,000 draws. What is masked is scored, but for traces, which score a slice of it.\n")
+    print("j = 1 ... mu and 20,000 draws. What is masked is scored, but of traces a slice of it.\n")
     print(f"{'position':<14}" + "".join(f"{n:>5}" for n in (*range(1, 25, 4), 24)) + "   mean")
     for name, p in curves.items():
         cells = "".join(f"{v:5.2f}" for v in (*p[::4], p[-1]))

@@ -4,11 +4,9 @@ completions, 1,000 held-out problems per split, paired by seed.
     python experiments/ladder.py                # runs what is not there yet, then prints and draws
     python experiments/ladder.py 1 of 2         # makes every second run, to share the work; prints nothing
 
-Each of the first rows changes one thing of the row above it, so all of them divide advantages by their group's std. The
-paper goes from a full mask that hides 15% of the prompt to AR-like masks at once; between them are uniform masks at the
-same nominal ratios. Every row has the learning rate, of three, with the best final validation accuracy (256 problems)
-over three other seeds, or that of the row named behind it. The long runs may go side by side, so seconds are those of 20
-steps alone.
+All rows divide advantages by their group's std. Each has the learning rate, of three, with the best validation accuracy
+(256 problems) after 75 steps, over three other seeds, or that of the row named behind it. The long runs may go side by
+side, so seconds are those of 20 steps alone.
 """
 
 import itertools
@@ -24,7 +22,6 @@ T95 = 2.365  # the t distribution's 97.5% point for 8 seeds
 # flags, and the row whose learning rate it has
 ROWS = {
     "diffu-GRPO": ("--method diffu-grpo", None),
-    "uniform masks": ("--method maskgrpo --remask uniform --gamma 0", "MaskGRPO"),
     "AR-like masks": ("--method maskgrpo --gamma 0", "MaskGRPO"),
     "MaskGRPO": ("--method maskgrpo", None),
     "uniform masks, gamma .6": ("--method truncation", "MaskGRPO"),
@@ -37,9 +34,8 @@ ROWS = {
 PAIRS = (
     ("MaskGRPO", "diffu-GRPO"),
     ("MaskGRPO", "UniGRPO"),
-    ("AR-like masks", "uniform masks"),
     ("MaskGRPO", "AR-like masks"),
-    ("uniform masks, gamma .6", "uniform masks"),
+    ("MaskGRPO", "uniform masks, gamma .6"),  # at equal expected ratios
     ("MaskGRPO", "Coupled-GRPO"),
     ("TraceRL", "MaskGRPO"),
     ("rotated-trace", "TraceRL"),
@@ -55,8 +51,8 @@ def path(name: str, seed: int, lr: str, extra: str = "--max_steps 150 --eval_n 1
 
 
 def tuned(name: str) -> dict[str, list[float]]:
-    """Learning rate -> the final validation accuracies of its runs, on the seeds that choose it."""
-    ends = lambda lr: [lines(path(name, seed, lr, "--max_steps 150 --eval_n 2"), "metrics")[-1] for seed in TUNING]
+    """Learning rate -> the last validation accuracies of its short runs, on the seeds that choose it."""
+    ends = lambda lr: [lines(path(name, seed, lr, "--max_steps 75 --eval_n 2"), "metrics")[-1] for seed in TUNING]
     return {lr: [line["validation_accuracy"] for line in ends(lr)] for lr in RATES}
 
 
@@ -110,7 +106,7 @@ def compared(split: str) -> dict[str, list[str]]:
 
 def share(mine: int, of: int) -> None:
     """Makes every of-th run, from the mine-th on (1 is the first): those that choose rates, then the others."""
-    chosen = [(lambda n=n, s=s, lr=lr: path(n, s, lr, "--max_steps 150 --eval_n 2")) for n in ROWS if not ROWS[n][1]
+    chosen = [(lambda n=n, s=s, lr=lr: path(n, s, lr, "--max_steps 75 --eval_n 2")) for n in ROWS if not ROWS[n][1]
               for s in TUNING for lr in RATES]  # fmt: skip
     measured = [(lambda n=n, s=s: path(n, s, rate(n))) for s in SEEDS for n in ROWS]
     for make in (chosen + measured)[mine - 1 :: of]:
@@ -121,7 +117,7 @@ def main() -> None:
     if len(sys.argv) == 4:
         return share(int(sys.argv[1]), int(sys.argv[3]))
     found = {name: tuned(name) for name, (_, other) in ROWS.items() if other is None}
-    print(f"\nFinal validation accuracy by learning rate, seeds {TUNING[0]} to {TUNING[-1]}")
+    print(f"\nValidation accuracy after 75 steps by learning rate, seeds {TUNING[0]} to {TUNING[-1]}")
     table(["", *RATES], {name: [spread(of) for of in row.values()] for name, row in found.items()})
     rows = {"base": ["", *(spread(accuracies("MaskGRPO", split, "before")) for split in ("test", "unseen")), ""]}
     for name in ROWS:
@@ -141,7 +137,8 @@ def draw() -> None:
     figure, ax = plt.subplots(figsize=(7, 4))
     for i, name in enumerate(ROWS):
         points = list(zip(*[curve(name, seed) for seed in SEEDS]))
-        ax.plot([at[0][0] for at in points], [mean(a for _, a in at) for at in points], color=f"C{i}", lw=1.3, label=name)
+        x, y = [at[0][0] for at in points], [mean(accuracy for _, accuracy in at) for at in points]
+        ax.plot(x, y, color=f"C{i}", lw=1.3, label=name)
     ax.set(xlabel="completions", ylabel=f"greedy accuracy, mean of {len(SEEDS)} seeds")
     tidy(ax)
     ax.legend(frameon=False, fontsize=8, ncols=2)

@@ -13,6 +13,7 @@ block are revealed k at a time along some path through its subsets, and every pa
                  other draw comes behind the weakest of them, w:
                  P(A | R) = prod_{a in A} p_a(o_a)  prod_{i not in A} F_i(w)
                  F_i(w) = sum of p_i(v) over the v with q_i(v) < q_w(o_w), or = if w is left of i
+                 With a threshold A may be more than k, if all in A are drawn with a q above it, and no other is.
     "random"     A is any k of the h hidden positions: P(A | R) = prod_{a in A} p_a(o_a) / C(h, k)
 
 2^m - 1 states per block, all in one forward. As a function of the weights "random" is smooth. "confident" jumps where
@@ -42,30 +43,32 @@ def log_likelihood(
     block_length: int,
     tokens_per_step: int = 1,
     temperature: float = 1.0,
+    threshold: float = 1.0,
 ) -> Tensor:
     """log p(o | c) of finished rows x (B, L) long, (B,) float64, with gradients; completion (B, L) bool, through EOS.
 
     All completions have the same length, and an EOS stands only at the end of a block: tokens that it cuts off may
     have been revealed before it, and their sum is not taken here. What lies behind a completion should hold the mask
     token, as in the rollout. `denoise` gets the states of a row one behind the other, B * (2^m - 1) rows.
-    Raises ValueError for lengths that differ and for another order than "confident" and "random".
+    Raises ValueError for lengths that differ and for another order than "confident" and "random", without threshold.
     """
-    if len(set(completion.sum(1).tolist())) > 1 or order not in ("confident", "random"):
+    if len(set(completion.sum(1).tolist())) > 1 or order not in ("confident", "random")[: 1 + (threshold == 1)]:
         raise ValueError(f"lengths {completion.sum(1).tolist()}, order {order!r}: want one length, a known order")
     places = completion.nonzero()[:, 1].view(len(x), -1)  # columns of the completion, (B, |o|)
     total, hidden = torch.zeros(len(x), dtype=torch.float64), completion
     for block in places.split(block_length, dim=1):  # (B, m)
         behind = hidden.scatter(1, block, False)
-        log_p, q, log_f = predictions(denoise, x, behind, block, mask_id, temperature)
-        step = confident_step if order == "confident" else random_step
-        total = total + sum_over_paths(functools.partial(step, log_p, q, log_f), block.shape[1], tokens_per_step)
+        seen = predictions(denoise, x, behind, block, mask_id, temperature, threshold)
+        step = functools.partial(confident_step if order == "confident" else random_step, *seen)
+        total = total + sum_over_paths(step, block.shape[1], tokens_per_step, more=threshold < 1)
         hidden = behind
     return total
 
 
-def predictions(denoise, x, behind, block, mask_id: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def predictions(denoise, x, behind, block, mask_id: int, temperature: float, threshold: float) -> tuple[Tensor, ...]:
     """In every state of a block but the finished one, S of them, state bit i meaning that its place i is revealed:
-    log p_i(o_i) float64 and log q_i(o_i) float32, (B, S, m), and log F_i(w), (B, S, m, m) float64; 0 if i is revealed.
+    log p_i(o_i) float64, log q_i(o_i) float32, how far that is above the threshold, log of the chance of a draw that is
+    not, float64, all (B, S, m), and log F_i(w), (B, S, m, m) float64; 0 if i is revealed.
 
     block (B, m) long, its columns; behind (B, L) bool, what is hidden besides it.
     """
@@ -83,34 +86,40 @@ def predictions(denoise, x, behind, block, mask_id: int, temperature: float) -> 
     log_p, q = of_o(p), of_o(confidence)
     q_w = q[:, :, None].expand(-1, -1, m, -1)[hidden][:, :, None]  # (N, m, 1)
     left = torch.ones(m, m).tril(-1).bool().expand(*hidden.shape, m)[hidden][:, :, None]  # w is left of i
-    weaker = (confidence[:, None] < q_w) | ((confidence[:, None] == q_w) & left)  # (N, m, V)
-    log_f = (p.exp()[:, None] * weaker).sum(-1).clamp(min=FLOOR).log()
-    return log_p, q, back(log_f)
+    unsure = confidence[:, None] <= math.log(threshold)  # (N, 1, V)
+    weaker = unsure & ((confidence[:, None] < q_w) | ((confidence[:, None] == q_w) & left))  # (N, m, V)
+    log_f, log_unsure = ((p.exp()[:, None] * of).sum(-1).clamp(min=FLOOR).log() for of in (weaker, unsure))
+    return log_p, q, q - math.log(threshold), back(log_unsure[:, 0]), back(log_f)
 
 
-def confident_step(log_p: Tensor, q: Tensor, log_f: Tensor, state: int, chosen: list[int], others: list[int]) -> Tensor:
+def confident_step(log_p, q, above, log_unsure, log_f, state: int, chosen: list, others: list, k: int) -> Tensor:
     """log P(A | R) of "confident", (B,): A = chosen, others are the hidden places left over, R = state."""
+    if len(chosen) > k:
+        found = log_p[:, state, chosen].sum(1) + log_unsure[:, state, others].sum(1)
+        return torch.where((above[:, state, chosen] > 0).all(1), found, math.log(FLOOR))
     # of equally confident ones the rightmost is the weakest; argmin takes the first it meets
     weakest = torch.tensor(chosen[::-1])[q[:, state, chosen[::-1]].argmin(1)]  # w, (B,)
     beaten = log_f[:, state, others].gather(2, weakest[:, None, None].expand(-1, len(others), 1))
     return log_p[:, state, chosen].sum(1) + beaten.sum((1, 2))
 
 
-def random_step(log_p: Tensor, q: Tensor, log_f: Tensor, state: int, chosen: list[int], others: list[int]) -> Tensor:
+def random_step(log_p, q, above, log_unsure, log_f, state: int, chosen: list, others: list, k: int) -> Tensor:
     """log P(A | R) of "random", (B,)."""
     return log_p[:, state, chosen].sum(1) - math.log(math.comb(len(chosen) + len(others), len(chosen)))
 
 
-def sum_over_paths(step: Callable[[int, list[int], list[int]], Tensor], m: int, k: int) -> Tensor:
-    """log P(block), (B,): the sum over all paths from nothing to all m places, k at a time."""
+def sum_over_paths(step: Callable[[int, list, list, int], Tensor], m: int, k: int, more: bool) -> Tensor:
+    """log P(block), (B,): the sum over all paths from nothing to all m places, k at a time, or more."""
     alpha: dict[int, list[Tensor]] = {}  # log probabilities of the ways into a state
     for state in range(2**m - 1):  # a subset comes before what contains it
         if state and state not in alpha:
             continue  # not a multiple of k
         here = torch.stack(alpha[state]).logsumexp(0) if state else 0.0
         hidden = [i for i in range(m) if not state >> i & 1]
-        for chosen in map(list, itertools.combinations(hidden, min(k, len(hidden)))):
+        least = min(k, len(hidden))
+        sizes = range(least, (len(hidden) if more else least) + 1)
+        for chosen in map(list, itertools.chain(*(itertools.combinations(hidden, size) for size in sizes))):
             others = [i for i in hidden if i not in chosen]
             reached = state | sum(1 << i for i in chosen)
-            alpha.setdefault(reached, []).append(here + step(state, chosen, others))
+            alpha.setdefault(reached, []).append(here + step(state, chosen, others, k))
     return torch.stack(alpha[2**m - 1]).logsumexp(0)

@@ -10,15 +10,15 @@ from test_remask import keep_by_hand
 
 import maskgrpo as m
 import remask
-from experiments.estimator_audit import inverse_weights
+from emerge_sampler import semi_autoregressive
+from experiments.estimator_audit import as_in_the_rollout, upper_bound
 
 X0, WHOLE = [1, 3, 0, 2], torch.ones(1, 4, dtype=torch.bool)
 
 
-def ell_of(model, masks, inverse=False):
+def ell_of(model, masks):
     """The sequence term of one re-masking of X0, by the functions that training and the audit use."""
-    log_p = m.token_log_probs(model, batch_of([X0]), masks.masked, masks.scored, MASK)
-    return m.sequence_ell(log_p * inverse_weights(WHOLE, masks) if inverse else log_p, masks.t).item()
+    return m.sequence_ell(m.token_log_probs(model, batch_of([X0]), masks.masked, masks.scored, MASK), masks.t).item()
 
 
 def log_p_of(model, n, hidden):
@@ -26,28 +26,25 @@ def log_p_of(model, n, hidden):
     return model.slow([MASK if i in hidden else word for i, word in enumerate(X0)])[n, X0[n]].item()
 
 
-def mean_over_masks(model, scheme, chances, hiding, **options):
+def mean_over_masks(model, scheme, chances, hiding):
     """E ell over the noise. Each position's noise takes the value that hides it, `hiding`, or one that does not."""
     total = 0.0
     for hide in masks_of(4):
         if p := chance(hide, chances):
             masks = scheme(torch.where(hide, hiding, 0.9999999 - hiding)[None])
             assert torch.equal(masks.masked[0], hide)
-            total += p * ell_of(model, masks, **options)
+            total += p * ell_of(model, masks)
     return total
 
 
 @pytest.mark.parametrize("r", [0.3, 0.5, 0.7, 1.0])
-def test_fading_out_counts_a_token_by_its_chance_over_r_and_inverse_weights_count_it_once(r):
-    """Below r = 1/2 the first tokens are never hidden: no weight brings them back."""
+def test_fading_out_counts_a_token_by_its_chance_over_r(r):
     model, scheme = Enumerable(True), lambda u: remask.fading_out(WHOLE, r, u)
     chances, hidden = [1 - keep for keep in keep_by_hand(4, r)], lambda mask: mask.nonzero()[:, 0].tolist()
     # of each n P(n is hidden) E[log p(X0[n] | x_t) | n is hidden]
     log_p = [sum(chance(h, chances) * log_p_of(model, n, hidden(h)) for h in masks_of(4) if h[n]) for n in range(4)]
     got = mean_over_masks(model, scheme, chances, hiding=0.9999999)
     assert got == pytest.approx(sum(log_p) / r, rel=1e-5)
-    got = mean_over_masks(model, scheme, chances, hiding=0.9999999, inverse=True)
-    assert got == pytest.approx(sum(v / c for v, c in zip(log_p, chances) if c), rel=1e-5)
     assert (min(chances) < r) == (r < 1)  # and 1/t is another weight
 
 
@@ -122,3 +119,39 @@ def test_left_to_right_is_the_likelihood_of_that_order():
     model = Enumerable(True)
     got = sum(ell_of(model, remask.left_to_right(WHOLE, j, 4)) for j in range(1, 5)) / 4
     assert got == pytest.approx(sum(log_p_of(model, n, range(n, 4)) for n in range(4)), rel=1e-5)
+
+
+def test_the_upper_bound_is_one_and_of_a_single_mask_the_sum():
+    """Over all 24 orders, step by step, as 96 masks. With an exponent of the length it is above the exact likelihood of
+    random order, by Hoelder, which is above the mean over orders, by Jensen."""
+    model, scored = Enumerable(True), torch.eye(4).bool()[torch.tensor(ORDERS)].view(96, 1, 4)
+    masked = torch.stack([scored[k : k // 4 * 4 + 4].any(0) for k in range(96)])
+    by_loops = [np.log(np.mean([np.exp(3 * v[n]) for v in log_p.view(24, 4, 4).sum(1).numpy()])) / 3 for n in range(4)]
+    log_of_order = log_p.double().view(24, 4, 4).sum((1, 2))
+    bound = lambda beta: upper_bound(log_p, scored, torch.full((96, 1), 1 / 4), beta).item()
+    by_loops = [np.log(np.mean([np.exp(3 * v[n]) for v in log_p.view(24, 4, 4).sum(1).numpy()])) / 3 for n in range(4)]
+    assert bound(3) == pytest.approx(sum(by_loops), rel=1e-5)
+    exact = log_of_order.logsumexp(0).item() - np.log(24)
+    assert bound(4) > exact > log_of_order.mean().item() == pytest.approx(any_order(model), rel=1e-5)
+    alone = log_p[:1].requires_grad_()
+    upper_bound(alone, scored[:1], torch.full((1, 1), 0.3)).sum().backward()
+    assert torch.equal(alone.grad, scored[:1].float())
+
+
+@pytest.mark.parametrize("cache", m.CACHES)
+def test_the_exact_likelihood_of_a_cached_rollout_is_made_of_the_logits_that_it_saw(cache):
+    base, cfg = m.tiny_model(["a b c d e f g h"], 0).eval(), m.Config(cache=cache)
+    x = torch.cat([torch.arange(4, 9), torch.full((7,), base.mask_id)])[None]
+    attention, seen = torch.ones_like(x, dtype=torch.bool), []
+    ask = m.asking(base, lambda x: (x, attention), cache, base.shifted)
+    record = lambda x, positions: seen.append((x.clone(), positions, ask(x, positions))) or seen[-1][2]
+    options = dict(block_length=4, tokens_per_step=1, temperature=1.0, eos_ids=())
+    semi_autoregressive(record, x, x == base.mask_id, generator=torch.Generator().manual_seed(0), **options)
+    apart = []
+    for n, (x, positions, logits) in enumerate(seen):
+        first, there, _ = seen[n // 4 * 4]  # of the block
+        denoise = as_in_the_rollout(cfg, base, attention)
+        again = denoise(torch.cat([first, x]), torch.cat([there, positions]))[-len(logits) :]
+        torch.testing.assert_close(again, logits, atol=2e-5, rtol=0)
+        apart.append((base(x, attention, positions) - logits).nan_to_num().abs().max().item())
+    assert (max(apart) > 1e-3) == (cache != "off")

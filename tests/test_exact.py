@@ -18,14 +18,14 @@ def denoiser(model):
     return lambda x, positions: model(x, None, positions)
 
 
-def exact(model, rows, order, block, k):
+def exact(model, rows, order, block, k, threshold=1.0):
     """exp of log_likelihood of completions that fill their rows."""
     x = torch.tensor(rows)
-    settings = dict(order=order, block_length=block, tokens_per_step=k, temperature=T)
+    settings = dict(order=order, block_length=block, tokens_per_step=k, temperature=T, threshold=threshold)
     return log_likelihood(denoiser(model), x, torch.ones_like(x, dtype=torch.bool), MASK, **settings).exp()
 
 
-def next_states(model, state, order, block, k):
+def next_states(model, state, order, block, k, threshold):
     """Every (state, probability) that one step leads to: all draws at all hidden positions of the block, with loops."""
     first = state.index(MASK) // block * block
     hidden = [i for i in range(first, min(first + block, LENGTH)) if state[i] == MASK]
@@ -35,7 +35,8 @@ def next_states(model, state, order, block, k):
     for draw in itertools.product(range(WORDS), repeat=len(hidden)):
         chance = math.prod(p[i][v] for i, v in enumerate(draw))
         if order == "confident":
-            ways = [sorted(range(len(draw)), key=lambda i: (-q[i][draw[i]], i))[:k]]
+            ranked = enumerate(sorted(range(len(draw)), key=lambda i: (-q[i][draw[i]], i)))
+            ways = [[i for rank, i in ranked if rank < k or q[i][draw[i]] > math.log(threshold)]]
         else:
             ways = list(itertools.combinations(range(len(draw)), min(k, len(draw))))
         for chosen in ways:
@@ -45,13 +46,13 @@ def next_states(model, state, order, block, k):
             yield tuple(after), chance / len(ways)
 
 
-def played_through(model, order, block, k):
+def played_through(model, order, block, k, threshold):
     """{completion: probability} by following every draw of every step."""
     states, done = {(MASK,) * LENGTH: 1.0}, dict.fromkeys(STRINGS, 0.0)
     while states:
         reached = {}
         for state, chance in states.items():
-            for after, step in next_states(model, state, order, block, k):
+            for after, step in next_states(model, state, order, block, k, threshold):
                 where = reached if MASK in after else done
                 where[after] = where.get(after, 0.0) + chance * step
         states = reached
@@ -68,13 +69,14 @@ def tied():
     return model
 
 
-@pytest.mark.parametrize("order", ["confident", "random"])
+@pytest.mark.parametrize("order,threshold", [("random", 1.0), *(("confident", of) for of in (1.0, 0.6, 0.3))])
 @pytest.mark.parametrize("block,k", SIZES)
-def test_likelihoods_equal_the_sampler_played_through_and_sum_to_one(order, block, k):
+def test_likelihoods_equal_the_sampler_played_through_and_sum_to_one(order, threshold, block, k):
     for model in (Enumerable(True, LENGTH, WORDS, 0), Enumerable(True, LENGTH, WORDS, 1), tied()):
-        got = exact(model, STRINGS, order, block, k)
+        got = exact(model, STRINGS, order, block, k, threshold)
         assert got.sum().item() == pytest.approx(1, abs=1e-6)
-        torch.testing.assert_close(got.detach(), played_through(model, order, block, k), atol=1e-6, rtol=1e-5)
+        expected = played_through(model, order, block, k, threshold)
+        torch.testing.assert_close(got.detach(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_an_eos_at_the_end_of_a_block_ends_the_sum():

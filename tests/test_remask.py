@@ -47,7 +47,7 @@ def test_uniform_hides_every_completion_token_with_probability_r(r):
         torch.testing.assert_close(got, r * completion.float(), atol=1 / N, rtol=0)
 
 
-# Behind a prompt of one token a completion of four; updates 1 and 2 of 2 with u = .1 | .1 .85 .95 .3 and .1 | .3 .9 .2 .6,
+# Behind a prompt of one token a completion of four; updates 1, 2 of 2 with u = .1 | .1 .85 .95 .3 and .1 | .3 .9 .2 .6,
 # ratio noise .5, .5, .9 of the rollout and of each update, gamma = .8, so that t = .9 and 1. 1: hidden, 2: scored too
 SCHEMES = {
     "fading_out": (("00222", 0.9), ("02222", 1.0)), "uniform": (("02202", 0.9), ("02222", 1.0)),
