@@ -1,4 +1,4 @@
-"""The experiments' figures by hand: counts of completions, paired gains, runs that are made once."""
+"""The experiments' figures by hand: p-values, intervals, runs that are made once."""
 
 import math
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.estimator_audit import Comparison, figure, over
+from experiments import estimator_audit
+from experiments.estimator_audit import figures
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
@@ -15,41 +16,35 @@ import common  # noqa: E402
 import ladder  # noqa: E402
 import sudoku_upo  # noqa: E402
 
-GOAL, NAME = "diffu-GRPO", "TraceRL"
+
+def test_p_values_of_sign_exchange_and_holm_s_correction(monkeypatch):
+    """All of 8 seeds better: 2 of 256 patterns. Gains 3, 2, -1 sum to 4: so far from 0 are 4 of the 8 sums.
+    Holm: .01 x 3, .02 x 2, .5; then .02 x 3, .03 x 2, .9."""
+    assert ladder.p_value([1, 2, 3, 4, 5, 6, 7, 8]) == 2 / 256
+    assert ladder.p_value([1, 2, -4]) == 1.0 and ladder.p_value([1, 2, 4]) == 0.25 and ladder.p_value([3, 2, -1]) == 0.5
+    assert ladder.holm([0.5, 0.01, 0.02]) == pytest.approx([0.5, 0.03, 0.04])
+    assert ladder.holm([0.03, 0.02, 0.9]) == pytest.approx([0.06, 0.06, 0.9])
+    gains = {s: g for s, g in enumerate((0.1, 0.2, 0.3, 0.4, 0.1, 0.2, 0.3, 0.4))}
+    of = lambda name, split: [0.5 + (gains[s] if name == "TraceRL" else 0) for s in range(8)]
+    monkeypatch.setattr(ladder, "accuracies", of)
+    monkeypatch.setattr(ladder, "PAIRS", (("TraceRL", "MaskGRPO"),))
+    # std 11.95: 25 ± 2.365 x 11.95 / sqrt(8)
+    assert ladder.compared("test") == {"TraceRL over MaskGRPO": ["+25.0 ± 10.0", "8 of 8", "0.008", "0.01"]}
 
 
-def test_completions_to_another_row_s_end(monkeypatch):
-    """Each seed against the other row's last look at that seed: 10, 20, 30, 10, none; then none three times."""
-    goals = {seed: [(10, 0, 0.9), (30, 0, 0.5)] for seed in ladder.SEEDS}
-    reach = {0: 10, 1: 20, 2: 30, 3: 10, 4: math.inf}
-    curves = {s: [(n, 0, 0.5 if n >= reach[s] else 0.4) for n in (10, 20, 30)] for s in ladder.SEEDS}
-    monkeypatch.setattr(ladder, "curve", lambda name, seed, tokens: (goals if name == GOAL else curves)[seed])
-    assert ladder.reached(NAME, GOAL, 4) == "20"
-    for seed in (0, 3):
-        curves[seed] = [(10, 0, 0.4)]
-    assert ladder.reached(NAME, GOAL, 4) == "never"
+def test_figures_of_estimated_log_ratios():
+    """Of an estimate 2 x + 1 twice: bias 1, slope 2; of x + 1 and x - 1: bias 0, std sqrt 2, slope 1."""
+    x, close = torch.tensor([-1.0, 0.0, 1.0]).double(), lambda *values: pytest.approx(values, abs=1e-5)
+    double, same = (tuple(figures(x, torch.stack(pair)).values()) for pair in ((2 * x + 1,) * 2, (x + 1, x - 1)))
+    assert double == close(1, 0, 1, 2)
+    assert same == close(0, math.sqrt(2), math.sqrt(0.4), math.sqrt(0.4) * math.sqrt(10 / 4))
 
 
-def test_gains_are_paired_by_seed_with_their_t_interval(monkeypatch):
-    """Gains of 10, 20, 30, 40 and -50 points: mean 10, std 35.36; 10 ± 2.776 * 35.36 / sqrt(5)."""
-    gains = {("test", s): g for s, g in enumerate((0.1, 0.2, 0.3, 0.4, -0.5))} | {("unseen", s): -0.1 for s in range(5)}
-    of = lambda name, seed, tokens, split: [0.5 + (gains[split, seed] if name == NAME else 0)] * 3
-    monkeypatch.setattr(ladder, "scores", of)
-    assert ladder.compared(NAME, GOAL, 4) == ["+10.0 ± 43.9", "4 of 5", "-10.0 ± 0.0", "0 of 5"]
-
-
-def test_a_figure_is_the_mean_and_range_of_its_batches():
-    """Slope 2 and bias 1 of an estimate 2 x + 1 at mean 0; slope 1, bias 0 of x itself."""
-    x = torch.tensor([-1.0, 0.0, 1.0])
-    double = Comparison(x, torch.stack([2 * x + 1, 2 * x + 1]), torch.tensor([0.5, 0.7]), torch.tensor([0.1]))
-    same = Comparison(x, torch.stack([x + 1, x - 1]), torch.tensor([0.2]), torch.tensor([0.3]))
-    close = lambda *values: pytest.approx(values, abs=1e-6)
-    assert figure("bias", [double, same]) == close(0.5, 0.0, 1.0)
-    assert figure("std", [double, same]) == close(math.sqrt(2) / 2, 0.0, math.sqrt(2))
-    assert figure("cosine", [double, same]) == close(0.4, 0.2, 0.6)
-    assert figure("corr", [double]) == close(1, 1, 1)
-    assert figure("slope", [double]) == close(2, 2, 2) and figure("slope", [same]) == close(1, 1, 1)
-    assert over("a", "b", {"a": [double, double], "b": [same, double]}) == "+0.20, 1 of 2"
+def test_intervals_over_bases(monkeypatch):
+    """Gains .1, .3, .5: .3 ± t x .2 / sqrt(3)."""
+    monkeypatch.setattr(estimator_audit, "T95", 4.303)
+    assert estimator_audit.over([0.6, 0.8, 10.5], [0.5, 0.5, 10.0]) == "+.30 ± .50, 3 of 3"
+    assert estimator_audit.cell([10.0, 20.0, 30.0]) == "20.00 ± 24.84"
 
 
 def test_a_run_is_made_once_and_another_command_s_is_refused(tmp_path):
