@@ -15,6 +15,7 @@ The last table asks what faster rollouts change: how far the completions' distri
 step (KL, nats per completion), and what of the exact gradient of the sampler that drew them is left.
 
     python experiments/estimator_audit.py            # makes its models on first use, prints, draws
+    python experiments/estimator_audit.py 1 of 2     # every second base, to share the work; prints nothing
     python experiments/estimator_audit.py --quick    # a test of the script; its numbers mean nothing
 """
 
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import maskgrpo as m  # noqa: E402
 import remask  # noqa: E402
 import rewards  # noqa: E402
-from experiments.common import table, tidy  # noqa: E402
+from experiments.common import share, table, tidy  # noqa: E402
 from tests.exact import log_likelihood  # noqa: E402
 
 QUICK = "--quick" in sys.argv
@@ -365,12 +366,13 @@ def draw(found: dict) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:] not in ([], ["--quick"]):
-        sys.exit(f"estimator_audit.py: {' '.join(sys.argv[1:])}: the only flag is --quick")
+    mine, of = share()
     found: dict = {}
-    for seed in SEEDS:
+    for seed in SEEDS[mine - 1 :: of]:
         for key, value in audit(seed).items():
             found.setdefault(key, []).append(value)
+    if of > 1:
+        return
     report(found)
     if not QUICK:
         draw(found)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from common import lines, results, run, spread, table, tidy
+from common import lines, results, run, share, spread, table, tidy
 
 SEEDS, TUNING, RATES = range(8), range(8, 11), ("7.5e-05", "1.5e-04", "3e-04")
 T95 = 2.365  # the t distribution's 97.5% point for 8 seeds
@@ -104,18 +104,19 @@ def compared(split: str) -> dict[str, list[str]]:
     return rows
 
 
-def share(mine: int, of: int) -> None:
+def make(mine: int, of: int) -> None:
     """Makes every of-th run, from the mine-th on (1 is the first): those that choose rates, then the others."""
     chosen = [(lambda n=n, s=s, lr=lr: path(n, s, lr, "--max_steps 75 --eval_n 2")) for n in ROWS if not ROWS[n][1]
               for s in TUNING for lr in RATES]  # fmt: skip
     measured = [(lambda n=n, s=s: path(n, s, rate(n))) for s in SEEDS for n in ROWS]
-    for make in (chosen + measured)[mine - 1 :: of]:
-        make()
+    for one in (chosen + measured)[mine - 1 :: of]:
+        one()
 
 
 def main() -> None:
-    if len(sys.argv) == 4:
-        return share(int(sys.argv[1]), int(sys.argv[3]))
+    mine, of = share()
+    if of > 1:
+        return make(mine, of)
     found = {name: tuned(name) for name, (_, other) in ROWS.items() if other is None}
     print(f"\nValidation accuracy after 75 steps by learning rate, seeds {TUNING[0]} to {TUNING[-1]}")
     table(["", *RATES], {name: [spread(of) for of in row.values()] for name, row in found.items()})
