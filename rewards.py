@@ -342,11 +342,11 @@ def pick(row: dict, names: tuple[str, ...]):
     return next((row[name] for name in names if row.get(name) not in (None, "", [], {})), None)
 
 
-def pick_text(row: dict, names: tuple[str, ...], where: str) -> str:
+def pick_text(row: dict, names: tuple[str, ...]) -> str:
     """A text or a number, as text, under any of its names. DataError where it is missing."""
     value = pick(row, names)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        raise DataError(f'{where}: field "{names[0]}" (or {", ".join(names[1:])}) is missing or not text')
+        raise DataError(f'field "{names[0]}" (or {", ".join(names[1:])}) is missing or not text')
     return str(value).strip()
 
 
@@ -383,7 +383,7 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def usable(name: str, check: Callable, rows: Iterator[tuple[str, dict]], none: str, expected: str) -> tuple[list, int]:
-    """(check(row, where) of each row that it does not refuse, how many it refuses); these are named on stderr.
+    """(check(row) of each row that it does not refuse, how many it refuses); the first of these is named on stderr.
     DataError if none is left: the first refusal, or `none`, and what was expected; also where the library is missing
     that compares MATH's published answers."""
     if name == "math500" and not importlib.util.find_spec("math_verify"):
@@ -391,9 +391,9 @@ def usable(name: str, check: Callable, rows: Iterator[tuple[str, dict]], none: s
     kept, refused = [], []
     for where, row in rows:
         try:
-            kept.append(check(row, where))
+            kept.append(check(row))
         except DataError as error:
-            refused.append(error)
+            refused.append(f"{where}: {error}")
     if not kept:
         raise DataError(f"{[*refused, none][0]}; expected {expected}")
     if refused:
@@ -452,17 +452,12 @@ def generate_gsm8k(rng: random.Random, split: str) -> Problem | None:
         return {"question": question, "answer": f"{first} = {middle}\n{second} = {result}\n#### {result}"}
 
 
-def check_gsm8k(row: dict, where: str) -> Problem:
+def check_gsm8k(row: dict) -> Problem:
     """lines {"question": "...", "answer": "... #### 42"}; the answer may be the number alone."""
-    question, answer = (pick_text(row, names, where) for names in (QUESTION, GOLD))
-    if gold_number(answer) is None:
-        raise DataError(f"{where}: the answer ends in no number, such as #### 42: {answer[-40:]!r}")
+    question, answer = (pick_text(row, names) for names in (QUESTION, GOLD))
+    if parse_number(answer.rpartition("####")[2]) is None:
+        raise DataError(f"the answer ends in no number, such as #### 42: {answer[-40:]!r}")
     return {"question": question, "answer": answer if "####" in answer else f"#### {answer}"}
-
-
-def gold_number(answer: str) -> Fraction | None:
-    """The number of a published answer: what stands behind its last `####`, or all of it."""
-    return parse_number(answer.rpartition("####")[2])
 
 
 # Something besides tags: an empty reasoning earns no format reward.
@@ -478,7 +473,10 @@ def gsm8k_verdict(completion: str, problem: Problem) -> Verdict:
         return Verdict(None, {"correctness": 0.0, "format": 0.0}, 0.0)
     working, _, last = END.split(completion, maxsplit=1)[0].strip().rpartition("\n")
     in_form = WORKED.match(working) and re.fullmatch(r"#### \S[^\n]{0,40}", last.strip())
-    right, form = answer == gold_number(problem["answer"]), 0.5 * (answer.denominator == 1) + 0.5 * bool(in_form)
+    right, form = (
+        answer == parse_number(problem["answer"].rpartition("####")[2]),
+        0.5 * (answer.denominator == 1) + 0.5 * bool(in_form),
+    )
     return Verdict(answer, {"correctness": 2.0 * right, "format": form}, float(right))
 
 
@@ -502,12 +500,12 @@ def generate_math500(rng: random.Random, split: str) -> Problem | None:
         return {"question": question, "answer": answer, "solution": f"{a} {x} = {right}\n\\boxed{{{answer}}}"}
 
 
-def check_math500(row: dict, where: str) -> Problem:
+def check_math500(row: dict) -> Problem:
     r"""lines {"problem": "...", "solution": "... \boxed{42}"}; or an answer beside it. Of boxes the last counts."""
-    question, text = (pick_text(row, names, where) for names in (QUESTION, GOLD))
+    question, text = (pick_text(row, names) for names in (QUESTION, GOLD))
     found = boxes(text)
     if not found and pick(row, GOLD[:-1]) is None:
-        raise DataError(f'{where}: no "answer", and no \\boxed{{}} in "solution"')
+        raise DataError('no "answer", and no \\boxed{} in "solution"')
     solution = row.get("solution") or (text if found else f"\\boxed{{{text}}}")
     return {"question": question, "answer": found[-1][2].strip() if found else text, "solution": solution}
 
@@ -528,12 +526,12 @@ def math500_verdict(completion: str, problem: Problem) -> Verdict:
 # --- MBPP: small functions and their tests ----------------------------------------------------------------------------
 
 FORMULAS = {
-    "{f}(x): {a} times x, plus {b}": ("x * {a} + {b}", lambda x, a, b: x * a + b),
-    "{f}(x): {b} less than {a} times x": ("x * {a} - {b}", lambda x, a, b: x * a - b),
-    "{f}(x): x plus {a}, all times {b}": ("(x + {a}) * {b}", lambda x, a, b: (x + a) * b),
-    "{f}(x): {a} minus x, all times {b}": ("({a} - x) * {b}", lambda x, a, b: (a - x) * b),
-    "{f}(x): the larger of x + {a} and {b}": ("max(x + {a}, {b})", lambda x, a, b: max(x + a, b)),
-    "{f}(x): the rest of x + {a} divided by {b}": ("(x + {a}) % {b}", lambda x, a, b: (x + a) % b),
+    "{f}(x): {a} times x, plus {b}": "x * {a} + {b}",
+    "{f}(x): {b} less than {a} times x": "x * {a} - {b}",
+    "{f}(x): x plus {a}, all times {b}": "(x + {a}) * {b}",
+    "{f}(x): {a} minus x, all times {b}": "({a} - x) * {b}",
+    "{f}(x): the larger of x + {a} and {b}": "max(x + {a}, {b})",
+    "{f}(x): the rest of x + {a} divided by {b}": "(x + {a}) % {b}",
 }
 FUNCTIONS = ("f", "g", "h", "change", "result", "value", "compute", "apply", "answer", "number", "solve", "update")
 
@@ -541,19 +539,19 @@ FUNCTIONS = ("f", "g", "h", "change", "result", "value", "compute", "apply", "an
 @generator
 def generate_mbpp(rng: random.Random, split: str) -> Problem | None:
     """One function to write and three tests of it; None if its split is another."""
-    words, (body, formula) = rng.choice(list(FORMULAS.items()))
+    words, formula = rng.choice(list(FORMULAS.items()))
     name, a, b = rng.choice(FUNCTIONS), rng.randint(1, LARGEST), rng.randint(1, LARGEST)
-    question = words.format(f=name, a=a, b=b)
-    tests = [f"assert {name}({x}) == {formula(x, a, b)}" for x in rng.sample(range(LARGEST), 3)]
-    code = f"def {name}(x):\n return {body.format(a=a, b=b)}"
+    question, body = words.format(f=name, a=a, b=b), formula.format(a=a, b=b)
+    tests = [f"assert {name}({x}) == {eval(body, {'x': x})}" for x in rng.sample(range(LARGEST), 3)]
     if part_of(question, f"{a} f {b}") == split:
+        code = f"def {name}(x):\n return {body}"
         return {"question": question, "answer": code, "tests": tests, "imports": "", "setup": ""}
 
 
-def check_mbpp(row: dict, where: str) -> Problem:
+def check_mbpp(row: dict) -> Problem:
     """lines {"text": "...", "code": "...", "test_list": ["assert ..."]}; test_imports and test_setup_code, too.
     Challenge tests are left out, as in MBPP's own evaluation. DataError for a test that `split_tests` cannot split."""
-    problem = {"question": pick_text(row, QUESTION, where)}
+    problem = {"question": pick_text(row, QUESTION)}
     for name, published in (("answer", "code"), ("imports", "test_imports"), ("setup", "test_setup_code")):
         value = pick(row, (published, name)) or ""
         problem[name] = "\n".join(value) if isinstance(value, list) else str(value)
@@ -561,7 +559,7 @@ def check_mbpp(row: dict, where: str) -> Problem:
         problem["tests"] = list(pick(row, ("test_list", "tests", "test")))
         split_tests(problem)
     except (SyntaxError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{where}: a test is not an assertion of the program's results ({error})") from None
+        raise DataError(f"a test is not an assertion of the program's results ({error})") from None
     return problem
 
 
@@ -795,7 +793,7 @@ def countdown_problem(numbers: list[int], target: int) -> Problem:
     return {"question": question, "answer": "", "numbers": list(numbers), "target": target}
 
 
-def check_countdown(row: dict, where: str) -> Problem:
+def check_countdown(row: dict) -> Problem:
     """lines {"nums": [3, 8, 5], "target": 6} or {"input": "3,8,5", "output": "6"}; or a question in our or d1's words,
     or d1's ground_truth, [[3, 8, 5], 6]."""
     said = re.search(r"numbers: \[?([\d, ]+)\]?\W+target: (\d+)", str(pick(row, ("question", "prompt"))), re.IGNORECASE)
@@ -803,7 +801,7 @@ def check_countdown(row: dict, where: str) -> Problem:
     given = str(said.groups() if said else row.get("ground_truth") if None in fields else fields)
     *numbers, target = map(int, re.findall(r"\d+", given) or [0])
     if not numbers or not re.fullmatch(r"[\d\s,()'\[\]]+", given):
-        raise DataError(f"{where}: no numbers and target")
+        raise DataError("no numbers and target")
     return countdown_problem(numbers, target)
 
 
@@ -878,11 +876,6 @@ def solved_grids() -> tuple[str, ...]:
     return tuple(a + b for a in bands for b in bands if all(len({*(a + b)[c::SIDE]}) == SIDE for c in range(SIDE)))
 
 
-def solutions(puzzle: str) -> list[str]:
-    """Every solved grid that agrees with a puzzle's clues."""
-    return re.findall(puzzle.replace(EMPTY, "."), "\n".join(solved_grids()))
-
-
 @generator
 def generate_sudoku(rng: random.Random, split: str) -> Problem | None:
     """One puzzle with its only solution; None if it has others, or its split is another: its solution decides "unseen",
@@ -890,7 +883,8 @@ def generate_sudoku(rng: random.Random, split: str) -> Problem | None:
     solution = rng.choice(solved_grids())
     clues = set(rng.sample(range(SIDE * SIDE), 8))
     puzzle = "".join(digit if cell in clues else EMPTY for cell, digit in enumerate(solution))
-    if part_of(puzzle, solution) == split and len(solutions(puzzle)) == 1:
+    agree = re.findall(puzzle.replace(EMPTY, "."), "\n".join(solved_grids()))  # every solution that it has
+    if part_of(puzzle, solution) == split and agree == [solution]:
         return {"question": puzzle, "answer": solution}
 
 
@@ -906,10 +900,10 @@ def spelled_sudoku(problem: Problem, index: int, spellings=SPELLED, dark=DARK) -
     return {name: write(digits) for name, digits in problem.items()}
 
 
-def check_sudoku(row: dict, where: str) -> Problem:
+def check_sudoku(row: dict) -> Problem:
     """a CSV file with the header Puzzle,Solution: 16 or 81 digits each, row by row, 0 for empty; the puzzle may stand
     in a sentence, and may have other solutions."""
-    text, solution = (pick_text(row, names, where) for names in (QUESTION, GOLD))
+    text, solution = (pick_text(row, names) for names in (QUESTION, GOLD))
     cells = len(solution)
     digits = re.search(rf"[0-9.]{{{cells // 2},{cells}}}", text)
     found = digits[0] if digits else ""
@@ -917,7 +911,7 @@ def check_sudoku(row: dict, where: str) -> Problem:
     puzzle = (found if len(found) == cells else found.rstrip(".")).replace(".", EMPTY).zfill(cells)
     agree = all(a in (EMPTY, b) for a, b in zip(puzzle, solution))
     if not ({EMPTY} < {*puzzle} and is_solved(solution) and agree):
-        raise DataError(f"{where}: {solution!r} is no solution of {text!r}, or that has no empty cell, or no other")
+        raise DataError(f"{solution!r} is no solution of {text!r}, or that has no empty cell, or no other")
     return {"question": puzzle, "answer": solution}
 
 
@@ -1036,17 +1030,6 @@ def t2i_verdict(completion: str, problem: Problem) -> Verdict:
     return Verdict(codes, {"geneval": float(shown), "fidelity": fidelity}, float(shown))
 
 
-def draw_scene(scene: Scene, rng: random.Random) -> list[Thing]:
-    """A random image of a scene: objects on even rows and columns, of any colour where none is asked for."""
-    place, any_colour = lambda: 2 * rng.randrange(WIDTH // 2), lambda: rng.choice(list(COLOURS))
-    asked = [(shape, colour) for shape, colour, n in scene.wanted for _ in range(n)]
-    while True:
-        things = [Thing(row=place(), column=place(), shape=s, colour=colour or any_colour()) for s, colour in asked]
-        apart = len({(thing.row, thing.column) for thing in things}) == len(things)
-        if apart and (scene.relation is None or stands(RELATIONS[scene.relation], *things)):
-            return things
-
-
 @functools.cache
 def prompts_of(split: str) -> dict[str, list[str]]:
     """A split's prompts by category. Every fifth scene of a category is unseen in any wording; of the others each has
@@ -1062,20 +1045,25 @@ def prompts_of(split: str) -> dict[str, list[str]]:
 
 
 def generate_t2i(split: str, n: int, seed: int) -> list[Problem]:
-    """n prompts of a split, every category as often, each with an image that shows it; prompts repeat, images differ.
-    The unseen split has no single objects: there are only four."""
+    """n prompts of a split, every category as often, each with an image that shows it, on even rows and columns and in
+    any colour where none is asked for. Prompts repeat, images differ. No single object is unseen: there are only four."""
     rng, prompts, problems = random.Random(f"t2i {split} {seed}"), prompts_of(split), []
+    place, any_colour = lambda: 2 * rng.randrange(WIDTH // 2), lambda: rng.choice(list(COLOURS))
+    places = lambda things: len({(thing.row, thing.column) for thing in things})
     for category in itertools.islice(itertools.cycle(prompts), n):
         prompt = rng.choice(prompts[category])
-        image = " ".join(map(str, paint(draw_scene(scene_table()[prompt], rng))))
-        problems.append({"question": prompt, "answer": image, "tag": category})
+        _, wanted, relation = scene_table()[prompt]
+        asked, things = [(shape, colour) for shape, colour, number in wanted for _ in range(number)], []
+        while places(things) < len(asked) or (relation and not stands(RELATIONS[relation], *things)):
+            things = [Thing(row=place(), column=place(), shape=s, colour=colour or any_colour()) for s, colour in asked]
+        problems.append({"question": prompt, "answer": " ".join(map(str, paint(things))), "tag": category})
     return problems
 
 
-def check_t2i(row: dict, where: str) -> Problem:
+def check_t2i(row: dict) -> Problem:
     """prompts, one per line of a .txt file, or GenEval's metadata .jsonl; the answer is what that says of a prompt,
     {"include": [...], "exclude": [...]} as JSON."""
-    prompt = pick_text(row, ("prompt", "question", "text"), where)
+    prompt = pick_text(row, ("prompt", "question", "text"))
     scene = {field: row[field] for field in ("include", "exclude") if field in row}
     return {"question": prompt, "answer": json.dumps(scene) if scene else "", "tag": str(row.get("tag") or "")}
 
@@ -1083,20 +1071,14 @@ def check_t2i(row: dict, where: str) -> Problem:
 def render(codes: list[int]) -> np.ndarray:
     """The decoder: 64 codes -> pixels (64, 64, 3) uint8."""
     y, x = (np.mgrid[: 2 * TILE, : 2 * TILE] - TILE + 0.5) / (TILE - 1)  # an object's pixels, about -1 ... 1
-    inside = {
-        "circle": x**2 + y**2 <= 0.9,
-        "square": np.maximum(abs(x), abs(y)) <= 0.85,
-        "triangle": (y <= 0.85) & (abs(x) <= (y + 1) / 2),
-        "star": np.sqrt(abs(x)) + np.sqrt(abs(y)) <= 1.1,
-    }
-    image = np.full((WIDTH, TILE, WIDTH, TILE, 3), 245, np.uint8)
-    for cell, code in enumerate(codes):
-        kind, part = divmod(code - 1, PARTS.size)
-        if code:
-            shape, colour = KINDS[kind]
-            tile = inside[shape].reshape(2, TILE, 2, TILE)[part // 2, :, part % 2]  # (8, 8): this part of the object
-            image[cell // WIDTH, :, cell % WIDTH][tile] = COLOURS[colour]
-    return image.reshape(WIDTH * TILE, WIDTH * TILE, 3)
+    circle, square = x**2 + y**2 <= 0.9, np.maximum(abs(x), abs(y)) <= 0.85
+    triangle, star = (y <= 0.85) & (abs(x) <= (y + 1) / 2), np.sqrt(abs(x)) + np.sqrt(abs(y)) <= 1.1
+    inside = np.stack([circle, square, triangle, star]).reshape(4, 1, 2, TILE, 2, TILE, 1)  # in the order of SHAPES
+    objects = np.where(inside, np.array([*COLOURS.values()]).reshape(1, 4, 1, 1, 1, 1, 3), 245)
+    tiles = objects.swapaxes(3, 4).reshape(-1, TILE, TILE, 3)  # one per code, from 1
+    tiles = np.concatenate([np.full_like(tiles[:1], 245), tiles]).astype(np.uint8)
+    image = tiles[np.reshape(codes, (WIDTH, WIDTH))]  # (rows, columns, TILE, TILE, 3)
+    return image.swapaxes(1, 2).reshape(WIDTH * TILE, WIDTH * TILE, 3)
 
 
 # --- Zebra: houses and their attributes -------------------------------------------------------------------------------
@@ -1111,13 +1093,13 @@ ARRANGEMENTS = [dict(zip(ENTRIES, itertools.chain(*order))) for order in ORDERS]
 @functools.cache
 def clues() -> dict[str, set[int]]:
     """Every clue, of kinds that a tiny model can learn -> the arrangements that it allows, by number."""
-    holds = {f"{a} is in house {house}.": lambda at, a=a, h=house: at[a] == h for a in ENTRIES for house in HOUSES}
+    where = {entry: np.array([houses[entry] for houses in ARRANGEMENTS]) for entry in ENTRIES}
+    found = {f"{a} is in house {house}.": where[a] == house for a in ENTRIES for house in HOUSES}
     for a, b in itertools.permutations(ENTRIES, 2):
-        holds[f"{a} is directly left of {b}."] = lambda at, a=a, b=b: at[a] == at[b] - 1
+        found[f"{a} is directly left of {b}."] = where[a] == where[b] - 1
         if ENTRIES.index(a) < ENTRIES.index(b):
-            holds[f"{a} lives with {b}."] = lambda at, a=a, b=b: at[a] == at[b]
-    allowed = {text: {i for i, at in enumerate(ARRANGEMENTS) if clue(at)} for text, clue in holds.items()}
-    return {text: numbers for text, numbers in allowed.items() if numbers}
+            found[f"{a} lives with {b}."] = where[a] == where[b]
+    return {text: set(np.flatnonzero(allowed).tolist()) for text, allowed in found.items() if allowed.any()}
 
 
 @generator
@@ -1131,7 +1113,7 @@ def generate_zebra(rng: random.Random, split: str) -> Problem | None:
     for text in rng.sample(true, len(true)):
         if not left <= clues()[text]:  # it says something new
             picked.append(text)
-            left = left & clues()[text]
+            left &= clues()[text]
     for text in list(picked):
         rest = [other for other in picked if other != text]
         if rest and set.intersection(*map(clues().get, rest)) == {chosen}:
@@ -1148,17 +1130,17 @@ def zebra_problem(question: str, header: list[str], rows: list[list[str]]) -> Pr
     return {"question": question, "answer": answer, "header": header, "rows": rows}
 
 
-def check_zebra(row: dict, where: str) -> Problem:
+def check_zebra(row: dict) -> Problem:
     """lines {"puzzle": "...", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ...]}}; the solution
     may be JSON text."""
-    question, table = pick_text(row, QUESTION, where), pick(row, GOLD)
+    question, table = pick_text(row, QUESTION), pick(row, GOLD)
     try:
         table = read(table) if isinstance(table, str) else table
         header, rows = table["header"], [list(map(str, entries)) for entries in table["rows"]]
     except (TypeError, LookupError):
         header, rows = [], []
     if not rows or any(not 2 <= len(entries) == len(header) or "___" in entries for entries in rows):
-        raise DataError(f"{where}: the solution is no table, or blank (___) as in ZebraLogic's public copy")
+        raise DataError("the solution is no table, or blank (___) as in ZebraLogic's public copy")
     return zebra_problem(question, header, rows)
 
 
@@ -1192,7 +1174,7 @@ class Task(NamedTuple):
 
     name: str
     generate: Callable[[str, int, int], list[Problem]]  # (split, n, seed) -> n different problems
-    check: Callable[[dict, str], Problem]  # (row of a published file, where it stands) -> problem
+    check: Callable[[dict], Problem]  # a row of a published file -> problem; DataError says why not
     verdict: Callable[[str, Problem], Verdict]  # (completion, problem) -> answer, reward, score
     ask: Callable[[Problem], str] = operator.itemgetter("question")  # what the model reads below the instruction
     target: Callable[[Problem], str] = operator.itemgetter("answer")  # what SFT teaches it to write
@@ -1462,13 +1444,13 @@ SCALE = (  # measured on published LLaDA-8B generations of 256 tokens
 def score_file(task: Task, path: str) -> dict[str, Any]:
     """The figures of a file of completions: accuracy, mean reward, the share without an answer, rows skipped."""
 
-    def judge(row: dict, where: str) -> list[Verdict]:
+    def judge(row: dict) -> list[Verdict]:
         """The verdict of each completion of a row; DataError where one cannot be judged."""
         texts = pick(row, COMPLETION) or row.get("completion")  # the latter may be ""
         texts = texts if isinstance(texts, list) else [texts]
         if not all(isinstance(text, str) for text in texts):
-            raise DataError(f'{where}: no completion; expected a text in "completion" (or {", ".join(COMPLETION[1:])})')
-        problem = task.check(row if pick(row, QUESTION) else row | {"question": "(not given)"}, where)
+            raise DataError(f'no completion; expected a text in "completion" (or {", ".join(COMPLETION[1:])})')
+        problem = task.check(row if pick(row, QUESTION) else row | {"question": "(not given)"})
         return [task.verdict(text, problem) for text in texts]
 
     if task.runs_code and not code_execution_allowed:
