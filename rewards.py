@@ -332,8 +332,8 @@ def generator(draw: Callable) -> Callable[[str, int, int], list[Problem]]:
 
 
 QUESTION = ("question", "problem", "text", "prompt", "puzzle", "quizzes", "prompt_input", "input")
-GOLD = ("ground_truth", "gold", "target", "reference_answer", "answer", "expected_answer", "final_answer", "solution")
-GOLD += ("solutions",)
+ANSWER = ("ground_truth", "gold", "target", "reference_answer", "answer", "expected_answer", "final_answer")
+GOLD = (*ANSWER, "solution", "solutions")
 COMPLETION = ("completion", "completions", "generation", "generations", "response", "output", "model_output")
 
 
@@ -504,7 +504,7 @@ def check_math500(row: dict) -> Problem:
     r"""lines {"problem": "...", "solution": "... \boxed{42}"}; or an answer beside it. Of boxes the last counts."""
     question, text = (pick_text(row, names) for names in (QUESTION, GOLD))
     found = boxes(text)
-    if not found and pick(row, GOLD[:-1]) is None:
+    if not found and pick(row, ANSWER) is None:
         raise DataError('no "answer", and no \\boxed{} in "solution"')
     solution = row.get("solution") or (text if found else f"\\boxed{{{text}}}")
     return {"question": question, "answer": found[-1][2].strip() if found else text, "solution": solution}
@@ -575,14 +575,12 @@ def extract_code(completion: str) -> str | None:
     A fence within a docstring is a part of it: where the blocks are none, all from the first fence to the last is. Of a
     block that is no Python its doctest lines (>>> ...) count.
     """
-    python = lambda block: read(block, ast.parse) is not NotImplemented
+    python = lambda block: block != "" and read(block, ast.parse) is not NotImplemented
+    prompted = lambda block: "\n".join(re.findall(r"^(?:>>>|\.\.\.) ?(.*)", block, re.MULTILINE))
     text = END.split(completion, maxsplit=1)[0].replace("\r\n", "\n")[:LONGEST_PROGRAM]
-    fenced = lambda inside: re.findall(FENCE + inside, text, re.DOTALL)
-    for parts in (fenced(r"(.*?)(?:```|~~~|\Z)"), fenced("(.*)(?:```|~~~)"), [text]):
-        blocks = [textwrap.dedent(part).strip("\n").rstrip() for part in parts]
-        prompted = lambda block: "\n".join(re.findall(r"^(?:>>>|\.\.\.) ?(.*)", block, re.MULTILINE))
-        blocks = [block if python(block) else prompted(block) for block in blocks]
-        blocks = [block for block in blocks if block and python(block)]
+    for form in (rf"{FENCE}(.*?)(?:```|~~~|\Z)", f"{FENCE}(.*)(?:```|~~~)", r"\A(.*)"):
+        blocks = [textwrap.dedent(part).strip("\n").rstrip() for part in re.findall(form, text, re.DOTALL)]
+        blocks = list(filter(python, [block if python(block) else prompted(block) for block in blocks]))
         while len(blocks) > 1 and not re.search(r"^(?:(?:async )?def|class)\s", blocks[-1], re.MULTILINE):
             blocks.pop()  # how to use it
         if DEFINES.search(program := "\n\n".join(blocks)):
@@ -591,13 +589,13 @@ def extract_code(completion: str) -> str | None:
 
 
 class Calls(ast.NodeTransformer):
-    """Replaces the program's calls in a test by names _0, _1, ..., and keeps their texts in `found`."""
+    """Replaces the program's calls in a test, the outermost, by names _0, _1, ...; keeps their texts in `found`."""
 
     def __init__(self, names: set[str]):
         self.names, self.found = names, []
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """The call, or the placeholder of what it comes to; the outermost counts."""
+        """The call, or the placeholder of what it comes to."""
         if not isinstance(node.func, ast.Name) or node.func.id not in self.names:
             return self.generic_visit(node)
         self.found.append(ast.unparse(node))
@@ -610,6 +608,9 @@ def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], str]
     `assert set(f(3)) == {1, 2}` becomes the call "f(3)", which the program's process takes, and the condition
     "set(_0) == {1, 2}", which that process never sees.
     """
+    names = lambda tree, use=ast.expr_context: {
+        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, use)
+    }
     code = ast.parse(f"{problem['answer']}\n{problem['imports']}").body
     imports = [node for node in code if isinstance(node, ast.Import | ast.ImportFrom)]
     known = {*dir(builtins), *(alias.asname or alias.name for node in imports for alias in node.names)}
@@ -617,11 +618,9 @@ def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], str]
     tests = []
     for test in problem["tests"]:
         (tree,) = ast.parse(test.strip()).body
-        own = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        calls = Calls({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - known)
+        own, calls = names(tree, ast.Store), Calls(names(tree) - known)
         condition = calls.visit(tree.test) if isinstance(tree, ast.Assert) else None
-        asked = {node.id for call in calls.found for node in ast.walk(ast.parse(call)) if isinstance(node, ast.Name)}
-        if not calls.found or own & asked:
+        if not calls.found or own & names(ast.parse("\n".join(calls.found))):
             raise ValueError(f"it asserts nothing of the program, or calls it in a loop of its own: {test[:80]}")
         tests.append((tuple(calls.found), ast.unparse(condition)))
     return "\n".join(map(ast.unparse, imports)), tests
@@ -740,10 +739,10 @@ def separation() -> tuple[str, ...]:
 
 def protections() -> str:
     """One line: how programs are run on this system, and what is not separated."""
-    alone = "bubblewrap: no network, no files but the interpreter's, no other processes, no environment"
-    shared = "limits only, NOT separated: network, files, processes (apt-get install bubblewrap)"
-    limits = f"{SECONDS} s of CPU, {WALL} s at most, {MEMORY >> 20} MiB, no further process"
-    return f"{alone if separation() else shared}; {limits}"
+    kept_out = "limits only, NOT separated: network, files, processes (apt-get install bubblewrap)"
+    if separation():
+        kept_out = "bubblewrap: no network, no files but the interpreter's, no other processes, no environment"
+    return f"{kept_out}; {SECONDS} s of CPU, {WALL} s at most, {MEMORY >> 20} MiB, no further process"
 
 
 @functools.lru_cache(maxsize=4096)  # a group of rollouts often holds the same program twice
@@ -772,7 +771,8 @@ def run_program(imports: str, program: str, setup: str, tests: tuple, command: t
 
 # --- Countdown: make the target of all the numbers. Expressions are parsed here, never run ----------------------------
 
-SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+SIGNS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+SIGNS |= {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 @generator
@@ -832,9 +832,8 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
     def value(node: ast.AST) -> Fraction:
         if isinstance(node, ast.Constant):
             return Fraction(node.value)
-        if isinstance(node, ast.UnaryOp):
-            return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
-        return OPERATIONS[SIGNS[type(node.op)]](value(node.left), value(node.right))
+        operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+        return SIGNS[type(node.op)](*map(value, operands))
 
     try:
         if len(expression) > LONGEST or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
@@ -862,18 +861,27 @@ def countdown_verdict(completion: str, problem: Problem) -> Verdict:
 
 # --- Sudoku, 4 x 4: 288 solved grids, so that uniqueness and marginals are counted and not searched -------------------
 
-SIDE, EMPTY = 4, "0"
+EMPTY = "0"
 # What 1234 may look like: plain, fullwidth, bold, double-struck. NFKC makes them equal.
 SPELLED = ["".join(chr(one + i) for i in range(4)) for one in (0x31, 0xFF11, 0x1D7CF, 0x1D7D9)]
-DARK = [cell for cell in range(SIDE * SIDE) if sum(divmod(cell, SIDE)) % 2]  # the dark squares of a chess board
+DARK = [cell for cell in range(16) if sum(divmod(cell, 4)) % 2]  # the dark squares of a chess board
+
+
+def is_solved(grid: str) -> bool:
+    """Whether a grid of 16 or 81 digits has each of its digits once in every row, column and box."""
+    side = math.isqrt(len(grid))
+    box = math.isqrt(side)
+    places = [(i // side, i % side) for i in range(len(grid))]
+    seen = {(*unit, d) for (r, c), d in zip(places, grid) for unit in ((r, -1, 0), (-1, c, 0), (r // box, c // box, 1))}
+    return len(grid) in (16, 81) and {*grid} == {*"123456789"[:side]} and len(seen) == 3 * len(grid)
 
 
 @functools.cache
 def solved_grids() -> tuple[str, ...]:
     """All 288 solved 4 x 4 grids, 16 digits each, row by row, in ascending order."""
-    rows = ["".join(row) for row in itertools.permutations("1234")]
-    bands = [a + b for a in rows for b in rows if not {*a[:2]} & {*b[:2]}]  # then the right box is right, too
-    return tuple(a + b for a in bands for b in bands if all(len({*(a + b)[c::SIDE]}) == SIDE for c in range(SIDE)))
+    rows = list(map("".join, itertools.permutations("1234")))
+    bands = [a + b for a in rows for b in rows if not {*a[:2]} & {*b[:2]}]  # its boxes hold no digit twice
+    return tuple(a + b for a in bands for b in bands if is_solved(a + b))
 
 
 @generator
@@ -881,7 +889,7 @@ def generate_sudoku(rng: random.Random, split: str) -> Problem | None:
     """One puzzle with its only solution; None if it has others, or its split is another: its solution decides "unseen",
     an eighth of the 288, and its own digits the rest."""
     solution = rng.choice(solved_grids())
-    clues = set(rng.sample(range(SIDE * SIDE), 8))
+    clues = set(rng.sample(range(16), 8))
     puzzle = "".join(digit if cell in clues else EMPTY for cell, digit in enumerate(solution))
     agree = re.findall(puzzle.replace(EMPTY, "."), "\n".join(solved_grids()))  # every solution that it has
     if part_of(puzzle, solution) == split and agree == [solution]:
@@ -905,23 +913,13 @@ def check_sudoku(row: dict) -> Problem:
     in a sentence, and may have other solutions."""
     text, solution = (pick_text(row, names) for names in (QUESTION, GOLD))
     cells = len(solution)
-    digits = re.search(rf"[0-9.]{{{cells // 2},{cells}}}", text)
-    found = digits[0] if digits else ""
+    found, *_ = [*re.findall(rf"[0-9.]{{{cells // 2},{cells}}}", text), ""]
     # a spreadsheet drops the zeros that a puzzle begins with; a full stop may end its sentence
     puzzle = (found if len(found) == cells else found.rstrip(".")).replace(".", EMPTY).zfill(cells)
     agree = all(a in (EMPTY, b) for a, b in zip(puzzle, solution))
     if not ({EMPTY} < {*puzzle} and is_solved(solution) and agree):
         raise DataError(f"{solution!r} is no solution of {text!r}, or that has no empty cell, or no other")
     return {"question": puzzle, "answer": solution}
-
-
-def is_solved(grid: str) -> bool:
-    """Whether a grid of 16 or 81 digits has each of its digits once in every row, column and box."""
-    side = math.isqrt(len(grid))
-    box = math.isqrt(side)
-    places = [(i // side, i % side) for i in range(len(grid))]
-    seen = {(*unit, d) for (r, c), d in zip(places, grid) for unit in ((r, -1, 0), (-1, c, 0), (r // box, c // box, 1))}
-    return len(grid) in (16, 81) and {*grid} == {*"123456789"[:side]} and len(seen) == 3 * len(grid)
 
 
 def grid_text(digits: str) -> str:
