@@ -259,9 +259,8 @@ OUTLINE = (r"[<>]|\\[lg][et](?![a-z])", "=", r"\\neq?", r"\\in(?![a-z])", ",", r
 
 
 def same_by_math_verify(answer: str, gold: str, question: str) -> bool:
-    """Whether math-verify finds two tidied expressions equal, of which it can read all; False where it is not
-    installed. An answer may have no variable that the gold lacks, and may not repeat the question: "Factor x^2 - 1" is
-    not answered by x^2 - 1."""
+    """Whether math-verify finds two tidied expressions equal and reads all of them; False where it is not installed. No
+    answer has a variable that the gold lacks, or repeats the question: "Factor x^2 - 1" is not answered by x^2 - 1."""
     both = f"{gold} , {answer}"
     if len(both) > 300 or WILD.search(both) or not (READ.fullmatch(answer) and READ.fullmatch(gold)):
         return False
@@ -352,10 +351,8 @@ def pick_text(row: dict, names: tuple[str, ...]) -> str:
 
 def read_rows(path: str) -> Iterator[tuple[str, dict]]:
     """(where, row) of each row of a file, names of fields in small letters: .csv with a header; JSON, a list or an
-    object with a list of objects in it, as d1 writes; JSONL; else a prompt per line. A text is a prompt.
-
-    DataError for what is none of these, and for a lone surrogate, which no tokenizer takes.
-    """
+    object with a list of objects in it, as d1 writes; JSONL; else a prompt per line. A text is a prompt. DataError for
+    what is none of these, and for a lone surrogate, which no tokenizer takes."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             table, rows = csv.DictReader(file), []
@@ -384,8 +381,7 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
 
 def usable(name: str, check: Callable, rows: Iterator[tuple[str, dict]], none: str, expected: str) -> tuple[list, int]:
     """(check(row) of each row that it does not refuse, how many it refuses); the first of these is named on stderr.
-    DataError if none is left: the first refusal, or `none`, and what was expected; also where the library is missing
-    that compares MATH's published answers."""
+    DataError if none is left: the first refusal, or `none`, and what was expected; or without MATH's library."""
     if name == "math500" and not importlib.util.find_spec("math_verify"):
         raise DataError("MATH's published answers are compared by math-verify: pip install math-verify")
     kept, refused = [], []
@@ -415,8 +411,8 @@ INSTRUCTIONS = {
     "mbpp": "Write a Python program that solves the task. Write all of it in one ```python block.",
     "countdown": "Make the target from the numbers with +, -, *, / and parentheses. Use every number exactly once. "
     "Write the expression on a last line of its own, behind four hash signs, like this:\n#### (3 + 8) * 2",
-    "sudoku": "Fill in the empty cells of a sudoku. Every row, every column and every box holds each digit from 1 to the "
-    "number of its cells once. Write the grid as lines of digits.",
+    "sudoku": "Fill in the empty cells of a sudoku. Every row, every column and every box holds each digit from 1 to "
+    "the number of its cells once. Write the grid as lines of digits.",
     "zebra": "Solve the logic puzzle. Write one line per house: its number, a colon, and its entries, "
     "separated by commas, like this:\n1: red, Tom",
 }
@@ -608,9 +604,7 @@ def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], str]
     `assert set(f(3)) == {1, 2}` becomes the call "f(3)", which the program's process takes, and the condition
     "set(_0) == {1, 2}", which that process never sees.
     """
-    names = lambda tree, use=ast.expr_context: {
-        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, use)
-    }
+    names = lambda tree: [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     code = ast.parse(f"{problem['answer']}\n{problem['imports']}").body
     imports = [node for node in code if isinstance(node, ast.Import | ast.ImportFrom)]
     known = {*dir(builtins), *(alias.asname or alias.name for node in imports for alias in node.names)}
@@ -618,9 +612,10 @@ def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], str]
     tests = []
     for test in problem["tests"]:
         (tree,) = ast.parse(test.strip()).body
-        own, calls = names(tree, ast.Store), Calls(names(tree) - known)
+        own = {name.id for name in names(tree) if isinstance(name.ctx, ast.Store)}
+        calls = Calls({name.id for name in names(tree)} - known)
         condition = calls.visit(tree.test) if isinstance(tree, ast.Assert) else None
-        if not calls.found or own & names(ast.parse("\n".join(calls.found))):
+        if not calls.found or any(name.id in own for call in calls.found for name in names(ast.parse(call))):
             raise ValueError(f"it asserts nothing of the program, or calls it in a loop of its own: {test[:80]}")
         tests.append((tuple(calls.found), ast.unparse(condition)))
     return "\n".join(map(ast.unparse, imports)), tests
@@ -849,10 +844,9 @@ def countdown_verdict(completion: str, problem: Problem) -> Verdict:
     found, whole = set(), lambda made: made is not None and sorted(made[1]) == sorted(problem["numbers"])
     for text in map(plain, announced(written(completion))):
         text = re.sub(r"\\div|\u00f7", "/", re.sub(r"\\times|\\cdot|[\u00d7\u00b7]", "*", text))
-        sides = [side.strip(" .`$") for side in text.split("=")]
-        made = [evaluate(side) for side in sides]
-        equal = None not in made and len({value for value, _ in made}) == 1
-        found.add(next(filter(lambda side: whole(evaluate(side)), sides), sides[0]) if equal else None)
+        made = {side: evaluate(side) for side in (side.strip(" .`$") for side in text.split("="))}
+        equal = None not in made.values() and len({value for value, _ in made.values()}) == 1
+        found.add(next((side for side in made if whole(made[side])), [*made][0]) if equal else None)
     answer = found.pop() if len(found) == 1 else None
     made = evaluate(answer or "")
     right = whole(made) and made[0] == problem["target"]
@@ -970,8 +964,7 @@ Scene = NamedTuple("Scene", [("category", str), ("wanted", tuple), ("relation", 
 
 @functools.cache
 def scene_table() -> dict[str, Scene]:
-    """Every prompt of the miniature and what it asks for: category by category as GenEval names them, each scene in
-    all its wordings."""
+    """Every prompt of the miniature and what it asks for: GenEval's categories, each scene in all its wordings."""
     pairs, numbers = list(itertools.permutations(SHAPES, 2)), ((2, "two"), (3, "three"), (4, "four"))
     dressed = itertools.product(pairs, itertools.product(COLOURS, repeat=2))
     one = lambda shape, colour=None: (shape, colour, 1)
@@ -1012,9 +1005,8 @@ def find_things(codes: list[int]) -> tuple[list[Thing], int]:
 
 
 def t2i_verdict(completion: str, problem: Problem) -> Verdict:
-    """geneval: 1 if the image shows all that the prompt asks for, GenEval's strict verdict; a count is exact, and other
-    objects may be there besides. fidelity: 0.25 if it shows objects and none is broken. Nothing for an image or a
-    prompt that is not the miniature's."""
+    """geneval: 1 if the image shows all that the prompt asks for, GenEval's strict verdict: a count is exact, more may
+    be there besides. fidelity: 0.25 if it shows objects and none is broken. Nothing for what is not the miniature's."""
     codes, scene = image_codes(completion), scene_table().get(problem["question"])
     if codes is None or scene is None:
         return Verdict(codes, {"geneval": 0.0, "fidelity": 0.0}, 0.0)
@@ -1043,8 +1035,8 @@ def prompts_of(split: str) -> dict[str, list[str]]:
 
 
 def generate_t2i(split: str, n: int, seed: int) -> list[Problem]:
-    """n prompts of a split, every category as often, each with an image that shows it, on even rows and columns and in
-    any colour where none is asked for. Prompts repeat, images differ. No single object is unseen: there are only four."""
+    """n prompts of a split, every category as often, each with an image that shows it, on even rows and columns, in any
+    colour where none is asked for. Prompts repeat, images differ. No single object is unseen: there are only four."""
     rng, prompts, problems = random.Random(f"t2i {split} {seed}"), prompts_of(split), []
     place, any_colour = lambda: 2 * rng.randrange(WIDTH // 2), lambda: rng.choice(list(COLOURS))
     places = lambda things: len({(thing.row, thing.column) for thing in things})
@@ -1129,8 +1121,7 @@ def zebra_problem(question: str, header: list[str], rows: list[list[str]]) -> Pr
 
 
 def check_zebra(row: dict) -> Problem:
-    """lines {"puzzle": "...", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ...]}}; the solution
-    may be JSON text."""
+    """lines {"puzzle": "...", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ...]}}; or its JSON."""
     question, table = pick_text(row, QUESTION), pick(row, GOLD)
     try:
         table = read(table) if isinstance(table, str) else table
@@ -1216,23 +1207,20 @@ class Task(NamedTuple):
         return usable(self.name, self.check, rows, f"{path}: no problems", expected)[0]
 
 
-TASKS = {
-    "gsm8k": Task(
+TABLE = (
+    Task(
         *("gsm8k", generate_gsm8k, check_gsm8k, gsm8k_verdict),
         target=lambda problem: re.sub(r"<<[^<>\n]*>>", "", problem["answer"]),  # without its calculator marks
     ),
-    "math500": Task(
-        "math500", generate_math500, check_math500, math500_verdict, target=operator.itemgetter("solution")
-    ),
-    "mbpp": Task(
+    Task("math500", generate_math500, check_math500, math500_verdict, target=operator.itemgetter("solution")),
+    Task(
         *("mbpp", generate_mbpp, check_mbpp, mbpp_verdict),
-        # one test shows the function's name and arguments
-        ask=lambda problem: f"{problem['question']}\n{problem['tests'][0]}",
+        ask=lambda problem: f"{problem['question']}\n{problem['tests'][0]}",  # the function's name and arguments
         target=lambda problem: f"```python\n{problem['answer']}\n```",
         runs_code=True,
     ),
-    "countdown": Task("countdown", generate_countdown, check_countdown, countdown_verdict, target=countdown_target),
-    "sudoku": Task(
+    Task("countdown", generate_countdown, check_countdown, countdown_verdict, target=countdown_target),
+    Task(
         *("sudoku", generate_sudoku, check_sudoku, sudoku_verdict),
         ask=lambda problem: "Sudoku:",  # the clues stand in the completion itself
         target=lambda problem: grid_text(problem["answer"]),
@@ -1240,14 +1228,15 @@ TASKS = {
         corpus=spelled_sudoku,
         test_draw=3,
     ),
-    "t2i": Task(
+    Task(
         *("t2i", generate_t2i, check_t2i, t2i_verdict),
         category=operator.itemgetter("tag"),
         codebook=CODEBOOK,
         render=render,
     ),
-    "zebra": Task("zebra", generate_zebra, check_zebra, zebra_verdict),
-}
+    Task("zebra", generate_zebra, check_zebra, zebra_verdict),
+)
+TASKS = {task.name: task for task in TABLE}
 gsm8k_correct, t2i_reward = TASKS["gsm8k"].score, TASKS["t2i"].reward  # by name
 
 
@@ -1336,9 +1325,7 @@ def figures(phases: dict[str, list[dict]], k: int) -> dict[str, Any]:
         by_kind = {kind: of([row for row in parts["test"] if row["category"] == kind]) for kind in kinds}
         found |= {phase: of(parts["test"]), f"{phase}_unseen": of(parts["unseen"])}
         found[f"{phase}_pass_at"] = {n: round(pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k} or None
-        found[f"{phase}_rewards"] = {
-            split: mean_of([r["terms"] for r in part]) for split, part in parts.items() if part
-        }
+        found[f"{phase}_rewards"] = {name: mean_of([r["terms"] for r in part]) for name, part in parts.items() if part}
         found[f"{phase}_categories"] = None if None in kinds else by_kind
         pairs = {split: [*pairs[split], scores(part)] for split, part in parts.items()}
     if len(phases) == 2:
@@ -1433,7 +1420,6 @@ class PixelReward:
 
 # --- Files of completions -> figures; the command line ----------------------------------------------------------------
 
-
 SCALE = (  # measured on published LLaDA-8B generations of 256 tokens
     "On LLaDA's outputs these verdicts give 2.6 points more on MATH, 1.0 more on GSM8K than the MaskGRPO paper's parser."
 )
@@ -1446,7 +1432,7 @@ def score_file(task: Task, path: str) -> dict[str, Any]:
         """The verdict of each completion of a row; DataError where one cannot be judged."""
         texts = pick(row, COMPLETION) or row.get("completion")  # the latter may be ""
         texts = texts if isinstance(texts, list) else [texts]
-        if not all(isinstance(text, str) for text in texts):
+        if not texts or not all(isinstance(text, str) for text in texts):
             raise DataError(f'no completion; expected a text in "completion" (or {", ".join(COMPLETION[1:])})')
         problem = task.check(row if pick(row, QUESTION) else row | {"question": "(not given)"})
         return [task.verdict(text, problem) for text in texts]
