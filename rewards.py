@@ -44,6 +44,7 @@ import argparse
 import ast
 import base64
 import builtins
+import contextlib
 import csv
 import functools
 import importlib.util
@@ -752,12 +753,9 @@ def run_program(imports: str, program: str, setup: str, tests: tuple, command: t
     env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     argv = [*(separation() if command is None else command), sys.executable, "-s", "-c", INSIDE]
     with tempfile.TemporaryFile() as file:  # the limit on files ends endless output, too
-        places = {"stdin": subprocess.PIPE, "stdout": file, "stderr": subprocess.DEVNULL, "cwd": "/", "env": env}
-        process = subprocess.Popen(argv, start_new_session=True, **places)
-        timer = threading.Timer(WALL, process.kill)  # behind bubblewrap, all that it started ends with it
-        timer.start()
-        process.communicate(json.dumps(job).encode())
-        timer.cancel()
+        places = {"stdout": file, "stderr": subprocess.DEVNULL, "cwd": "/", "env": env, "start_new_session": True}
+        with contextlib.suppress(subprocess.TimeoutExpired):  # killed; behind bubblewrap, all that it started with it
+            subprocess.run(argv, input=json.dumps(job).encode(), timeout=WALL, check=False, **places)
         file.seek(0)
         lines = file.read().decode(errors="replace").split("\n")
     values = [*map(read, lines), *[None] * len(tests)][: len(tests)]  # what is no list of texts was forged
@@ -1149,9 +1147,8 @@ def zebra_verdict(completion: str, problem: Problem) -> Verdict:
     found = dict(rows)
     if not all(found[house] == entries for house, entries in rows):
         found = {}
-    table = {house: [entry.strip().casefold() for entry in entries] for house, *entries in problem["rows"]}
-    right = sum(a == b for house, entries in table.items() for a, b in zip(entries, found.get(house, [])))
-    share = right / sum(map(len, table.values()))
+    pairs = [pair for house, *gold in problem["rows"] for pair in itertools.zip_longest(gold, found.get(house, []))]
+    share = sum(entry.strip().casefold() == of for entry, of in pairs) / len(pairs)
     return Verdict(found or None, {"entries": share}, share)
 
 
@@ -1266,9 +1263,9 @@ def splits(task: Task, cfg, generated: bool) -> dict[str, list[Problem]]:
     if cfg.eval_only and (cfg.eval_data or not (generated or cfg.data)):
         return none | {"test": task.load(cfg.eval_data, "test")[: cfg.eval_n or None]}
     if generated:
-        seeds, n = {"train": cfg.seed, "validation": 0}, {"train": 20_000, "validation": 256}
-        draw = lambda split: task.generate(split, n.get(split, cfg.eval_n or 1000), seeds.get(split, task.test_draw))
-        return {split: draw(split) for split in SPLITS}
+        held_out = cfg.eval_n or 1000, task.test_draw  # how many, and their seed
+        draws = {"train": (20_000, cfg.seed), "validation": (256, 0), "test": held_out, "unseen": held_out}
+        return {split: task.generate(split, *draw) for split, draw in draws.items()}
     train = task.load(cfg.data, "train")
     test = task.load(cfg.eval_data, "test") if cfg.eval_data or cfg.data is None else train[9::10]
     held_out = {problem["question"] for problem in test}
