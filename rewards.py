@@ -57,6 +57,7 @@ import os
 import random
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -470,10 +471,8 @@ def gsm8k_verdict(completion: str, problem: Problem) -> Verdict:
         return Verdict(None, {"correctness": 0.0, "format": 0.0}, 0.0)
     working, _, last = END.split(completion, maxsplit=1)[0].strip().rpartition("\n")
     in_form = WORKED.match(working) and re.fullmatch(r"#### \S[^\n]{0,40}", last.strip())
-    right, form = (
-        answer == parse_number(problem["answer"].rpartition("####")[2]),
-        0.5 * (answer.denominator == 1) + 0.5 * bool(in_form),
-    )
+    right = answer == parse_number(problem["answer"].rpartition("####")[2])
+    form = 0.5 * (answer.denominator == 1) + 0.5 * bool(in_form)
     return Verdict(answer, {"correctness": 2.0 * right, "format": form}, float(right))
 
 
@@ -1286,9 +1285,8 @@ def mean_of(rows: list[dict]) -> dict:
 
 def accuracy(scores: list[float]) -> dict[str, float]:
     """{"accuracy", "stderr", "n"} of one score per problem; of verdicts 0 and 1 the stderr is the binomial one."""
-    n, p = len(scores), sum(scores) / len(scores)
-    variance = max(sum(score * score for score in scores) / n - p * p, 0.0)
-    return {"accuracy": round(p, 6), "stderr": round(math.sqrt(variance / n), 6), "n": n}
+    n, spread = len(scores), statistics.pstdev(scores)
+    return {"accuracy": round(statistics.fmean(scores), 6), "stderr": round(spread / math.sqrt(n), 6), "n": n}
 
 
 def pass_at(scores: list[list[float]], k: int) -> float:

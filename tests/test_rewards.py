@@ -504,12 +504,7 @@ FILES = [  # task, name and content of a file -> the questions in it, or the err
     ("sudoku", "a.csv", "Puzzle,Solution\n234341221434321,1234341221434321\n", ["0234341221434321"]),
     ("sudoku", "a.csv", "question,answer\nSolve 34341221434321.,1234341221434321\n", ["0034341221434321"]),
     ("sudoku", "a.csv", f"quizzes,solutions\n{NINE[:78]}...,{NINE}\n", [NINE[:78] + "000"]),
-    (
-        "sudoku",
-        "a.csv",
-        f"quizzes,solutions\n{NINE[:78]}...,{NINE[1:]}{NINE[0]}\n",
-        "csv, line 2: .* is no solution of",
-    ),
+    ("sudoku", "a.csv", f"quizzes,solutions\n{NINE[:78]}...,{NINE[1:]}1\n", "a.csv, line 2: .* is no solution of"),
     ("sudoku", "a.csv", "Puzzle,Solution\n1,2,3\n", "a.csv, line 2: expected .*as many fields as the header"),
     ("t2i", "a.txt", "\ufeffa red cube\r\n\n  two dogs  \na\u2028b\n", ["a red cube", "two dogs", "a\u2028b"]),
     ("t2i", "a.txt", '["a red cube",\n "two dogs"]', ["a red cube", "two dogs"]),
