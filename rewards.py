@@ -511,7 +511,7 @@ def math500_verdict(completion: str, problem: Problem) -> Verdict:
     text, tidied = END.split(completion, maxsplit=1)[0], {}
     for spelling in announced(written(completion)):  # two spellings of a number are one answer
         tidied[parse_number(tidy(spelling)) or squeeze(tidy(spelling))] = spelling
-    answer = [*tidied.values()][0] if len(tidied) == 1 else None
+    answer = next(iter(tidied.values())) if len(tidied) == 1 else None
     if answer is None:
         return Verdict(None, {"correctness": 0.0, "format": 0.0}, 0.0)
     found, right = boxes(text), same_answer(answer, problem["answer"], problem["question"])
@@ -843,7 +843,7 @@ def countdown_verdict(completion: str, problem: Problem) -> Verdict:
         text = re.sub(r"\\div|\u00f7", "/", re.sub(r"\\times|\\cdot|[\u00d7\u00b7]", "*", text))
         made = {side: evaluate(side) for side in (side.strip(" .`$") for side in text.split("="))}
         equal = None not in made.values() and len({value for value, _ in made.values()}) == 1
-        found.add(next((side for side in made if whole(made[side])), [*made][0]) if equal else None)
+        found.add(next((side for side in made if whole(made[side])), next(iter(made))) if equal else None)
     answer = found.pop() if len(found) == 1 else None
     made = evaluate(answer or "")
     right = whole(made) and made[0] == problem["target"]
