@@ -44,6 +44,7 @@ import argparse
 import ast
 import base64
 import builtins
+import contextlib
 import csv
 import functools
 import importlib.util
@@ -56,6 +57,7 @@ import os
 import random
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -259,9 +261,8 @@ OUTLINE = (r"[<>]|\\[lg][et](?![a-z])", "=", r"\\neq?", r"\\in(?![a-z])", ",", r
 
 
 def same_by_math_verify(answer: str, gold: str, question: str) -> bool:
-    """Whether math-verify finds two tidied expressions equal, of which it can read all; False where it is not
-    installed. An answer may have no variable that the gold lacks, and may not repeat the question: "Factor x^2 - 1" is
-    not answered by x^2 - 1."""
+    """Whether math-verify finds two tidied expressions equal and reads all of them; False where it is not installed. No
+    answer has a variable that the gold lacks, or repeats the question: "Factor x^2 - 1" is not answered by x^2 - 1."""
     both = f"{gold} , {answer}"
     if len(both) > 300 or WILD.search(both) or not (READ.fullmatch(answer) and READ.fullmatch(gold)):
         return False
@@ -332,8 +333,8 @@ def generator(draw: Callable) -> Callable[[str, int, int], list[Problem]]:
 
 
 QUESTION = ("question", "problem", "text", "prompt", "puzzle", "quizzes", "prompt_input", "input")
-GOLD = ("ground_truth", "gold", "target", "reference_answer", "answer", "expected_answer", "final_answer", "solution")
-GOLD += ("solutions",)
+ANSWER = ("ground_truth", "gold", "target", "reference_answer", "answer", "expected_answer", "final_answer")
+GOLD = (*ANSWER, "solution", "solutions")
 COMPLETION = ("completion", "completions", "generation", "generations", "response", "output", "model_output")
 
 
@@ -342,20 +343,18 @@ def pick(row: dict, names: tuple[str, ...]):
     return next((row[name] for name in names if row.get(name) not in (None, "", [], {})), None)
 
 
-def pick_text(row: dict, names: tuple[str, ...], where: str) -> str:
+def pick_text(row: dict, names: tuple[str, ...]) -> str:
     """A text or a number, as text, under any of its names. DataError where it is missing."""
     value = pick(row, names)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        raise DataError(f'{where}: field "{names[0]}" (or {", ".join(names[1:])}) is missing or not text')
+        raise DataError(f'field "{names[0]}" (or {", ".join(names[1:])}) is missing or not text')
     return str(value).strip()
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict]]:
     """(where, row) of each row of a file, names of fields in small letters: .csv with a header; JSON, a list or an
-    object with a list of objects in it, as d1 writes; JSONL; else a prompt per line. A text is a prompt.
-
-    DataError for what is none of these, and for a lone surrogate, which no tokenizer takes.
-    """
+    object with a list of objects in it, as d1 writes; JSONL; else a prompt per line. A text is a prompt. DataError for
+    what is none of these, and for a lone surrogate, which no tokenizer takes."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             table, rows = csv.DictReader(file), []
@@ -383,17 +382,16 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def usable(name: str, check: Callable, rows: Iterator[tuple[str, dict]], none: str, expected: str) -> tuple[list, int]:
-    """(check(row, where) of each row that it does not refuse, how many it refuses); these are named on stderr.
-    DataError if none is left: the first refusal, or `none`, and what was expected; also where the library is missing
-    that compares MATH's published answers."""
+    """(check(row) of each row that it does not refuse, how many it refuses); the first of these is named on stderr.
+    DataError if none is left: the first refusal, or `none`, and what was expected; or without MATH's library."""
     if name == "math500" and not importlib.util.find_spec("math_verify"):
         raise DataError("MATH's published answers are compared by math-verify: pip install math-verify")
     kept, refused = [], []
     for where, row in rows:
         try:
-            kept.append(check(row, where))
+            kept.append(check(row))
         except DataError as error:
-            refused.append(error)
+            refused.append(f"{where}: {error}")
     if not kept:
         raise DataError(f"{[*refused, none][0]}; expected {expected}")
     if refused:
@@ -415,8 +413,8 @@ INSTRUCTIONS = {
     "mbpp": "Write a Python program that solves the task. Write all of it in one ```python block.",
     "countdown": "Make the target from the numbers with +, -, *, / and parentheses. Use every number exactly once. "
     "Write the expression on a last line of its own, behind four hash signs, like this:\n#### (3 + 8) * 2",
-    "sudoku": "Fill in the empty cells of a sudoku. Every row, every column and every box holds each digit from 1 to the "
-    "number of its cells once. Write the grid as lines of digits.",
+    "sudoku": "Fill in the empty cells of a sudoku. Every row, every column and every box holds each digit from 1 to "
+    "the number of its cells once. Write the grid as lines of digits.",
     "zebra": "Solve the logic puzzle. Write one line per house: its number, a colon, and its entries, "
     "separated by commas, like this:\n1: red, Tom",
 }
@@ -452,17 +450,12 @@ def generate_gsm8k(rng: random.Random, split: str) -> Problem | None:
         return {"question": question, "answer": f"{first} = {middle}\n{second} = {result}\n#### {result}"}
 
 
-def check_gsm8k(row: dict, where: str) -> Problem:
+def check_gsm8k(row: dict) -> Problem:
     """lines {"question": "...", "answer": "... #### 42"}; the answer may be the number alone."""
-    question, answer = (pick_text(row, names, where) for names in (QUESTION, GOLD))
-    if gold_number(answer) is None:
-        raise DataError(f"{where}: the answer ends in no number, such as #### 42: {answer[-40:]!r}")
+    question, answer = (pick_text(row, names) for names in (QUESTION, GOLD))
+    if parse_number(answer.rpartition("####")[2]) is None:
+        raise DataError(f"the answer ends in no number, such as #### 42: {answer[-40:]!r}")
     return {"question": question, "answer": answer if "####" in answer else f"#### {answer}"}
-
-
-def gold_number(answer: str) -> Fraction | None:
-    """The number of a published answer: what stands behind its last `####`, or all of it."""
-    return parse_number(answer.rpartition("####")[2])
 
 
 # Something besides tags: an empty reasoning earns no format reward.
@@ -478,7 +471,8 @@ def gsm8k_verdict(completion: str, problem: Problem) -> Verdict:
         return Verdict(None, {"correctness": 0.0, "format": 0.0}, 0.0)
     working, _, last = END.split(completion, maxsplit=1)[0].strip().rpartition("\n")
     in_form = WORKED.match(working) and re.fullmatch(r"#### \S[^\n]{0,40}", last.strip())
-    right, form = answer == gold_number(problem["answer"]), 0.5 * (answer.denominator == 1) + 0.5 * bool(in_form)
+    right = answer == parse_number(problem["answer"].rpartition("####")[2])
+    form = 0.5 * (answer.denominator == 1) + 0.5 * bool(in_form)
     return Verdict(answer, {"correctness": 2.0 * right, "format": form}, float(right))
 
 
@@ -502,12 +496,12 @@ def generate_math500(rng: random.Random, split: str) -> Problem | None:
         return {"question": question, "answer": answer, "solution": f"{a} {x} = {right}\n\\boxed{{{answer}}}"}
 
 
-def check_math500(row: dict, where: str) -> Problem:
+def check_math500(row: dict) -> Problem:
     r"""lines {"problem": "...", "solution": "... \boxed{42}"}; or an answer beside it. Of boxes the last counts."""
-    question, text = (pick_text(row, names, where) for names in (QUESTION, GOLD))
+    question, text = (pick_text(row, names) for names in (QUESTION, GOLD))
     found = boxes(text)
-    if not found and pick(row, GOLD[:-1]) is None:
-        raise DataError(f'{where}: no "answer", and no \\boxed{{}} in "solution"')
+    if not found and pick(row, ANSWER) is None:
+        raise DataError('no "answer", and no \\boxed{} in "solution"')
     solution = row.get("solution") or (text if found else f"\\boxed{{{text}}}")
     return {"question": question, "answer": found[-1][2].strip() if found else text, "solution": solution}
 
@@ -517,7 +511,7 @@ def math500_verdict(completion: str, problem: Problem) -> Verdict:
     text, tidied = END.split(completion, maxsplit=1)[0], {}
     for spelling in announced(written(completion)):  # two spellings of a number are one answer
         tidied[parse_number(tidy(spelling)) or squeeze(tidy(spelling))] = spelling
-    answer = [*tidied.values()][0] if len(tidied) == 1 else None
+    answer = next(iter(tidied.values())) if len(tidied) == 1 else None
     if answer is None:
         return Verdict(None, {"correctness": 0.0, "format": 0.0}, 0.0)
     found, right = boxes(text), same_answer(answer, problem["answer"], problem["question"])
@@ -528,12 +522,12 @@ def math500_verdict(completion: str, problem: Problem) -> Verdict:
 # --- MBPP: small functions and their tests ----------------------------------------------------------------------------
 
 FORMULAS = {
-    "{f}(x): {a} times x, plus {b}": ("x * {a} + {b}", lambda x, a, b: x * a + b),
-    "{f}(x): {b} less than {a} times x": ("x * {a} - {b}", lambda x, a, b: x * a - b),
-    "{f}(x): x plus {a}, all times {b}": ("(x + {a}) * {b}", lambda x, a, b: (x + a) * b),
-    "{f}(x): {a} minus x, all times {b}": ("({a} - x) * {b}", lambda x, a, b: (a - x) * b),
-    "{f}(x): the larger of x + {a} and {b}": ("max(x + {a}, {b})", lambda x, a, b: max(x + a, b)),
-    "{f}(x): the rest of x + {a} divided by {b}": ("(x + {a}) % {b}", lambda x, a, b: (x + a) % b),
+    "{f}(x): {a} times x, plus {b}": "x * {a} + {b}",
+    "{f}(x): {b} less than {a} times x": "x * {a} - {b}",
+    "{f}(x): x plus {a}, all times {b}": "(x + {a}) * {b}",
+    "{f}(x): {a} minus x, all times {b}": "({a} - x) * {b}",
+    "{f}(x): the larger of x + {a} and {b}": "max(x + {a}, {b})",
+    "{f}(x): the rest of x + {a} divided by {b}": "(x + {a}) % {b}",
 }
 FUNCTIONS = ("f", "g", "h", "change", "result", "value", "compute", "apply", "answer", "number", "solve", "update")
 
@@ -541,19 +535,19 @@ FUNCTIONS = ("f", "g", "h", "change", "result", "value", "compute", "apply", "an
 @generator
 def generate_mbpp(rng: random.Random, split: str) -> Problem | None:
     """One function to write and three tests of it; None if its split is another."""
-    words, (body, formula) = rng.choice(list(FORMULAS.items()))
+    words, formula = rng.choice(list(FORMULAS.items()))
     name, a, b = rng.choice(FUNCTIONS), rng.randint(1, LARGEST), rng.randint(1, LARGEST)
-    question = words.format(f=name, a=a, b=b)
-    tests = [f"assert {name}({x}) == {formula(x, a, b)}" for x in rng.sample(range(LARGEST), 3)]
-    code = f"def {name}(x):\n return {body.format(a=a, b=b)}"
+    question, body = words.format(f=name, a=a, b=b), formula.format(a=a, b=b)
+    tests = [f"assert {name}({x}) == {eval(body, {'x': x})}" for x in rng.sample(range(LARGEST), 3)]
     if part_of(question, f"{a} f {b}") == split:
+        code = f"def {name}(x):\n return {body}"
         return {"question": question, "answer": code, "tests": tests, "imports": "", "setup": ""}
 
 
-def check_mbpp(row: dict, where: str) -> Problem:
+def check_mbpp(row: dict) -> Problem:
     """lines {"text": "...", "code": "...", "test_list": ["assert ..."]}; test_imports and test_setup_code, too.
     Challenge tests are left out, as in MBPP's own evaluation. DataError for a test that `split_tests` cannot split."""
-    problem = {"question": pick_text(row, QUESTION, where)}
+    problem = {"question": pick_text(row, QUESTION)}
     for name, published in (("answer", "code"), ("imports", "test_imports"), ("setup", "test_setup_code")):
         value = pick(row, (published, name)) or ""
         problem[name] = "\n".join(value) if isinstance(value, list) else str(value)
@@ -561,7 +555,7 @@ def check_mbpp(row: dict, where: str) -> Problem:
         problem["tests"] = list(pick(row, ("test_list", "tests", "test")))
         split_tests(problem)
     except (SyntaxError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{where}: a test is not an assertion of the program's results ({error})") from None
+        raise DataError(f"a test is not an assertion of the program's results ({error})") from None
     return problem
 
 
@@ -577,14 +571,12 @@ def extract_code(completion: str) -> str | None:
     A fence within a docstring is a part of it: where the blocks are none, all from the first fence to the last is. Of a
     block that is no Python its doctest lines (>>> ...) count.
     """
-    python = lambda block: read(block, ast.parse) is not NotImplemented
+    python = lambda block: block != "" and read(block, ast.parse) is not NotImplemented
+    prompted = lambda block: "\n".join(re.findall(r"^(?:>>>|\.\.\.) ?(.*)", block, re.MULTILINE))
     text = END.split(completion, maxsplit=1)[0].replace("\r\n", "\n")[:LONGEST_PROGRAM]
-    fenced = lambda inside: re.findall(FENCE + inside, text, re.DOTALL)
-    for parts in (fenced(r"(.*?)(?:```|~~~|\Z)"), fenced("(.*)(?:```|~~~)"), [text]):
-        blocks = [textwrap.dedent(part).strip("\n").rstrip() for part in parts]
-        prompted = lambda block: "\n".join(re.findall(r"^(?:>>>|\.\.\.) ?(.*)", block, re.MULTILINE))
-        blocks = [block if python(block) else prompted(block) for block in blocks]
-        blocks = [block for block in blocks if block and python(block)]
+    for form in (rf"{FENCE}(.*?)(?:```|~~~|\Z)", f"{FENCE}(.*)(?:```|~~~)", r"\A(.*)"):
+        blocks = [textwrap.dedent(part).strip("\n").rstrip() for part in re.findall(form, text, re.DOTALL)]
+        blocks = list(filter(python, [block if python(block) else prompted(block) for block in blocks]))
         while len(blocks) > 1 and not re.search(r"^(?:(?:async )?def|class)\s", blocks[-1], re.MULTILINE):
             blocks.pop()  # how to use it
         if DEFINES.search(program := "\n\n".join(blocks)):
@@ -593,13 +585,13 @@ def extract_code(completion: str) -> str | None:
 
 
 class Calls(ast.NodeTransformer):
-    """Replaces the program's calls in a test by names _0, _1, ..., and keeps their texts in `found`."""
+    """Replaces the program's calls in a test, the outermost, by names _0, _1, ...; keeps their texts in `found`."""
 
     def __init__(self, names: set[str]):
         self.names, self.found = names, []
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """The call, or the placeholder of what it comes to; the outermost counts."""
+        """The call, or the placeholder of what it comes to."""
         if not isinstance(node.func, ast.Name) or node.func.id not in self.names:
             return self.generic_visit(node)
         self.found.append(ast.unparse(node))
@@ -612,6 +604,7 @@ def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], str]
     `assert set(f(3)) == {1, 2}` becomes the call "f(3)", which the program's process takes, and the condition
     "set(_0) == {1, 2}", which that process never sees.
     """
+    names = lambda tree: [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     code = ast.parse(f"{problem['answer']}\n{problem['imports']}").body
     imports = [node for node in code if isinstance(node, ast.Import | ast.ImportFrom)]
     known = {*dir(builtins), *(alias.asname or alias.name for node in imports for alias in node.names)}
@@ -619,11 +612,10 @@ def split_tests(problem: Problem) -> tuple[str, list[tuple[tuple[str, ...], str]
     tests = []
     for test in problem["tests"]:
         (tree,) = ast.parse(test.strip()).body
-        own = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        calls = Calls({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - known)
+        own = {name.id for name in names(tree) if isinstance(name.ctx, ast.Store)}
+        calls = Calls({name.id for name in names(tree)} - known)
         condition = calls.visit(tree.test) if isinstance(tree, ast.Assert) else None
-        asked = {node.id for call in calls.found for node in ast.walk(ast.parse(call)) if isinstance(node, ast.Name)}
-        if not calls.found or own & asked:
+        if not calls.found or any(name.id in own for call in calls.found for name in names(ast.parse(call))):
             raise ValueError(f"it asserts nothing of the program, or calls it in a loop of its own: {test[:80]}")
         tests.append((tuple(calls.found), ast.unparse(condition)))
     return "\n".join(map(ast.unparse, imports)), tests
@@ -742,10 +734,10 @@ def separation() -> tuple[str, ...]:
 
 def protections() -> str:
     """One line: how programs are run on this system, and what is not separated."""
-    alone = "bubblewrap: no network, no files but the interpreter's, no other processes, no environment"
-    shared = "limits only, NOT separated: network, files, processes (apt-get install bubblewrap)"
-    limits = f"{SECONDS} s of CPU, {WALL} s at most, {MEMORY >> 20} MiB, no further process"
-    return f"{alone if separation() else shared}; {limits}"
+    kept_out = "limits only, NOT separated: network, files, processes (apt-get install bubblewrap)"
+    if separation():
+        kept_out = "bubblewrap: no network, no files but the interpreter's, no other processes, no environment"
+    return f"{kept_out}; {SECONDS} s of CPU, {WALL} s at most, {MEMORY >> 20} MiB, no further process"
 
 
 @functools.lru_cache(maxsize=4096)  # a group of rollouts often holds the same program twice
@@ -760,12 +752,9 @@ def run_program(imports: str, program: str, setup: str, tests: tuple, command: t
     env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     argv = [*(separation() if command is None else command), sys.executable, "-s", "-c", INSIDE]
     with tempfile.TemporaryFile() as file:  # the limit on files ends endless output, too
-        places = {"stdin": subprocess.PIPE, "stdout": file, "stderr": subprocess.DEVNULL, "cwd": "/", "env": env}
-        process = subprocess.Popen(argv, start_new_session=True, **places)
-        timer = threading.Timer(WALL, process.kill)  # behind bubblewrap, all that it started ends with it
-        timer.start()
-        process.communicate(json.dumps(job).encode())
-        timer.cancel()
+        places = {"stdout": file, "stderr": subprocess.DEVNULL, "cwd": "/", "env": env, "start_new_session": True}
+        with contextlib.suppress(subprocess.TimeoutExpired):  # killed; behind bubblewrap, all that it started with it
+            subprocess.run(argv, input=json.dumps(job).encode(), timeout=WALL, check=False, **places)
         file.seek(0)
         lines = file.read().decode(errors="replace").split("\n")
     values = [*map(read, lines), *[None] * len(tests)][: len(tests)]  # what is no list of texts was forged
@@ -774,7 +763,8 @@ def run_program(imports: str, program: str, setup: str, tests: tuple, command: t
 
 # --- Countdown: make the target of all the numbers. Expressions are parsed here, never run ----------------------------
 
-SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+SIGNS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+SIGNS |= {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 @generator
@@ -795,7 +785,7 @@ def countdown_problem(numbers: list[int], target: int) -> Problem:
     return {"question": question, "answer": "", "numbers": list(numbers), "target": target}
 
 
-def check_countdown(row: dict, where: str) -> Problem:
+def check_countdown(row: dict) -> Problem:
     """lines {"nums": [3, 8, 5], "target": 6} or {"input": "3,8,5", "output": "6"}; or a question in our or d1's words,
     or d1's ground_truth, [[3, 8, 5], 6]."""
     said = re.search(r"numbers: \[?([\d, ]+)\]?\W+target: (\d+)", str(pick(row, ("question", "prompt"))), re.IGNORECASE)
@@ -803,7 +793,7 @@ def check_countdown(row: dict, where: str) -> Problem:
     given = str(said.groups() if said else row.get("ground_truth") if None in fields else fields)
     *numbers, target = map(int, re.findall(r"\d+", given) or [0])
     if not numbers or not re.fullmatch(r"[\d\s,()'\[\]]+", given):
-        raise DataError(f"{where}: no numbers and target")
+        raise DataError("no numbers and target")
     return countdown_problem(numbers, target)
 
 
@@ -834,9 +824,8 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
     def value(node: ast.AST) -> Fraction:
         if isinstance(node, ast.Constant):
             return Fraction(node.value)
-        if isinstance(node, ast.UnaryOp):
-            return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
-        return OPERATIONS[SIGNS[type(node.op)]](value(node.left), value(node.right))
+        operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+        return SIGNS[type(node.op)](*map(value, operands))
 
     try:
         if len(expression) > LONGEST or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
@@ -852,10 +841,9 @@ def countdown_verdict(completion: str, problem: Problem) -> Verdict:
     found, whole = set(), lambda made: made is not None and sorted(made[1]) == sorted(problem["numbers"])
     for text in map(plain, announced(written(completion))):
         text = re.sub(r"\\div|\u00f7", "/", re.sub(r"\\times|\\cdot|[\u00d7\u00b7]", "*", text))
-        sides = [side.strip(" .`$") for side in text.split("=")]
-        made = [evaluate(side) for side in sides]
-        equal = None not in made and len({value for value, _ in made}) == 1
-        found.add(next(filter(lambda side: whole(evaluate(side)), sides), sides[0]) if equal else None)
+        made = {side: evaluate(side) for side in (side.strip(" .`$") for side in text.split("="))}
+        equal = None not in made.values() and len({value for value, _ in made.values()}) == 1
+        found.add(next((side for side in made if whole(made[side])), next(iter(made))) if equal else None)
     answer = found.pop() if len(found) == 1 else None
     made = evaluate(answer or "")
     right = whole(made) and made[0] == problem["target"]
@@ -864,23 +852,27 @@ def countdown_verdict(completion: str, problem: Problem) -> Verdict:
 
 # --- Sudoku, 4 x 4: 288 solved grids, so that uniqueness and marginals are counted and not searched -------------------
 
-SIDE, EMPTY = 4, "0"
+EMPTY = "0"
 # What 1234 may look like: plain, fullwidth, bold, double-struck. NFKC makes them equal.
 SPELLED = ["".join(chr(one + i) for i in range(4)) for one in (0x31, 0xFF11, 0x1D7CF, 0x1D7D9)]
-DARK = [cell for cell in range(SIDE * SIDE) if sum(divmod(cell, SIDE)) % 2]  # the dark squares of a chess board
+DARK = [cell for cell in range(16) if sum(divmod(cell, 4)) % 2]  # the dark squares of a chess board
+
+
+def is_solved(grid: str) -> bool:
+    """Whether a grid of 16 or 81 digits has each of its digits once in every row, column and box."""
+    side = math.isqrt(len(grid))
+    box = math.isqrt(side)
+    places = [(i // side, i % side) for i in range(len(grid))]
+    seen = {(*unit, d) for (r, c), d in zip(places, grid) for unit in ((r, -1, 0), (-1, c, 0), (r // box, c // box, 1))}
+    return len(grid) in (16, 81) and {*grid} == {*"123456789"[:side]} and len(seen) == 3 * len(grid)
 
 
 @functools.cache
 def solved_grids() -> tuple[str, ...]:
     """All 288 solved 4 x 4 grids, 16 digits each, row by row, in ascending order."""
-    rows = ["".join(row) for row in itertools.permutations("1234")]
-    bands = [a + b for a in rows for b in rows if not {*a[:2]} & {*b[:2]}]  # then the right box is right, too
-    return tuple(a + b for a in bands for b in bands if all(len({*(a + b)[c::SIDE]}) == SIDE for c in range(SIDE)))
-
-
-def solutions(puzzle: str) -> list[str]:
-    """Every solved grid that agrees with a puzzle's clues."""
-    return re.findall(puzzle.replace(EMPTY, "."), "\n".join(solved_grids()))
+    rows = list(map("".join, itertools.permutations("1234")))
+    bands = [a + b for a in rows for b in rows if not {*a[:2]} & {*b[:2]}]  # its boxes hold no digit twice
+    return tuple(a + b for a in bands for b in bands if is_solved(a + b))
 
 
 @generator
@@ -888,9 +880,10 @@ def generate_sudoku(rng: random.Random, split: str) -> Problem | None:
     """One puzzle with its only solution; None if it has others, or its split is another: its solution decides "unseen",
     an eighth of the 288, and its own digits the rest."""
     solution = rng.choice(solved_grids())
-    clues = set(rng.sample(range(SIDE * SIDE), 8))
+    clues = set(rng.sample(range(16), 8))
     puzzle = "".join(digit if cell in clues else EMPTY for cell, digit in enumerate(solution))
-    if part_of(puzzle, solution) == split and len(solutions(puzzle)) == 1:
+    agree = re.findall(puzzle.replace(EMPTY, "."), "\n".join(solved_grids()))  # every solution that it has
+    if part_of(puzzle, solution) == split and agree == [solution]:
         return {"question": puzzle, "answer": solution}
 
 
@@ -906,28 +899,18 @@ def spelled_sudoku(problem: Problem, index: int, spellings=SPELLED, dark=DARK) -
     return {name: write(digits) for name, digits in problem.items()}
 
 
-def check_sudoku(row: dict, where: str) -> Problem:
+def check_sudoku(row: dict) -> Problem:
     """a CSV file with the header Puzzle,Solution: 16 or 81 digits each, row by row, 0 for empty; the puzzle may stand
     in a sentence, and may have other solutions."""
-    text, solution = (pick_text(row, names, where) for names in (QUESTION, GOLD))
+    text, solution = (pick_text(row, names) for names in (QUESTION, GOLD))
     cells = len(solution)
-    digits = re.search(rf"[0-9.]{{{cells // 2},{cells}}}", text)
-    found = digits[0] if digits else ""
+    found, *_ = [*re.findall(rf"[0-9.]{{{cells // 2},{cells}}}", text), ""]
     # a spreadsheet drops the zeros that a puzzle begins with; a full stop may end its sentence
     puzzle = (found if len(found) == cells else found.rstrip(".")).replace(".", EMPTY).zfill(cells)
     agree = all(a in (EMPTY, b) for a, b in zip(puzzle, solution))
     if not ({EMPTY} < {*puzzle} and is_solved(solution) and agree):
-        raise DataError(f"{where}: {solution!r} is no solution of {text!r}, or that has no empty cell, or no other")
+        raise DataError(f"{solution!r} is no solution of {text!r}, or that has no empty cell, or no other")
     return {"question": puzzle, "answer": solution}
-
-
-def is_solved(grid: str) -> bool:
-    """Whether a grid of 16 or 81 digits has each of its digits once in every row, column and box."""
-    side = math.isqrt(len(grid))
-    box = math.isqrt(side)
-    places = [(i // side, i % side) for i in range(len(grid))]
-    seen = {(*unit, d) for (r, c), d in zip(places, grid) for unit in ((r, -1, 0), (-1, c, 0), (r // box, c // box, 1))}
-    return len(grid) in (16, 81) and {*grid} == {*"123456789"[:side]} and len(seen) == 3 * len(grid)
 
 
 def grid_text(digits: str) -> str:
@@ -978,8 +961,7 @@ Scene = NamedTuple("Scene", [("category", str), ("wanted", tuple), ("relation", 
 
 @functools.cache
 def scene_table() -> dict[str, Scene]:
-    """Every prompt of the miniature and what it asks for: category by category as GenEval names them, each scene in
-    all its wordings."""
+    """Every prompt of the miniature and what it asks for: GenEval's categories, each scene in all its wordings."""
     pairs, numbers = list(itertools.permutations(SHAPES, 2)), ((2, "two"), (3, "three"), (4, "four"))
     dressed = itertools.product(pairs, itertools.product(COLOURS, repeat=2))
     one = lambda shape, colour=None: (shape, colour, 1)
@@ -1020,9 +1002,8 @@ def find_things(codes: list[int]) -> tuple[list[Thing], int]:
 
 
 def t2i_verdict(completion: str, problem: Problem) -> Verdict:
-    """geneval: 1 if the image shows all that the prompt asks for, GenEval's strict verdict; a count is exact, and other
-    objects may be there besides. fidelity: 0.25 if it shows objects and none is broken. Nothing for an image or a
-    prompt that is not the miniature's."""
+    """geneval: 1 if the image shows all that the prompt asks for, GenEval's strict verdict: a count is exact, more may
+    be there besides. fidelity: 0.25 if it shows objects and none is broken. Nothing for what is not the miniature's."""
     codes, scene = image_codes(completion), scene_table().get(problem["question"])
     if codes is None or scene is None:
         return Verdict(codes, {"geneval": 0.0, "fidelity": 0.0}, 0.0)
@@ -1034,17 +1015,6 @@ def t2i_verdict(completion: str, problem: Problem) -> Verdict:
         shown = any(stands(RELATIONS[scene.relation], a, b) for a in matching[0] for b in matching[1])
     fidelity = 0.25 * (bool(things) and not broken)
     return Verdict(codes, {"geneval": float(shown), "fidelity": fidelity}, float(shown))
-
-
-def draw_scene(scene: Scene, rng: random.Random) -> list[Thing]:
-    """A random image of a scene: objects on even rows and columns, of any colour where none is asked for."""
-    place, any_colour = lambda: 2 * rng.randrange(WIDTH // 2), lambda: rng.choice(list(COLOURS))
-    asked = [(shape, colour) for shape, colour, n in scene.wanted for _ in range(n)]
-    while True:
-        things = [Thing(row=place(), column=place(), shape=s, colour=colour or any_colour()) for s, colour in asked]
-        apart = len({(thing.row, thing.column) for thing in things}) == len(things)
-        if apart and (scene.relation is None or stands(RELATIONS[scene.relation], *things)):
-            return things
 
 
 @functools.cache
@@ -1062,20 +1032,25 @@ def prompts_of(split: str) -> dict[str, list[str]]:
 
 
 def generate_t2i(split: str, n: int, seed: int) -> list[Problem]:
-    """n prompts of a split, every category as often, each with an image that shows it; prompts repeat, images differ.
-    The unseen split has no single objects: there are only four."""
+    """n prompts of a split, every category as often, each with an image that shows it, on even rows and columns, in any
+    colour where none is asked for. Prompts repeat, images differ. No single object is unseen: there are only four."""
     rng, prompts, problems = random.Random(f"t2i {split} {seed}"), prompts_of(split), []
+    place, any_colour = lambda: 2 * rng.randrange(WIDTH // 2), lambda: rng.choice(list(COLOURS))
+    places = lambda things: len({(thing.row, thing.column) for thing in things})
     for category in itertools.islice(itertools.cycle(prompts), n):
         prompt = rng.choice(prompts[category])
-        image = " ".join(map(str, paint(draw_scene(scene_table()[prompt], rng))))
-        problems.append({"question": prompt, "answer": image, "tag": category})
+        _, wanted, relation = scene_table()[prompt]
+        asked, things = [(shape, colour) for shape, colour, number in wanted for _ in range(number)], []
+        while places(things) < len(asked) or (relation and not stands(RELATIONS[relation], *things)):
+            things = [Thing(row=place(), column=place(), shape=s, colour=colour or any_colour()) for s, colour in asked]
+        problems.append({"question": prompt, "answer": " ".join(map(str, paint(things))), "tag": category})
     return problems
 
 
-def check_t2i(row: dict, where: str) -> Problem:
+def check_t2i(row: dict) -> Problem:
     """prompts, one per line of a .txt file, or GenEval's metadata .jsonl; the answer is what that says of a prompt,
     {"include": [...], "exclude": [...]} as JSON."""
-    prompt = pick_text(row, ("prompt", "question", "text"), where)
+    prompt = pick_text(row, ("prompt", "question", "text"))
     scene = {field: row[field] for field in ("include", "exclude") if field in row}
     return {"question": prompt, "answer": json.dumps(scene) if scene else "", "tag": str(row.get("tag") or "")}
 
@@ -1083,20 +1058,14 @@ def check_t2i(row: dict, where: str) -> Problem:
 def render(codes: list[int]) -> np.ndarray:
     """The decoder: 64 codes -> pixels (64, 64, 3) uint8."""
     y, x = (np.mgrid[: 2 * TILE, : 2 * TILE] - TILE + 0.5) / (TILE - 1)  # an object's pixels, about -1 ... 1
-    inside = {
-        "circle": x**2 + y**2 <= 0.9,
-        "square": np.maximum(abs(x), abs(y)) <= 0.85,
-        "triangle": (y <= 0.85) & (abs(x) <= (y + 1) / 2),
-        "star": np.sqrt(abs(x)) + np.sqrt(abs(y)) <= 1.1,
-    }
-    image = np.full((WIDTH, TILE, WIDTH, TILE, 3), 245, np.uint8)
-    for cell, code in enumerate(codes):
-        kind, part = divmod(code - 1, PARTS.size)
-        if code:
-            shape, colour = KINDS[kind]
-            tile = inside[shape].reshape(2, TILE, 2, TILE)[part // 2, :, part % 2]  # (8, 8): this part of the object
-            image[cell // WIDTH, :, cell % WIDTH][tile] = COLOURS[colour]
-    return image.reshape(WIDTH * TILE, WIDTH * TILE, 3)
+    circle, square = x**2 + y**2 <= 0.9, np.maximum(abs(x), abs(y)) <= 0.85
+    triangle, star = (y <= 0.85) & (abs(x) <= (y + 1) / 2), np.sqrt(abs(x)) + np.sqrt(abs(y)) <= 1.1
+    inside = np.stack([circle, square, triangle, star]).reshape(4, 1, 2, TILE, 2, TILE, 1)  # in the order of SHAPES
+    objects = np.where(inside, np.array([*COLOURS.values()]).reshape(1, 4, 1, 1, 1, 1, 3), 245)
+    tiles = objects.swapaxes(3, 4).reshape(-1, TILE, TILE, 3)  # one per code, from 1
+    tiles = np.concatenate([np.full_like(tiles[:1], 245), tiles]).astype(np.uint8)
+    image = tiles[np.reshape(codes, (WIDTH, WIDTH))]  # (rows, columns, TILE, TILE, 3)
+    return image.swapaxes(1, 2).reshape(WIDTH * TILE, WIDTH * TILE, 3)
 
 
 # --- Zebra: houses and their attributes -------------------------------------------------------------------------------
@@ -1111,13 +1080,13 @@ ARRANGEMENTS = [dict(zip(ENTRIES, itertools.chain(*order))) for order in ORDERS]
 @functools.cache
 def clues() -> dict[str, set[int]]:
     """Every clue, of kinds that a tiny model can learn -> the arrangements that it allows, by number."""
-    holds = {f"{a} is in house {house}.": lambda at, a=a, h=house: at[a] == h for a in ENTRIES for house in HOUSES}
+    where = {entry: np.array([houses[entry] for houses in ARRANGEMENTS]) for entry in ENTRIES}
+    found = {f"{a} is in house {house}.": where[a] == house for a in ENTRIES for house in HOUSES}
     for a, b in itertools.permutations(ENTRIES, 2):
-        holds[f"{a} is directly left of {b}."] = lambda at, a=a, b=b: at[a] == at[b] - 1
+        found[f"{a} is directly left of {b}."] = where[a] == where[b] - 1
         if ENTRIES.index(a) < ENTRIES.index(b):
-            holds[f"{a} lives with {b}."] = lambda at, a=a, b=b: at[a] == at[b]
-    allowed = {text: {i for i, at in enumerate(ARRANGEMENTS) if clue(at)} for text, clue in holds.items()}
-    return {text: numbers for text, numbers in allowed.items() if numbers}
+            found[f"{a} lives with {b}."] = where[a] == where[b]
+    return {text: set(np.flatnonzero(allowed).tolist()) for text, allowed in found.items() if allowed.any()}
 
 
 @generator
@@ -1131,7 +1100,7 @@ def generate_zebra(rng: random.Random, split: str) -> Problem | None:
     for text in rng.sample(true, len(true)):
         if not left <= clues()[text]:  # it says something new
             picked.append(text)
-            left = left & clues()[text]
+            left &= clues()[text]
     for text in list(picked):
         rest = [other for other in picked if other != text]
         if rest and set.intersection(*map(clues().get, rest)) == {chosen}:
@@ -1148,17 +1117,16 @@ def zebra_problem(question: str, header: list[str], rows: list[list[str]]) -> Pr
     return {"question": question, "answer": answer, "header": header, "rows": rows}
 
 
-def check_zebra(row: dict, where: str) -> Problem:
-    """lines {"puzzle": "...", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ...]}}; the solution
-    may be JSON text."""
-    question, table = pick_text(row, QUESTION, where), pick(row, GOLD)
+def check_zebra(row: dict) -> Problem:
+    """lines {"puzzle": "...", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ...]}}; or its JSON."""
+    question, table = pick_text(row, QUESTION), pick(row, GOLD)
     try:
         table = read(table) if isinstance(table, str) else table
         header, rows = table["header"], [list(map(str, entries)) for entries in table["rows"]]
     except (TypeError, LookupError):
         header, rows = [], []
     if not rows or any(not 2 <= len(entries) == len(header) or "___" in entries for entries in rows):
-        raise DataError(f"{where}: the solution is no table, or blank (___) as in ZebraLogic's public copy")
+        raise DataError("the solution is no table, or blank (___) as in ZebraLogic's public copy")
     return zebra_problem(question, header, rows)
 
 
@@ -1178,9 +1146,8 @@ def zebra_verdict(completion: str, problem: Problem) -> Verdict:
     found = dict(rows)
     if not all(found[house] == entries for house, entries in rows):
         found = {}
-    table = {house: [entry.strip().casefold() for entry in entries] for house, *entries in problem["rows"]}
-    right = sum(a == b for house, entries in table.items() for a, b in zip(entries, found.get(house, [])))
-    share = right / sum(map(len, table.values()))
+    pairs = [pair for house, *gold in problem["rows"] for pair in itertools.zip_longest(gold, found.get(house, []))]
+    share = sum(entry.strip().casefold() == of for entry, of in pairs) / len(pairs)
     return Verdict(found or None, {"entries": share}, share)
 
 
@@ -1192,7 +1159,7 @@ class Task(NamedTuple):
 
     name: str
     generate: Callable[[str, int, int], list[Problem]]  # (split, n, seed) -> n different problems
-    check: Callable[[dict, str], Problem]  # (row of a published file, where it stands) -> problem
+    check: Callable[[dict], Problem]  # a row of a published file -> problem; DataError says why not
     verdict: Callable[[str, Problem], Verdict]  # (completion, problem) -> answer, reward, score
     ask: Callable[[Problem], str] = operator.itemgetter("question")  # what the model reads below the instruction
     target: Callable[[Problem], str] = operator.itemgetter("answer")  # what SFT teaches it to write
@@ -1236,23 +1203,20 @@ class Task(NamedTuple):
         return usable(self.name, self.check, rows, f"{path}: no problems", expected)[0]
 
 
-TASKS = {
-    "gsm8k": Task(
+TABLE = (
+    Task(
         *("gsm8k", generate_gsm8k, check_gsm8k, gsm8k_verdict),
         target=lambda problem: re.sub(r"<<[^<>\n]*>>", "", problem["answer"]),  # without its calculator marks
     ),
-    "math500": Task(
-        "math500", generate_math500, check_math500, math500_verdict, target=operator.itemgetter("solution")
-    ),
-    "mbpp": Task(
+    Task("math500", generate_math500, check_math500, math500_verdict, target=operator.itemgetter("solution")),
+    Task(
         *("mbpp", generate_mbpp, check_mbpp, mbpp_verdict),
-        # one test shows the function's name and arguments
-        ask=lambda problem: f"{problem['question']}\n{problem['tests'][0]}",
+        ask=lambda problem: f"{problem['question']}\n{problem['tests'][0]}",  # the function's name and arguments
         target=lambda problem: f"```python\n{problem['answer']}\n```",
         runs_code=True,
     ),
-    "countdown": Task("countdown", generate_countdown, check_countdown, countdown_verdict, target=countdown_target),
-    "sudoku": Task(
+    Task("countdown", generate_countdown, check_countdown, countdown_verdict, target=countdown_target),
+    Task(
         *("sudoku", generate_sudoku, check_sudoku, sudoku_verdict),
         ask=lambda problem: "Sudoku:",  # the clues stand in the completion itself
         target=lambda problem: grid_text(problem["answer"]),
@@ -1260,14 +1224,15 @@ TASKS = {
         corpus=spelled_sudoku,
         test_draw=3,
     ),
-    "t2i": Task(
+    Task(
         *("t2i", generate_t2i, check_t2i, t2i_verdict),
         category=operator.itemgetter("tag"),
         codebook=CODEBOOK,
         render=render,
     ),
-    "zebra": Task("zebra", generate_zebra, check_zebra, zebra_verdict),
-}
+    Task("zebra", generate_zebra, check_zebra, zebra_verdict),
+)
+TASKS = {task.name: task for task in TABLE}
 gsm8k_correct, t2i_reward = TASKS["gsm8k"].score, TASKS["t2i"].reward  # by name
 
 
@@ -1297,9 +1262,9 @@ def splits(task: Task, cfg, generated: bool) -> dict[str, list[Problem]]:
     if cfg.eval_only and (cfg.eval_data or not (generated or cfg.data)):
         return none | {"test": task.load(cfg.eval_data, "test")[: cfg.eval_n or None]}
     if generated:
-        seeds, n = {"train": cfg.seed, "validation": 0}, {"train": 20_000, "validation": 256}
-        draw = lambda split: task.generate(split, n.get(split, cfg.eval_n or 1000), seeds.get(split, task.test_draw))
-        return {split: draw(split) for split in SPLITS}
+        held_out = cfg.eval_n or 1000, task.test_draw  # how many, and their seed
+        draws = {"train": (20_000, cfg.seed), "validation": (256, 0), "test": held_out, "unseen": held_out}
+        return {split: task.generate(split, *draw) for split, draw in draws.items()}
     train = task.load(cfg.data, "train")
     test = task.load(cfg.eval_data, "test") if cfg.eval_data or cfg.data is None else train[9::10]
     held_out = {problem["question"] for problem in test}
@@ -1320,9 +1285,8 @@ def mean_of(rows: list[dict]) -> dict:
 
 def accuracy(scores: list[float]) -> dict[str, float]:
     """{"accuracy", "stderr", "n"} of one score per problem; of verdicts 0 and 1 the stderr is the binomial one."""
-    n, p = len(scores), sum(scores) / len(scores)
-    variance = max(sum(score * score for score in scores) / n - p * p, 0.0)
-    return {"accuracy": round(p, 6), "stderr": round(math.sqrt(variance / n), 6), "n": n}
+    n, spread = len(scores), statistics.pstdev(scores)
+    return {"accuracy": round(statistics.fmean(scores), 6), "stderr": round(spread / math.sqrt(n), 6), "n": n}
 
 
 def pass_at(scores: list[list[float]], k: int) -> float:
@@ -1356,9 +1320,7 @@ def figures(phases: dict[str, list[dict]], k: int) -> dict[str, Any]:
         by_kind = {kind: of([row for row in parts["test"] if row["category"] == kind]) for kind in kinds}
         found |= {phase: of(parts["test"]), f"{phase}_unseen": of(parts["unseen"])}
         found[f"{phase}_pass_at"] = {n: round(pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k} or None
-        found[f"{phase}_rewards"] = {
-            split: mean_of([r["terms"] for r in part]) for split, part in parts.items() if part
-        }
+        found[f"{phase}_rewards"] = {name: mean_of([r["terms"] for r in part]) for name, part in parts.items() if part}
         found[f"{phase}_categories"] = None if None in kinds else by_kind
         pairs = {split: [*pairs[split], scores(part)] for split, part in parts.items()}
     if len(phases) == 2:
@@ -1453,7 +1415,6 @@ class PixelReward:
 
 # --- Files of completions -> figures; the command line ----------------------------------------------------------------
 
-
 SCALE = (  # measured on published LLaDA-8B generations of 256 tokens
     "On LLaDA's outputs these verdicts give 2.6 points more on MATH, 1.0 more on GSM8K than the MaskGRPO paper's parser."
 )
@@ -1462,13 +1423,13 @@ SCALE = (  # measured on published LLaDA-8B generations of 256 tokens
 def score_file(task: Task, path: str) -> dict[str, Any]:
     """The figures of a file of completions: accuracy, mean reward, the share without an answer, rows skipped."""
 
-    def judge(row: dict, where: str) -> list[Verdict]:
+    def judge(row: dict) -> list[Verdict]:
         """The verdict of each completion of a row; DataError where one cannot be judged."""
         texts = pick(row, COMPLETION) or row.get("completion")  # the latter may be ""
         texts = texts if isinstance(texts, list) else [texts]
-        if not all(isinstance(text, str) for text in texts):
-            raise DataError(f'{where}: no completion; expected a text in "completion" (or {", ".join(COMPLETION[1:])})')
-        problem = task.check(row if pick(row, QUESTION) else row | {"question": "(not given)"}, where)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise DataError(f'no completion; expected a text in "completion" (or {", ".join(COMPLETION[1:])})')
+        problem = task.check(row if pick(row, QUESTION) else row | {"question": "(not given)"})
         return [task.verdict(text, problem) for text in texts]
 
     if task.runs_code and not code_execution_allowed:

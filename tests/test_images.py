@@ -74,6 +74,18 @@ def test_what_is_painted_is_found():
         assert rewards.t2i_reward(problem["answer"], problem) == {"geneval": 1.0, "fidelity": 0.25}
 
 
+def test_what_is_painted_is_seen():
+    """Each kind alone, pixel by pixel: inside its shape the colour, everywhere else the background."""
+    circle, square = lambda x, y: x * x + y * y <= 0.9, lambda x, y: max(abs(x), abs(y)) <= 0.85
+    triangle, star = lambda x, y: y <= 0.85 and abs(x) <= (y + 1) / 2, lambda x, y: abs(x) ** 0.5 + abs(y) ** 0.5 <= 1.1
+    for (shape, colour), inside in zip(rewards.KINDS, [f for f in (circle, square, triangle, star) for _ in range(4)]):
+        image = rewards.render(rewards.paint([Thing(shape, colour, 2, 5)])).tolist()  # from pixel 16 down, 40 across
+        for i in range(64):
+            for j in range(64):
+                seen = 0 <= i - 16 < 16 and 0 <= j - 40 < 16 and inside((j - 47.5) / 7, (i - 23.5) / 7)
+                assert image[i][j] == (list(rewards.COLOURS[colour]) if seen else [245] * 3), (shape, colour, i, j)
+
+
 def test_splits_do_not_share_prompts_and_unseen_scenes_are_in_no_other():
     prompts = {split: sum(rewards.prompts_of(split).values(), []) for split in rewards.SPLITS}
     everything = sum(prompts.values(), [])

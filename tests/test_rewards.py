@@ -86,10 +86,6 @@ def test_generated_problems_have_one_solution(solve):
             assert all(len(solve(p["question"].replace(f" {clue}.", ""))) > 1 for clue in clues)
 
 
-def test_all_grids_are_there():
-    assert sorted(rewards.solved_grids()) == sorted(sudoku("0" * 16)) and len(rewards.solved_grids()) == 288
-
-
 def test_countdown_against_python():
     """Random expressions that Python evaluates, too; what they make of their numbers, the search finds as well."""
     rng, task = random.Random(1), TASKS["countdown"]
@@ -116,6 +112,8 @@ def test_countdown_against_python():
 
 
 def test_spelled_puzzles_are_the_same_puzzles_and_each_spelling_is_as_frequent():
+    """All grids are there, and of the dark squares' spellings as many of each."""
+    assert sorted(rewards.solved_grids()) == sorted(sudoku("0" * 16)) and len(rewards.solved_grids()) == 288
     task, seen = TASKS["sudoku"], Counter()
     for i, problem in enumerate(task.generate("train", 500, 0)):
         spelled = task.corpus(problem, i)
@@ -479,12 +477,12 @@ def test_how_tests_are_split(sandbox):
     """Each kind of assertion, with a program that satisfies it and one that does not."""
     row, other = {"text": "?", "code": CODE, "test_setup_code": "root = 7"}, "def f(x): return 0\nsum = max"
     for test in [*HOLD, "f(2) != [2, 2]", "not f(2)", "doubled([1]) == [2]"]:
-        problem = TASKS["mbpp"].check(row | {"test_list": [f"assert {test}"]}, "here")
+        problem = TASKS["mbpp"].check(row | {"test_list": [f"assert {test}"]})
         assert judged(CODE, **problem)[1] == (test in HOLD), test
         assert test not in HOLD or judged(other, **problem)[1] == 0
     for test in ("assert 1 == 1", "f(2)", "assert f("):
-        with pytest.raises(DataError, match="here: a test is not"):
-            TASKS["mbpp"].check(row | {"test_list": [test]}, "here")
+        with pytest.raises(DataError, match="^a test is not"):
+            TASKS["mbpp"].check(row | {"test_list": [test]})
 
 
 # --- Figures, files, and the command line -----------------------------------------------------------------------------
@@ -500,6 +498,17 @@ ROWS = {  # task -> its published spellings
                {"question": "Solve 1234341221430000 now", "ground_truth": "1234341221434321"}],
     "zebra": [{"puzzle": "q", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"], ["2", "Arnold"]]}}],
 }  # fmt: skip
+NINE = "".join(str((3 * r + r // 3 + c) % 9 + 1) for r in range(9) for c in range(9))
+FILES = [  # task, name and content of a file -> the questions in it, or the error; a spreadsheet drops zeros in front
+    ("gsm8k", "a.csv", '\ufeffQuestion,Answer\r\n"a\nb, ""c""",#### 1\r\n\r\nd,#### 2\r\n', ['a\nb, "c"', "d"]),
+    ("sudoku", "a.csv", "Puzzle,Solution\n234341221434321,1234341221434321\n", ["0234341221434321"]),
+    ("sudoku", "a.csv", "question,answer\nSolve 34341221434321.,1234341221434321\n", ["0034341221434321"]),
+    ("sudoku", "a.csv", f"quizzes,solutions\n{NINE[:78]}...,{NINE}\n", [NINE[:78] + "000"]),
+    ("sudoku", "a.csv", f"quizzes,solutions\n{NINE[:78]}...,{NINE[1:]}1\n", "a.csv, line 2: .* is no solution of"),
+    ("sudoku", "a.csv", "Puzzle,Solution\n1,2,3\n", "a.csv, line 2: expected .*as many fields as the header"),
+    ("t2i", "a.txt", "\ufeffa red cube\r\n\n  two dogs  \na\u2028b\n", ["a red cube", "two dogs", "a\u2028b"]),
+    ("t2i", "a.txt", '["a red cube",\n "two dogs"]', ["a red cube", "two dogs"]),
+]
 GOOD = '{"completion": "a", "answer": "#### 1"}\n'
 BAD = [
     ("--task chess --score FILE", "", "argument --task: invalid choice: 'chess'"),
@@ -512,6 +521,7 @@ BAD = [
     ("--task gsm8k --score FILE", GOOD + "\n[1]", "file.jsonl, line 3: expected a JSON object"),
     ("--task gsm8k --score FILE", GOOD + '{"completion": "\\ud800"}', "file.jsonl, line 2: holds half a character"),
     ("--task gsm8k --score FILE", '{"completion": 3, "answer": 1}', "file.jsonl, line 1: no completion"),
+    ("--task gsm8k --score FILE", '{"completion": [], "answer": 1}', "file.jsonl, line 1: no completion"),
     ("--task gsm8k --score FILE", '{"completion": "a"}', 'file.jsonl, line 1: field "ground_truth"'),
 ]
 
@@ -568,36 +578,27 @@ def test_scoring_by_hand(tmp_path, capsys):
     assert "accuracy     0.5" in shown and "skipped      2" in shown
 
 
-def test_other_files(tmp_path):
-    """CSV keeps line breaks in cells, of a spreadsheet without the zeros in front; lists of prompts; GenEval's."""
-    file = tmp_path / "a.csv"
-    file.write_bytes('\ufeffQuestion,Answer\r\n"a\nb, ""c""",#### 1\r\n\r\nd,#### 2\r\n'.encode())
-    assert [p["question"] for p in load("gsm8k", file)] == ['a\nb, "c"', "d"]
-    file.write_text("Puzzle,Solution\n234341221434321,1234341221434321\n")
-    assert load("sudoku", file)[0]["question"] == "0234341221434321"
-    sentence = write(tmp_path / "a.jsonl", [{"question": "Solve 34341221434321.", "answer": "1234341221434321"}])
-    assert load("sudoku", sentence)[0]["question"] == "0034341221434321"
-    nine = "".join(str((3 * r + r // 3 + c) % 9 + 1) for r in range(9) for c in range(9))
-    file.write_text(f"quizzes,solutions\n{nine[:78]}...,{nine}\n")
-    (puzzle,) = load("sudoku", file)
-    assert puzzle == {"question": nine[:78] + "000", "answer": nine}
-    lines = TASKS["sudoku"].target(puzzle)
-    assert lines.count("\n") == 8 and TASKS["sudoku"].score(lines, puzzle) == 1
-    assert TASKS["sudoku"].score(lines[:-1] + "1", puzzle) == pytest.approx(2 / 3)
-    file.write_text(f"quizzes,solutions\n{nine[:78]}...,{nine[1:]}{nine[0]}\n")
-    with pytest.raises(DataError, match="a.csv, line 2: .* is no solution of"):
-        load("sudoku", file)
-    file.write_text("Puzzle,Solution\n1,2,3\n")
-    with pytest.raises(DataError, match="a.csv, line 2: expected .*as many fields as the header"):
-        load("sudoku", file)
-    file = tmp_path / "prompts.txt"
-    file.write_text("\ufeffa red cube\r\n\n  two dogs  \na\u2028b\n", encoding="utf-8")
-    assert [p["question"] for p in load("t2i", file)] == ["a red cube", "two dogs", "a\u2028b"]
-    file.write_text('["a red cube",\n "two dogs"]')
-    assert load("t2i", file) == [{"question": of, "answer": "", "tag": ""} for of in ("a red cube", "two dogs")]
-    file = tmp_path / "geneval.jsonl"
-    (row,) = load("t2i", write(file, [{"tag": "counting", "include": [{"class": "oven", "count": 3}], "prompt": "p"}]))
-    assert json.loads(row["answer"]) == {"include": [{"class": "oven", "count": 3}]} and row["tag"] == "counting"
+@pytest.mark.parametrize("name,file,text,found", FILES)
+def test_other_files(tmp_path, name, file, text, found):
+    (tmp_path / file).write_bytes(text.encode())
+    if isinstance(found, list):
+        assert [p["question"] for p in load(name, tmp_path / file)] == found
+    else:
+        with pytest.raises(DataError, match=found):
+            load(name, tmp_path / file)
+
+
+def test_fields_by_hand():
+    """Nine rows of nine; what GenEval's verdict reads stays beside a prompt; a solution without a box is no answer."""
+    task, puzzle = TASKS["sudoku"], {"question": NINE[:78] + "000", "answer": NINE}
+    lines = task.target(puzzle)
+    assert task.check(puzzle) == puzzle and lines.count("\n") == 8 and task.score(lines, puzzle) == 1
+    assert task.score(lines[:-1] + "1", puzzle) == pytest.approx(2 / 3)
+    scene = {"include": [{"class": "oven", "count": 3}]}
+    for row, answer, tag in (({"prompt": "p"}, "", ""), ({"tag": "b", "prompt": "p"} | scene, json.dumps(scene), "b")):
+        assert TASKS["t2i"].check(row) == {"question": "p", "answer": answer, "tag": tag}
+    with pytest.raises(DataError, match=r"no \\boxed"):
+        TASKS["math500"].check({"problem": "q", "solution": "so it is 2"})
 
 
 @pytest.mark.parametrize("argv,text,message", BAD)
