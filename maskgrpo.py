@@ -54,7 +54,6 @@ Departures from the authors' code
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import itertools
@@ -64,7 +63,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 import warnings
@@ -80,9 +78,9 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, gather_object
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -467,12 +465,11 @@ def parse(argv: list[str] | None = None, kind: type = Config, about: str = __doc
     # so that --help shows the defaults of this model, method and task
     parser.set_defaults(**(saved or defaults) | {"output_dir": path, "resume": first.resume})
     cfg = kind(**vars(parser.parse_args(argv)))
-    # with anything else changed it would be another run
-    free = set("resume output_dir max_steps save_every log_with eval_batch_size lr max_grad_norm".split())
-    free |= set("batch_size accumulation minibatch_size sft_batch_size".split())  # but not what they are in all
-    for name in saved.keys() - free:
-        of_run = f"--resume: --{name} {getattr(cfg, name)} contradicts {path}, which has {saved[name]}"
-        require({of_run: getattr(cfg, name) == saved[name]})
+    # with anything else changed it would be another run; of batches Run.checkpoint compares what they are in all
+    free = "resume output_dir max_steps save_every log_with eval_batch_size lr max_grad_norm "
+    free += "batch_size accumulation minibatch_size sft_batch_size"
+    changed = [f"--{name}" for name in saved.keys() - set(free.split()) if vars(cfg)[name] != saved[name]]
+    require({f"--resume: {', '.join(changed)} contradicts {path}/config.json": not changed})
     return cfg
 
 
@@ -484,9 +481,8 @@ def check(cfg, positive: str, rules: dict[str, object]) -> None:
     rules |= {f"--{k} {v}: must be at least 0": v >= 0 for k, v in vars(cfg).items() if type(v) in (int, float)}
     whole_groups = cfg.group_size > 1 and cfg.batch_size % cfg.group_size == 0
     rules[f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}, 2 or more"] = whole_groups
-    own, read = Path(cfg.output_dir).resolve(), [cfg.model, getattr(cfg, "policy", None)]
-    read = [place for path in read if path for place in (Path(path).resolve(), Path(path).resolve().parent)]
-    rules[f"--output_dir {cfg.output_dir} is the run that is read, or holds it; name another"] = own not in read
+    read = [Path(path).resolve() for path in (cfg.model, getattr(cfg, "policy", None)) if path]
+    rules[f"--output_dir {cfg.output_dir} is the run that is read"] = Path(cfg.output_dir).resolve() not in read
     rules[rewards.CODE_REFUSED.format(cfg.task)] = cfg.allow_code_execution or not TASKS[cfg.task].runs_code
     rules["--eval_data needs published problems"] = cfg.eval_only or not (cfg.eval_data and cfg.generated())
     require(rules)
@@ -539,15 +535,13 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
         rope = dict(rope_type="default", rope_theta=raw.get("rope_theta", 1e4))
         sizes = {"eos_token_id": None} | {LLADA_SIZES[k]: raw[k] for k in LLADA_SIZES if raw.get(k) is not None}
         options |= dict(config=LlamaConfig(**sizes, **BIDIRECTIONAL, rope_parameters=rope), key_mapping=LLADA_KEYS)
-    elif own in NATIVE and own != kind:
-        dropped = ("architectures", "auto_map", "model_type", *BIDIRECTIONAL)
-        sizes = {name: value for name, value in raw.items() if name not in dropped} | BIDIRECTIONAL
-        # Dream predicts position i at i - 1
-        options["config"] = transformers.AutoConfig.for_model(own, **sizes, shifted_logits=kind == "dream")
-        words = transformers.Qwen2Tokenizer if kind == "dream" else words
-    elif own in NATIVE:  # saved by this project: is_causal=False and Dream's shift are in its config
+    elif own in NATIVE:  # where the name does not say so, is_causal has to: a run's own models have it, and Dream's shift
         causal = f"--model {path}: a causal {kind}, without is_causal: false in its config"
-        require({causal: not raw.get("is_causal", True)})
+        require({causal: own != kind or not raw.get("is_causal", True)})
+        sizes = {name: v for name, v in raw.items() if name not in ("architectures", "auto_map", "model_type")}
+        sizes = {"shifted_logits": kind == "dream"} | sizes | BIDIRECTIONAL  # Dream predicts position i at i - 1
+        options["config"] = transformers.AutoConfig.for_model(own, **sizes)
+        words = transformers.Qwen2Tokenizer if kind == "dream" else words
     else:
         family = transformers.AutoModelForMaskedLM
     hf, info = family.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
@@ -662,8 +656,6 @@ def tiny_model(texts: list[str], seed: int, task: str = "gsm8k") -> "MaskedDiffu
     names = dict(eos_token=special[0], pad_token=special[0], mask_token=special[2], unk_token=special[3])
     names |= dict(additional_special_tokens=[special[1], *marks])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **names)
-    # the question and a line break; instructions are for models that can read them
-    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}\n{% endfor %}"
     sizes = TINY_SIZES | TINY_SIZES_OF.get(task, {}) | dict(vocab_size=len(tokenizer) + codes, codebook_size=codes)
     sizes |= dict(eos_token_id=tokenizer.eos_token_id, mask_token_id=tokenizer.mask_token_id)
     with torch.random.fork_rng(devices=[]):
@@ -675,35 +667,31 @@ CHUNK = 2**25  # logits that are there at a time when log-probabilities are take
 
 
 class ChosenLogProbs(torch.autograd.Function):
-    """log softmax(head(h) / T) of one token per row, without the (N, V) logits; for a head that does not train.
+    """log softmax(head(h) / T) of one token per row, without keeping the (N, V) logits; for a head that does not train.
 
-    h (N, D), tokens (N,) long, head: (n, D) -> (n, V), any function, n = `rows` at a time -> (N,). A backward needs
-    no more than the gradient with respect to h, which is as small as h. So each chunk takes its own, and overwrites its
-    logits with d log p(o) / d logit_v = (1[v = o] - p(v)) / T. Left to autograd 4.5 (N, V) tensors live at the peak:
-    logits, logits / T, logsumexp's, gather's gradient, their sum.
+    h (N, D), tokens (N,) long, head: (N, D) -> (N, V), any function -> (N,). A backward needs no more than the gradient
+    with respect to h, which is as small as h: it is taken here, and the logits overwritten with
+    d log p(o) / d logit_v = (1[v = o] - p(v)) / T. Left to autograd 4.5 (N, V) tensors live at the peak: logits,
+    logits / T, logsumexp's, gather's gradient, their sum.
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int) -> Tensor:
-        """(N,) float32; what is kept for the backward is the gradient with respect to h (N, D), if that is wanted."""
-        log_p, gradients, wanted = [], [], ctx.needs_input_grad[0]
-        for part, chosen in zip(h.split(rows), tokens[:, None].split(rows)):
-            with torch.set_grad_enabled(wanted):
-                logits = head(part := part.detach().requires_grad_(wanted))
-            p = logits.detach().div_(temperature)  # in the logits' own memory, as what follows
-            total = p.logsumexp(-1, keepdim=True)
-            log_p.append((p.gather(-1, chosen) - total)[:, 0])
-            if wanted:
-                p = p.sub_(total).exp_().neg_().scatter_add_(-1, chosen, torch.ones_like(total)).div_(temperature)
-                gradients += torch.autograd.grad(logits, part, p)
+    def forward(ctx, h: Tensor, tokens: Tensor, head: Callable, temperature: float) -> Tensor:
+        wanted, chosen = ctx.needs_input_grad[0], tokens[:, None]
+        with torch.set_grad_enabled(wanted):
+            logits = head(h := h.detach().requires_grad_(wanted))
+        p = logits.detach().div_(temperature)  # in the logits' own memory, as what follows
+        total = p.logsumexp(-1, keepdim=True)
+        log_p = (p.gather(-1, chosen) - total)[:, 0]
         if wanted:
-            ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(log_p)
+            p = p.sub_(total).exp_().neg_().scatter_add_(-1, chosen, torch.ones_like(total)).div_(temperature)
+            ctx.save_for_backward(*torch.autograd.grad(logits, h, p))
+        return log_p
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_log_p: Tensor):
-        return of_log_p[:, None] * ctx.saved_tensors[0], None, None, None, None
+        return of_log_p[:, None] * ctx.saved_tensors[0], None, None, None
 
 
 def plain_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: float) -> Tensor:
@@ -713,12 +701,13 @@ def plain_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: floa
 
 
 def chosen_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int, trains: bool) -> Tensor:
-    """The same for any head. Of one that trains, chunks are computed again in the backward, unless one chunk is all."""
-    if not trains:
-        return ChosenLogProbs.apply(h, tokens, head, temperature, rows)
-    once = functools.partial(checkpoint, use_reentrant=False) if len(h) > rows else lambda f, *args: f(*args)
-    parts = zip(h.split(rows), tokens.split(rows))
-    return torch.cat([once(plain_log_probs, *part, head, temperature) for part in parts])
+    """The same for any head, `rows` rows at a time. Of a head that trains, chunks are computed again in the backward,
+    unless one chunk is all."""
+    of_chunk = plain_log_probs if trains else ChosenLogProbs.apply
+    if trains and len(h) > rows:
+        of_chunk = functools.partial(checkpoint, plain_log_probs, use_reentrant=False)
+    chunks = zip(h.split(rows), tokens.split(rows))
+    return torch.cat([of_chunk(*chunk, head, temperature) for chunk in chunks])
 
 
 class MaskedDiffusionModel(nn.Module):
@@ -743,9 +732,8 @@ class MaskedDiffusionModel(nn.Module):
         of_config = of_config if isinstance(of_config, list) else [of_config]
         self.eos_ids = sorted({self.end_id, self.pad_id, eos, *of_config} - {None, self.mask_id})
         require({f"{self.name}: config.json has no mask_token_id; name one by --mask_token": self.mask_id is not None})
-        rows, last = hf.get_input_embeddings().num_embeddings, max(known, key=known.get)
-        for token, i in (("the mask token", self.mask_id), (repr(last), known[last])):
-            require({f"{self.name}: {token} has id {i}, the embedding only {rows} rows": i < rows})
+        rows, most = hf.get_input_embeddings().num_embeddings, max(self.mask_id, *known.values())
+        require({f"{self.name}: the tokenizer or the mask has id {most}, the embedding only {rows} rows": most < rows})
         tables = [t for name, t in hf.named_modules() if name.endswith("position_embeddings")]
         starts = [t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None]
         self.first_position = max(starts, default=0)  # RoBERTa counts from its padding_idx + 1
@@ -806,12 +794,12 @@ class MaskedDiffusionModel(nn.Module):
         """The ids in front of a problem's completion: the chat template's, up to where the model answers; plain lines
         for a tokenizer without one; MMaDA's frame for an image. Raises UsageError if the template loses a message."""
         messages = task.messages(problem)
+        if getattr(self.hf.config, "embedded_default", False):
+            messages = messages[-1:]  # it cannot read instructions
         if task.codebook:
             return self.image_prompt(messages[-1]["content"])
         if not self.tokenizer.chat_template:
             return self.tokenizer("".join(message["content"] + "\n" for message in messages))["input_ids"]
-        if getattr(self.hf.config, "embedded_default", False):
-            messages = messages[-1:]  # it cannot read instructions
         merged = [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
         for wording in (messages, merged):  # a template without a system role fails, or drops it
             with contextlib.suppress(jinja2.TemplateError):
@@ -862,9 +850,8 @@ class MaskedDiffusionModel(nn.Module):
 
     def open_batch(self, task, problems: list[Problem], gen_length: int, device) -> Batch:
         """Prompts and open completions of the problems."""
-        once = {id(p): p for p in problems}  # a group's prompt is encoded once
-        ids = {i: (self.prompt_ids(task, p), self.start_ids(task, p, gen_length)) for i, p in once.items()}
-        return self.batch(*zip(*(ids[id(p)] for p in problems)), device)
+        ids = [(self.prompt_ids(task, p), self.start_ids(task, p, gen_length)) for p in problems]
+        return self.batch(*zip(*ids), device)
 
     def texts(self, batch: Batch, completion: Tensor, gen_length: int) -> list[str]:
         """What stands in the last gen_length columns of batch.x, text around blanks included, without special tokens
@@ -902,8 +889,7 @@ class MaskedDiffusionModel(nn.Module):
         for split, problems in data.items():
             data[split] = [p for p in problems if len(self.prompt_ids(task, p)) + gen_length <= context]
             if long := len(problems) - len(data[split]):
-                longest = max((p["question"] for p in problems), key=len)
-                why = f"longer than {context} tokens with a completion of {gen_length}: {longest[:40]!r} ..."
+                why = f"longer than {context} tokens with a completion of {gen_length}"
                 require({f"{self.name}: all {split} problems are {why}": data[split]})
                 say(f"left out  {long} of {len(problems)} {split} problems, {why}")
         some = (data["train"] or data["test"])[:100]
@@ -939,6 +925,7 @@ class Run:
         self.main, self.say = accelerator.is_main_process, functools.partial(accelerator.print, flush=True)
         self.sharded = accelerator.is_fsdp2
         self.pixels: rewards.PixelReward | None = None  # the reward of --rewards
+        self.state, self.lines = {}, []  # the checkpoint that the run goes on from, and what metrics.jsonl holds
         self.seconds, self.began = dict.fromkeys(("base", "rollout", "update", "eval"), 0.0), time.perf_counter()
 
     def prepare(self, model: nn.Module, weight_decay: float, accumulation: int) -> tuple[nn.Module, object]:
@@ -1028,53 +1015,37 @@ class Run:
         try:
             if self.main:
                 self.path.mkdir(parents=True, exist_ok=True)
-                self.lock = lock.open("a+")  # held by this process, until it ends in whatever way
-                try:
+                self.lock = lock.open("w")  # held by this process, until it ends in whatever way
+                with contextlib.suppress(ImportError):  # Windows has none of these locks
                     import fcntl
 
                     fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except ImportError:
-                    pass  # Windows has none of these locks
-                except OSError as error:  # nor have some file systems: any other error
-                    if error.errno in (errno.EACCES, errno.EAGAIN):
-                        raise BlockingIOError from None
-                if self.cfg.resume:
-                    self.checkpoint()
-                elif (self.path / "config.json").exists():
+                if not self.cfg.resume and (self.path / "config.json").exists():
                     names = (self.path.with_name(f"{self.path.name}.old{n}") for n in itertools.count(1))
                     (aside := next(path for path in names if not path.exists())).mkdir()
                     for item in {*self.path.iterdir()} - {lock}:
                         item.rename(aside / item.name)
-                self.lock.truncate(0)
-                self.lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
-                self.lock.flush()
         except BlockingIOError:
-            refusal = [f"--output_dir {self.path} is in use by {lock.read_text()}; name another"]
-        except (UsageError, OSError) as error:
+            refusal = [f"--output_dir {self.path} is in use by another run; name another"]
+        except OSError as error:
             refusal = [str(error)]
         broadcast_object_list(refusal)
         require({refusal[0]: refusal[0] is None})
+        if self.cfg.resume:
+            self.state = self.checkpoint()
         self.write("config.json", json.dumps(vars(self.cfg), indent=1))
 
-    def write(self, name: str, content: str | dict, before: str | None = None) -> None:
-        """A whole file of the run's directory, a text or tensors, or the old one, whatever happens in between; the old
-        one is kept under the name `before`."""
+    def write(self, name: str, text: str) -> None:
+        """A whole file of the run's directory, or the old one, whatever happens in between."""
         if self.main:
-            part, file = self.path / f"{name}.part", self.path / name
-            try:
-                with part.open("w" if isinstance(content, str) else "wb") as out:
-                    out.write(content) if isinstance(content, str) else torch.save(content, out)
-            except RuntimeError as error:
-                raise error.__context__ or error from None  # a full disk: torch's own words do not say so
-            if before and file.exists():
-                file.replace(self.path / before)
-            part.replace(file)
+            part = self.path / f"{name}.part"
+            part.write_text(text)
+            part.replace(self.path / name)
 
     def log(self, line: dict) -> None:
         """A line of metrics.jsonl, whose numbers go to --log_with's tracker too."""
-        if self.main:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        self.lines.append(json.dumps(line) + "\n")
+        self.write("metrics.jsonl", "".join(self.lines))
         self.accelerator.log({k: v for k, v in line.items() if not isinstance(v, str)}, step=line["step"])
 
     def conclude(self, results: dict, table: str) -> None:
@@ -1092,99 +1063,76 @@ class Run:
         self.accelerator.end_training()
 
     def save_checkpoint(self, step: int) -> None:
-        """All of the state after `step` steps: the weights that train, the optimiser's and the clocks. Masks, noise and
-        data order are functions of (seed, step, j, row): there is no other."""
+        """All of the state after `step` steps: the weights that train, the optimiser's, the clocks and the metrics.
+        Masks, noise and data order are functions of (seed, step, j, row): there is no other."""
         trained(self.bare)
         weights, moments = state_dict.get_state_dict(self.bare, self.optimizer.optimizer, options=WHOLE)
         state = {"weights": weights, "optimizer": moments, "seconds": self.total(), "step": step}
-        state |= {"logged": len(self.logged()), "batches": self.cfg.batches(self.world)}
+        state |= {"lines": self.lines, "batches": self.cfg.batches(self.world)}
+        last, before, part = (self.path / name for name in (*CHECKPOINTS, "checkpoint.pt.part"))
         with in_one_line("a new checkpoint cannot be written, the last one is intact"):
-            self.write(CHECKPOINTS[0], state, before=CHECKPOINTS[1])
+            if self.main:
+                torch.save(state, part)
+                if last.exists():
+                    last.replace(before)
+                part.replace(last)
         self.accelerator.wait_for_everyone()
 
-    def logged(self) -> list[str]:
-        """The lines of metrics.jsonl."""
-        file = self.path / "metrics.jsonl"
-        return file.read_text().splitlines(True) if file.is_file() else []
-
-    def checkpoint(self) -> tuple[dict, str]:
-        """(the last complete checkpoint, {} where there never was one; a line about it). UsageError if the run cannot
-        go on from it here."""
-        state, fault, steps, files = {}, "", len(self.logged()), [self.path / name for name in CHECKPOINTS]
+    def checkpoint(self) -> dict:
+        """The last complete checkpoint, {} where there never was one. UsageError if the run cannot go on from it."""
+        state, files = {}, [file for name in reversed(CHECKPOINTS) if (file := self.path / name).exists()]
         for file in files:
             try:
-                with in_one_line(f"{file}"):
-                    state = state or torch.load(file, "cpu", mmap=os.name == "posix")
+                with in_one_line(f"damaged   {file}"):
+                    state = torch.load(file, "cpu", mmap=os.name == "posix")
             except UsageError as error:
-                fault += f"; {error}"
-        if not state:
-            lost = f"{self.path} has no checkpoint, and metrics.jsonl {steps} steps; without it, it starts over"
-            require({f"--resume: no checkpoint is complete{fault}": not any(map(Path.exists, files))})
-            require({f"--resume: {lost}": not 0 < self.cfg.save_every < steps})
-            return state, f"resumed   from the start: {self.path} has no checkpoint yet"
-        had, has, logged = state["batches"], self.cfg.batches(self.world), state["logged"]
-        require({f"--resume: {self.path} has batches over all processes of {had}, here of {has}": had == has})
-        require({f"--resume: {self.path} has {logged} steps, its metrics.jsonl {steps}": logged <= steps})
-        return state, f"resumed   after {state['step']} steps" + f", the checkpoint before{fault}" * bool(fault)
+                self.say(str(error))
+        require({f"--resume: {self.path} has no checkpoint that is complete": state or not files})
+        had, has = state.get("batches"), self.cfg.batches(self.world)
+        other = f"--resume: {self.path} has batches over all processes of {had}, here of {has}"
+        require({other: had == has or not state})
+        return state
 
     def load_checkpoint(self) -> int:
-        """Steps done, after restoring weights, optimiser and clocks from the checkpoint; 0 without one. What
-        metrics.jsonl holds behind it is cut off, and will be made again."""
-        state, note = self.checkpoint() if self.cfg.resume else ({}, None)
+        """Steps done, after restoring weights, optimiser, clocks and metrics from what `open` has found; else 0."""
+        state, self.state = self.state, {}
         if state:
             kept = dict(model_state_dict=state["weights"], optim_state_dict=state["optimizer"], options=WHOLE)
             trained(self.bare)
             state_dict.set_state_dict(self.bare, self.optimizer.optimizer, **kept)
             self.began -= state["seconds"].pop("total")
-            self.seconds = state["seconds"]
-        self.say(note) if note else None
-        self.accelerator.wait_for_everyone()  # all have read metrics.jsonl
-        if lines := self.logged():
-            self.write("metrics.jsonl", "".join(lines[: state.get("logged", 0)]))
+            self.seconds, self.lines = state["seconds"], state["lines"]
+        if self.cfg.resume:
+            self.say(f"resumed   after {state.get('step', 0)} steps")
         return state.get("step", 0)
 
 
-def launcher() -> bytes:
-    """Environment and command line of the `accelerate launch` that started this process; empty where there is no such
-    launcher, or no /proc."""
-    parent = Path(f"/proc/{os.getppid()}")
-    with contextlib.suppress(OSError):
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:
-            return (parent / "environ").read_bytes() + (parent / "cmdline").read_bytes()
-    return b""
-
-
-def take_the_cores(given: bytes) -> None:
-    """For a process that is alone on a CPU. `accelerate launch` gives it one thread, by OMP_NUM_THREADS: it takes them
-    all, unless the launcher itself was given that variable or --num_cpu_threads_per_process."""
-    if given and os.environ.get("OMP_NUM_THREADS") == "1":
-        if b"OMP_NUM_THREADS=" not in given and b"--num_cpu_threads" not in given:
+def take_the_cores() -> None:
+    """`accelerate launch` gives a process that is alone on a CPU one thread, by OMP_NUM_THREADS: it takes them all,
+    unless the launcher itself was given that variable or --num_cpu_threads_per_process."""
+    launcher, launched = Path(f"/proc/{os.getppid()}"), "ACCELERATE_MIXED_PRECISION" in os.environ
+    with contextlib.suppress(OSError):  # there may be no /proc
+        given = (launcher / "environ").read_bytes() + (launcher / "cmdline").read_bytes()
+        if launched and b"OMP_NUM_THREADS=" not in given and b"--num_cpu_threads" not in given:
             torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
-    """(the run, its problems by split): data, Accelerate, the run directory and the first lines. An earlier run in the
-    directory is moved aside, never overwritten. Raises UsageError."""
-    data = rewards.splits(TASKS[cfg.task], cfg, cfg.generated())
-    precision, asked = "bf16" if cfg.bf16 else "no", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    unlike = f"accelerate launch --mixed_precision {asked}: --bf16 decides, which is {cfg.bf16} here; leave it out"
-    steps = "accelerate launch --gradient_accumulation_steps: --accumulation decides; leave it out"
-    require({unlike: asked in ("no", precision), steps: b"--gradient_accumulation_steps" not in launcher()})
+    """(the run, its problems by split): data, Accelerate, the run directory and the first lines. Raises UsageError."""
+    data, precision = rewards.splits(TASKS[cfg.task], cfg, cfg.generated()), "bf16" if cfg.bf16 else "no"
     with in_one_line("accelerate"):
         accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=cfg.output_dir)
-    kind = accelerator.distributed_type.value
-    known, sharded = kind in ("NO", "MULTI_CPU", "MULTI_GPU"), accelerator.is_fsdp2
-    unknown = f"accelerate: {kind} is not supported; use MULTI_GPU (DDP), or in maskgrpo.py FSDP with fsdp_version: 2"
-    fits = "accelerate: --lora and adapters fit on every card; use MULTI_GPU (DDP) instead of FSDP"
-    adapter = sharded and (getattr(cfg, "lora", 0) or (cfg.model and resolve(cfg.model)[1]))
-    require({unknown: known or (sharded and title == "MaskGRPO"), fits: not adapter})
+    kind, sharded = accelerator.distributed_type.value, accelerator.is_fsdp2
+    whole = title == "MaskGRPO" and not cfg.lora and not (cfg.model and resolve(cfg.model)[1])
+    unknown = f"accelerate: {kind} does not fit; use MULTI_GPU (DDP), or FSDP with fsdp_version: 2 where all weights train"
+    require({unknown: kind in ("NO", "MULTI_CPU", "MULTI_GPU") or (sharded and whole)})
     if sharded:
         # Accelerate's bf16 would round off what an update changes, and its no_sync add up whole gradients on each card
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     run = Run(cfg, accelerator)
     if run.world == 1 and run.device.type == "cpu":
-        take_the_cores(launcher())
+        take_the_cores()
     run.open()
     accelerator.init_trackers(title.lower(), config={k: str(v) for k, v in vars(cfg).items()})
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
@@ -1369,7 +1317,7 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     of_base = dict(output_dir=str(run.path / "base"), sampler="emerge" if images else cfg.sampler)
     training = Run(dataclasses.replace(cfg, **of_base), run.accelerator)
     training.pixels = None if cfg.tiny() else run.pixels
-    training.path.mkdir(parents=True, exist_ok=True)
+    training.open()
     words = lambda p: run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images)
     fresh = lambda: tiny_model([words(p) for p in train], cfg.seed, cfg.task)
     base = load_model(cfg.model, cfg, trainable=True) if cfg.model else fresh()
@@ -1496,8 +1444,6 @@ def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskg
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # load_published checks by itself what the library warns of
     warnings.filterwarnings("ignore", category=FutureWarning)
-    with contextlib.suppress(AttributeError):  # a stream of somebody's own
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ±
     try:
         main(argv)
         return 0
@@ -1506,12 +1452,6 @@ def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskg
         return 130
     except (UsageError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:  # the very class is what gloo and NCCL raise
-        if not re.search("(?i)gloo|nccl|peer|socket|time.?out", str(error)) or not torch.distributed.is_initialized():
-            raise
-        ended = "another process has ended or is out of reach; --resume goes on from the last checkpoint"
-        print(f"{name}: error: {ended} ({first_line(error)[:80]} ...)", file=sys.stderr)
         return 2
 
 

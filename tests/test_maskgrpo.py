@@ -1,16 +1,13 @@
 """maskgrpo.py: every equation by enumeration or by hand, training against a loop, models against a slow forward, and
 runs as a user makes them, stopped and killed. The slow versions are in slow.py."""
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -81,7 +78,7 @@ def test_log_probabilities_in_chunks_have_the_plain_values_and_gradients(rows, t
         got = m.chosen_log_probs(h, tokens, head, temperature, rows, trains)
         torch.testing.assert_close(got, by_hand)
         torch.testing.assert_close(torch.autograd.grad((got * upstream).sum(), of), expected[: len(of)])
-    assert torch.autograd.gradcheck(lambda h: m.ChosenLogProbs.apply(h, tokens, head, temperature, rows), h)
+    assert torch.autograd.gradcheck(lambda h: m.chosen_log_probs(h, tokens, head, temperature, rows, False), h)
 
 
 def eq_9(one, two, t, dt):
@@ -416,16 +413,6 @@ def test_a_cache_keeps_what_stands_around_the_block(kind, cache, request):
     assert sizes[::2] == cached * 2
 
 
-def masked_lm(kind, pad, path, bpe):
-    """A random checkpoint of transformers' own, saved."""
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    sizes |= dict(attention_dropout=0.3)
-    ids = dict(eos_token_id=0, bos_token_id=0, pad_token_id=pad, cls_token_id=0, sep_token_id=0, mask_token_id=2)
-    settings = getattr(transformers, f"{kind}Config")(vocab_size=len(bpe), **sizes, **ids)
-    model = getattr(transformers, f"{kind}ForMaskedLM")(settings).eval()
-    model.save_pretrained(path)
-    bpe.save_pretrained(path)
-    return model
 def test_the_mask_token_is_that_of_the_config_or_the_flag(tmp_path, bpe):
     other = llada_checkpoint(tmp_path / "other", bpe, change=lambda config, _: config.update(mask_token_id=7))
     none = llada_checkpoint(tmp_path / "none", bpe, change=lambda config, _: config.pop("mask_token_id"))
@@ -452,7 +439,7 @@ def test_tokens_have_the_log_probabilities_of_the_logits(kind, lora, request, bp
     """And their gradients, in chunks of three positions, with a head that trains or not, through checkpointed layers."""
     pytest.importorskip("peft")
     if kind[0].isupper():
-        masked_lm(kind, 0, tmp_path, bpe)
+        of_transformers(f"{kind}ForMaskedLM", tmp_path, bpe)
     if kind == "t2i":
         m.tiny_model(["a photo"], 0, kind).save(tmp_path)
     path = request.getfixturevalue(kind) if kind in ("llada", "dream") else tmp_path
@@ -534,10 +521,8 @@ def test_problems_longer_than_the_context_are_left_out_and_counted(llada, data_f
     limit = base.hf.config.max_position_embeddings = max(sizes) + 63
     base.check_problems(task, data := {"train": [*problems], "test": []}, 64, said.append)
     assert data["train"] == [p for p, size in zip(problems, sizes) if size < max(sizes)]
-    line = (
-        f"left out  {sizes.count(max(sizes))} of 60 train problems, longer than {limit} tokens with a completion of 64"
-    )
-    assert said[0].startswith(line)
+    left = f"left out  {sizes.count(max(sizes))} of 60 train problems"
+    assert said == [f"{left}, longer than {limit} tokens with a completion of 64"]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -677,8 +662,7 @@ def on_two(base, problem_file, tmp_path_factory):
 
 
 def test_two_processes_equal_one_with_two_micro_batches(on_two, flags, tmp_path):
-    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="ascii")):  # a terminal without ±
-        assert m.cli(small_run(tmp_path / "one", **flags, batch_size=8, accumulation=2, **LONG)) == 0
+    assert m.cli(small_run(tmp_path / "one", **flags, batch_size=8, accumulation=2, **LONG)) == 0
     same_training(tmp_path / "one", on_two)
     one, two = results_of(tmp_path / "one"), results_of(on_two)
     assert all(one[name] == two[name] for name in ("before", "after", "before_pass_at"))
@@ -741,7 +725,7 @@ def uninterrupted(base, problem_file, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("where, call", [("policy_loss", 3), ("policy_loss", 8), ("replace", 5)])
+@pytest.mark.parametrize("where, call", [("policy_loss", 3), ("policy_loss", 8), ("replace", 9)])
 def test_killed_and_resumed_to_the_same_numbers(where, call, uninterrupted, flags, tmp_path):
     """In step 2, before any checkpoint; in step 4; and where step 4's is written, but not yet renamed."""
     argv = small_run(tmp_path / "run", **flags, **LONG)
@@ -760,23 +744,17 @@ def contents(path):
 @pytest.mark.parametrize("spoil", [lambda file: file.write_bytes(file.read_bytes()[:5000]), lambda file: file.unlink()])
 def test_a_damaged_or_missing_checkpoint_is_named_and_the_one_before_it_taken(spoil, uninterrupted, tmp_path, capfd):
     shutil.copytree(uninterrupted, path := tmp_path / "run")
-    resume = ["--resume", "--output_dir", str(path), "--lr", "1e-4"]
-    spoil(path / "checkpoint.pt")
-    assert m.cli(resume[:3]) == 0
-    assert re.search(r"after 4 steps, the checkpoint before; \S+/checkpoint.pt: .+", capfd.readouterr().out)
+    resume = ["--resume", "--output_dir", str(path)]
+    spoil(file := path / "checkpoint.pt")
+    damaged = f"damaged   {file}: " if file.exists() else ""
+    assert m.cli(resume) == 0
+    said = capfd.readouterr().out
+    assert damaged in said and "resumed   after 4 steps" in said
     same_run(uninterrupted, path)
-    (path / "metrics.jsonl").write_text('{"step": 1}\n')
-    before = contents(path)
-    assert "has 6 steps, its metrics.jsonl 1" in one_error(resume, capfd) and contents(path) == before
     for file in path.glob("checkpoint*"):
         file.write_bytes(b"")
-    assert re.search(
-        "no checkpoint is complete; .*/checkpoint.pt: .*; .*/checkpoint.pt.before: ", one_error(resume, capfd)
-    )
-    for file in path.glob("checkpoint*"):
-        file.unlink()
-    (path / "metrics.jsonl").write_text('{"step": 1}\n' * 3)  # with a checkpoint after every second step
-    assert "has no checkpoint, and metrics.jsonl 3 steps" in one_error(resume, capfd)
+    before = contents(path)
+    assert "has no checkpoint that is complete" in one_error(resume, capfd) and contents(path) == before
 
 
 def test_a_directory_has_one_run_at_a_time(flags, tmp_path, capfd):
@@ -786,14 +764,14 @@ def test_a_directory_has_one_run_at_a_time(flags, tmp_path, capfd):
         time.sleep(0.05)
     before = contents(tmp_path)
     for second in (argv, ["--resume", *argv[:2]]):
-        assert f"in use by process {child} on {socket.gethostname()} since" in one_error(second, capfd)
+        assert "run is in use by another run" in one_error(second, capfd)
     assert contents(tmp_path) == before and lock.exists()
     os.kill(child, signal.SIGKILL)
     assert ended(child) == [-signal.SIGKILL]
-    assert m.cli(["--resume", *argv[:2]]) == 0 and f"{tmp_path / 'run'} has no checkpoint yet" in capfd.readouterr().out
+    assert m.cli(["--resume", *argv[:2]]) == 0 and "resumed   after 0 steps" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["config.json.part", "metrics.jsonl", "checkpoint.pt.part", "model"])
+@pytest.mark.parametrize("file", ["config.json.part", "metrics.jsonl.part", "checkpoint.pt.part", "model"])
 def test_a_full_disk_says_so_whoever_writes(file, flags, tmp_path, capfd, monkeypatch):
     (tmp_path / "run").mkdir()
     if file != "model":
@@ -801,14 +779,8 @@ def test_a_full_disk_says_so_whoever_writes(file, flags, tmp_path, capfd, monkey
     else:  # safetensors replaces what it writes; its error is no OSError
         full = lambda *_, **__: (_ for _ in ()).throw(SafetensorError("I/O error: No space left on device"))
         monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
-    assert "No space left" in one_error(small_run(tmp_path / "run", **flags), capfd)
-
-
-def test_the_survivor_of_two_processes_says_that_the_other_has_ended(flags, tmp_path):
-    argv = small_run(tmp_path / "run", **flags, batch_size=8, **LONG)
-    assert forked_pair(argv, tmp_path, dies("policy_loss", 5, signal.SIGKILL)) == [2, -signal.SIGKILL]
-    *_, last = (tmp_path / "out").read_text().splitlines()
-    assert "error: another process has ended or is out of reach; --resume goes on from the last checkpoint" in last
+    full = "a new checkpoint cannot be written" if "checkpoint" in file else "No space left"
+    assert full in one_error(small_run(tmp_path / "run", **flags), capfd)
 
 
 def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two, flags, tmp_path, capfd):
@@ -819,7 +791,7 @@ def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two,
     assert len(lines_of(tmp_path / "run")) == 3 and not (tmp_path / "run" / "results.json").exists()
     resume, before = ["--resume", "--output_dir", tmp_path / "run"], contents(tmp_path / "run")
     assert "batches over all processes of [16, 0], here of [8, 0]" in one_error([*resume, "--lr", 1], capfd)
-    assert "--mu 7 contradicts" in one_error([*resume, "--mu", 7], capfd) and contents(tmp_path / "run") == before
+    assert "--mu contradicts" in one_error([*resume, "--mu", 7], capfd) and contents(tmp_path / "run") == before
     assert forked_pair(resume, tmp_path) == [0, 0], (tmp_path / "out").read_text()
     same_run(on_two, tmp_path / "run")
 
@@ -827,7 +799,7 @@ def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two,
 def test_sharded_processes_equal_others_and_each_goes_on_as_the_other(on_two, uninterrupted, flags, tmp_path, capfd):
     argv, path = small_run(tmp_path / "run", **flags, batch_size=8, **LONG), tmp_path / "run"
     killed = forked_pair(argv, tmp_path, dies("policy_loss", 7, signal.SIGKILL), both=sharded)  # in step 4
-    assert killed == [2, -signal.SIGKILL] and "2 processes, sharded" in (tmp_path / "out").read_text()
+    assert killed == [1, -signal.SIGKILL] and "2 processes, sharded" in (tmp_path / "out").read_text()
     resume = lambda path, *more: ["--resume", "--output_dir", str(path), *more]
     shutil.copytree(path, alone := tmp_path / "alone")
     assert forked_pair(resume(path), tmp_path, both=sharded) == [0, 0], (tmp_path / "out").read_text()
@@ -864,27 +836,21 @@ BAD = {
     "--lr nan": "--lr nan", "--model /nowhere": "/nowhere: not a directory", "--task mbpp": "--allow_code_execution",
     "--batch_size 20 --group_size 8": "--batch_size 20 .*--group_size 8", "--lora 4": "--lora and --sft_steps need",
     "--task t2i --cache dual": "--cache dual: of texts",
-    "--bf16 false": "accelerate launch --mixed_precision bf16: --bf16 decides, which is False here",
     "--resume --output_dir /nowhere": "--resume.*no run", "--sampler emerge": "--sampler emerge: not for --task gsm8k",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "omp, flag, threads",
-    [(None, "--gradient_accumulation_steps", None), ("1", "", 1), (None, "--num_cpu_threads_per_process", 1)],
+    "omp, flag, threads", [(None, "", None), ("1", "", 1), (None, "--num_cpu_threads_per_process", 1)]
 )
 def test_a_process_that_is_launched_alone_takes_the_cores_unless_told(omp, flag, threads, monkeypatch):
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | ({"OMP_NUM_THREADS": omp} if omp else {})
     code = "import sys; sys.stdin.read()"
     launcher = subprocess.Popen([sys.executable, "-c", code, flag], env=env, stdin=subprocess.PIPE)
     monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
-    for name, value in {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what the launcher sets
     seen = spied(monkeypatch, torch, "set_num_threads", "set")
-    m.take_the_cores(m.launcher())
-    if "accumulation" in flag:
-        with pytest.raises(m.UsageError, match="--gradient_accumulation_steps: --accumulation decides"):
-            m.start(m.parse([]), "MaskGRPO")
+    m.take_the_cores()
     launcher.communicate()
     assert seen == ([] if threads else [(len(os.sched_getaffinity(0)),)])
 
@@ -892,7 +858,6 @@ def test_a_process_that_is_launched_alone_takes_the_cores_unless_told(omp, flag,
 @pytest.mark.parametrize("argv", BAD)
 def test_usage_errors_are_one_line_and_exit_2(argv, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if "bf16" in argv else "no")
     assert re.search(BAD[argv], one_error(argv.split(), capfd))
 
 
@@ -904,9 +869,9 @@ def test_bad_checkpoints_are_named(tmp_path, bpe, data_file, capfd):
     assert "surprise" in changed("extra", lambda _, weights: weights.update(surprise=torch.zeros(2)))
     assert "mask_token_id" in changed("unmasked", lambda config, _: config.pop("mask_token_id"))
     beyond = changed("beyond", lambda config, _: config.update(mask_token_id=999))
-    assert f"the mask token has id 999, the embedding only {len(bpe)} rows" in beyond
+    assert f"the mask has id 999, the embedding only {len(bpe)} rows" in beyond
     short = changed("short", lambda config, _: config.update(max_sequence_length=300))
-    assert re.search("all train problems are longer than 300 tokens with a completion of 256: '.+' ...", short)
+    assert "all train problems are longer than 300 tokens with a completion of 256" in short
     causal = write_checkpoint(tmp_path / "causal", {"model_type": "llama"}, {"a": torch.zeros(1)}, bpe)
     assert "is_causal" in named(causal)
     weights = (broken := llada_checkpoint(tmp_path / "broken", bpe)) / "model.safetensors"
