@@ -379,7 +379,7 @@ class Config(Common):
     gumbel: float = flag(1.0, "maskgit: weight of the noise of its choice; MaskGIT's own is 4.5")
     gumbel_decay: str = flag("compounding", "maskgit: how that falls; MaskGIT's own is linear", choices=tuple(DECAYS))
     guidance: float = flag(0.0, "classifier-free guidance, 0: none")
-    rewards: str | None = flag(None, "of pixels: clip=1,http://HOST:PORT/hpsv3=0.5; tiny images have a verifier")
+    rewards: str | None = flag(None, "with --model: of pixels, clip=1,http://HOST:PORT/hpsv3=0.5; tiny: a verifier")
     decoder: str = flag("showlab/magvitv2", "MAGVIT-v2's weights: a file, a folder or a hub id")
     pass_k: int = flag(0, "samples per problem for pass@k at --temperature, 0: greedy only")
     lora: int = flag(0, "LoRA rank (alpha = rank / 2), the authors have 128; 0: train all weights")
@@ -536,8 +536,7 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
         sizes = {"eos_token_id": None} | {LLADA_SIZES[k]: raw[k] for k in LLADA_SIZES if raw.get(k) is not None}
         options |= dict(config=LlamaConfig(**sizes, **BIDIRECTIONAL, rope_parameters=rope), key_mapping=LLADA_KEYS)
     elif own in NATIVE:  # where the name does not say so, is_causal has to: a run's own models have it, and Dream's shift
-        causal = f"--model {path}: a causal {kind}, without is_causal: false in its config"
-        require({causal: own != kind or not raw.get("is_causal", True)})
+        require({f"--model {path}: a causal {kind}": own != kind or not raw.get("is_causal", True)})
         sizes = {name: v for name, v in raw.items() if name not in ("architectures", "auto_map", "model_type")}
         sizes = {"shifted_logits": kind == "dream"} | sizes | BIDIRECTIONAL  # Dream predicts position i at i - 1
         options["config"] = transformers.AutoConfig.for_model(own, **sizes)
@@ -545,8 +544,10 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
     else:
         family = transformers.AutoModelForMaskedLM
     hf, info = family.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
-    wrong = [f"{kind.replace('_', ' ')} {sorted(names)[:3]} ..." for kind, names in info.items() if names]
-    require({f"--model {path}: its weights do not fit its config.json: {'; '.join(wrong)}": not wrong})
+    wrong = {kind: sorted(names)[:3] for kind, names in info.items() if names}
+    require({f"--model {path}: its weights do not fit its config.json: {wrong}": not wrong})
+    if dtype == torch.bfloat16:
+        in_bf16(hf)
     return hf, words.from_pretrained(path, trust_remote_code=False)
 
 
@@ -600,8 +601,6 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(cfg.seed)  # its initialisation; afterwards all is as before
             hf = peft.get_peft_model(hf, peft.LoraConfig(**settings))
-    if cfg.bf16 and frozen:
-        in_bf16(hf)
     if not trainable:
         hf.requires_grad_(False)
     elif cfg.gradient_checkpointing:
@@ -635,8 +634,7 @@ def in_bf16(hf: nn.Module) -> None:
         return y if layer.bias is None else y + layer.bias
 
     tied = {module.weight for module in hf.modules() if isinstance(module, nn.Embedding)}
-    linear = [module for module in hf.modules() if type(module) is nn.Linear]
-    layers = [layer for layer in linear if layer.weight.dtype == torch.bfloat16]  # an adapter's are float32
+    layers = [module for module in hf.modules() if isinstance(module, nn.Linear)]
     for p in set(hf.parameters()) - ({layer.weight for layer in layers} - tied):
         p.data = p.data.float()
     for layer in layers:
@@ -732,7 +730,7 @@ class MaskedDiffusionModel(nn.Module):
         of_config = of_config if isinstance(of_config, list) else [of_config]
         self.eos_ids = sorted({self.end_id, self.pad_id, eos, *of_config} - {None, self.mask_id})
         require({f"{self.name}: config.json has no mask_token_id; name one by --mask_token": self.mask_id is not None})
-        rows, most = hf.get_input_embeddings().num_embeddings, max(self.mask_id, *known.values())
+        rows, most = hf.get_input_embeddings().num_embeddings, max([self.mask_id, *known.values()])
         require({f"{self.name}: the tokenizer or the mask has id {most}, the embedding only {rows} rows": most < rows})
         tables = [t for name, t in hf.named_modules() if name.endswith("position_embeddings")]
         starts = [t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None]
@@ -794,10 +792,10 @@ class MaskedDiffusionModel(nn.Module):
         """The ids in front of a problem's completion: the chat template's, up to where the model answers; plain lines
         for a tokenizer without one; MMaDA's frame for an image. Raises UsageError if the template loses a message."""
         messages = task.messages(problem)
-        if getattr(self.hf.config, "embedded_default", False):
-            messages = messages[-1:]  # it cannot read instructions
         if task.codebook:
             return self.image_prompt(messages[-1]["content"])
+        if getattr(self.hf.config, "embedded_default", False):
+            messages = messages[-1:]  # it cannot read instructions
         if not self.tokenizer.chat_template:
             return self.tokenizer("".join(message["content"] + "\n" for message in messages))["input_ids"]
         merged = [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
@@ -892,12 +890,11 @@ class MaskedDiffusionModel(nn.Module):
                 why = f"longer than {context} tokens with a completion of {gen_length}"
                 require({f"{self.name}: all {split} problems are {why}": data[split]})
                 say(f"left out  {long} of {len(problems)} {split} problems, {why}")
-        some = (data["train"] or data["test"])[:100]
-        problem = next((p for p in some if not task.codebook and task.score(task.target(p), p) == 1), None)
-        if problem is not None:
+        if not task.codebook:
+            problem = (data["train"] or data["test"])[0]
             target = task.target(problem)
             text = self.tokenizer.decode(self.target_ids(task, problem)[:-1], skip_special_tokens=True)
-            fails = f"{self.name}: its tokenizer turns {target!r} into {text!r}, which does not earn the full reward"
+            fails = f"{self.name}: its tokenizer turns {target!r} into {text!r}, which does not earn the same reward"
             require({fails: task.reward(text, problem) == task.reward(target, problem)})
 
 
@@ -992,15 +989,13 @@ class Run:
         """Whether the flag holds on all processes, which all have to ask."""
         return self.average({"flag": float(flag)})["flag"] == 1.0
 
-    def update(
-        self, model, optimizer, lr: float, most: float, losses: list[dict], where: str, rate="--lr, by --resume"
-    ):
+    def update(self, model, optimizer, lr: float, most: float, losses: list[dict], where: str) -> dict[str, float]:
         """One step of AdamW at the learning rate lr, on the gradient with its norm clipped to `most` -> means of the
         micro-batches' losses over all processes, and the norm before; where they are not finite no step, UsageError."""
         norm = self.accelerator.clip_grad_norm_(model.parameters(), most)
         metrics = self.average(mean_of(losses) | {"grad_norm": float(norm)})
-        lower = f"{where}: the loss or its gradient is not finite; lower {rate}"
-        require({lower: math.isfinite(metrics["loss"] + metrics["grad_norm"])})
+        wild = f"{where}: the loss or its gradient is not finite; lower the learning rate (--lr: also by --resume)"
+        require({wild: math.isfinite(metrics["loss"] + metrics["grad_norm"])})
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -1016,18 +1011,20 @@ class Run:
             if self.main:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock = lock.open("w")  # held by this process, until it ends in whatever way
-                with contextlib.suppress(ImportError):  # Windows has none of these locks
+                try:
                     import fcntl
 
                     fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UsageError(f"--output_dir {self.path} is in use by another run; name another") from None
+                except (ImportError, OSError):  # Windows and some file systems have none of these locks
+                    pass
                 if not self.cfg.resume and (self.path / "config.json").exists():
                     names = (self.path.with_name(f"{self.path.name}.old{n}") for n in itertools.count(1))
                     (aside := next(path for path in names if not path.exists())).mkdir()
                     for item in {*self.path.iterdir()} - {lock}:
                         item.rename(aside / item.name)
-        except BlockingIOError:
-            refusal = [f"--output_dir {self.path} is in use by another run; name another"]
-        except OSError as error:
+        except (UsageError, OSError) as error:
             refusal = [str(error)]
         broadcast_object_list(refusal)
         require({refusal[0]: refusal[0] is None})
@@ -1043,10 +1040,10 @@ class Run:
             part.replace(self.path / name)
 
     def log(self, line: dict) -> None:
-        """A line of metrics.jsonl, whose numbers go to --log_with's tracker too."""
+        """A line of metrics.jsonl, which goes to --log_with's tracker too."""
         self.lines.append(json.dumps(line) + "\n")
         self.write("metrics.jsonl", "".join(self.lines))
-        self.accelerator.log({k: v for k, v in line.items() if not isinstance(v, str)}, step=line["step"])
+        self.accelerator.log(line, step=line["step"])
 
     def conclude(self, results: dict, table: str) -> None:
         """results.json, with the settings, versions and memory behind its figures, and a table of them; the end."""
@@ -1088,9 +1085,9 @@ class Run:
             except UsageError as error:
                 self.say(str(error))
         require({f"--resume: {self.path} has no checkpoint that is complete": state or not files})
-        had, has = state.get("batches"), self.cfg.batches(self.world)
-        other = f"--resume: {self.path} has batches over all processes of {had}, here of {has}"
-        require({other: had == has or not state})
+        has = self.cfg.batches(self.world)
+        had = state.get("batches", has)
+        require({f"--resume: {self.path} has batches over all processes of {had}, here of {has}": had == has})
         return state
 
     def load_checkpoint(self) -> int:
@@ -1107,16 +1104,6 @@ class Run:
         return state.get("step", 0)
 
 
-def take_the_cores() -> None:
-    """`accelerate launch` gives a process that is alone on a CPU one thread, by OMP_NUM_THREADS: it takes them all,
-    unless the launcher itself was given that variable or --num_cpu_threads_per_process."""
-    launcher, launched = Path(f"/proc/{os.getppid()}"), "ACCELERATE_MIXED_PRECISION" in os.environ
-    with contextlib.suppress(OSError):  # there may be no /proc
-        given = (launcher / "environ").read_bytes() + (launcher / "cmdline").read_bytes()
-        if launched and b"OMP_NUM_THREADS=" not in given and b"--num_cpu_threads" not in given:
-            torch.set_num_threads(len(os.sched_getaffinity(0)))
-
-
 def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
     """(the run, its problems by split): data, Accelerate, the run directory and the first lines. Raises UsageError."""
     data, precision = rewards.splits(TASKS[cfg.task], cfg, cfg.generated()), "bf16" if cfg.bf16 else "no"
@@ -1131,15 +1118,13 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     run = Run(cfg, accelerator)
-    if run.world == 1 and run.device.type == "cpu":
-        take_the_cores()
     run.open()
     accelerator.init_trackers(title.lower(), config={k: str(v) for k, v in vars(cfg).items()})
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
     run.say(f"{title:<9} {cfg.model or 'the tiny default, trained here first'} -> {run.path}")
     run.say(f"data      {cfg.data or ('generated' if cfg.generated() else 'published')}: {sizes}")
-    processes = f"{run.world} process{'es' * (run.world > 1)}{', sharded' * run.sharded}"
-    run.say(f"device    {run.device}, {processes}, {torch.get_num_threads()} threads")
+    processes = f"processes {run.world}{', sharded' * run.sharded}"
+    run.say(f"device    {run.device}, {processes}, threads {torch.get_num_threads()}")
     if run.task.runs_code:
         run.say(f"sandbox   {rewards.protections()}")
     run.say("settings  " + " ".join(f"{name}={value}" for name, value in vars(cfg).items()))
@@ -1269,8 +1254,7 @@ def elbo_step(run: Run, model, base, optimizer, lesson: list[tuple], step: int) 
     loss = elbo_loss(model, batch, r, u, base.mask_id, base.first_id)
     run.accelerator.backward(loss)
     lr = cfg.sft_lr * min(1.0, (step + 1) / 100)
-    where, rate = f"ELBO training, step {step + 1}", "--sft_lr, in a new run"
-    run.update(model, optimizer, lr, 1.0, [{"loss": loss.item()}], where, rate)
+    run.update(model, optimizer, lr, 1.0, [{"loss": loss.item()}], f"ELBO training, step {step + 1}")
 
 
 def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem]) -> None:
@@ -1300,7 +1284,7 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     """(the model that RL starts from and is held to, whether it was there already). Trained bases are kept: the tiny
     one in runs/base-TASK-sSEED-KEY, whose key stands for all that it depends on, the SFT one in the run."""
     cfg, train, images = run.cfg, data["train"], bool(run.task.codebook)
-    if cfg.model is not None and not cfg.sft_steps:
+    if cfg.eval_only or (cfg.model and not cfg.sft_steps):
         return cfg.model, True
     names = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed".split()
     settings = [getattr(cfg, name) for name in names + ["temperature", "guidance", "steps"] * images]
@@ -1313,10 +1297,10 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
         run.say(f"base      {kept}, trained earlier")
         return str(kept), True
     # A run within the run, and moved only when it is complete: runs that start together do not meet in there. Images
-    # are drawn by emerge, so that every method starts from the same base, and the tiny ones judged by their verifier.
+    # are drawn by emerge, so that every method starts from the same base.
     of_base = dict(output_dir=str(run.path / "base"), sampler="emerge" if images else cfg.sampler)
     training = Run(dataclasses.replace(cfg, **of_base), run.accelerator)
-    training.pixels = None if cfg.tiny() else run.pixels
+    training.pixels = run.pixels
     training.open()
     words = lambda p: run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images)
     fresh = lambda: tiny_model([words(p) for p in train], cfg.seed, cfg.task)
@@ -1390,12 +1374,10 @@ def measure(run: Run, model, base, data: dict, phase: str) -> list[dict]:
 
 def report(run: Run, phases: dict[str, list[dict]], **more) -> None:
     """results.json, and its figures as a small table under the settings of the decoding. phases: name -> rows."""
-    cfg, results = run.cfg, {name: getattr(run.cfg, name) for name in ("task", "method", "seed")} | more
-    image, text = f"{cfg.steps} steps of {cfg.sampler}", f"blocks of {cfg.block_length}, {cfg.tokens_per_step} per step"
-    extra = f", guidance {cfg.guidance:g}" * (cfg.guidance > 0) + ", EOS last" * cfg.eos_last
-    extra += f", cache {cfg.cache}" * (cfg.cache != "off")
-    results["decoding"] = f"{cfg.gen_length} tokens, {image if run.task.codebook else text}{extra}"
-    results |= rewards.figures(phases, cfg.pass_k)
+    results = {name: getattr(run.cfg, name) for name in ("task", "method", "seed")} | more
+    names = ["steps", "sampler"] if run.task.codebook else ["block_length", "tokens_per_step", "eos_last", "cache"]
+    decoding = [f"{name} {getattr(run.cfg, name)}" for name in ("gen_length", *names, "guidance")]
+    results |= {"decoding": ", ".join(decoding)} | rewards.figures(phases, run.cfg.pass_k)
     results["seconds"] = {name: round(value, 1) for name, value in run.total().items()}
     run.conclude(results, rewards.table(results, [*phases]))
 
@@ -1408,7 +1390,7 @@ def main(argv: list[str] | None = None) -> None:
         f"--gamma {cfg.gamma}: at least 0 and below 1": 0 <= cfg.gamma < 1,
         f"--sampler {cfg.sampler}: not for --task {cfg.task}": image == (cfg.sampler != "semi_autoregressive"),
         f"--cache {cfg.cache}: of texts": not image or cfg.cache == "off",
-        "--rewards scores images: --task t2i": image or not cfg.rewards,
+        "--rewards scores images of a --model: --task t2i": (image and not cfg.tiny()) or not cfg.rewards,
         "--eval_only, --lora and --sft_steps need --model": cfg.model or not cfg.eval_only + cfg.lora + cfg.sft_steps,
         f"--lora {cfg.lora}: {adapter} is an adapter already, and trains as it is": not (cfg.lora and adapter),
     }
@@ -1417,20 +1399,16 @@ def main(argv: list[str] | None = None) -> None:
     asked = {problem["question"] for problem in sum(data.values(), []) if image and cfg.tiny()}
     require({f"prompt {q!r}: not one that the embedded t2i task knows": q in rewards.scene_table() for q in asked})
     if cfg.rewards:
-        pictures = lambda codes: torch.stack([torch.from_numpy(run.task.render(row)) for row in codes.tolist()])
         with in_one_line("--rewards"):
-            decode = pictures if cfg.tiny() else load_magvit(cfg.decoder, run.device).pixels
-            run.pixels = rewards.PixelReward(decode, cfg.rewards, run.device, verified=cfg.tiny())
-    if cfg.eval_only:
-        base = load_model(cfg.model, cfg, trainable=False).to(run.device)
-        base.check_problems(run.task, data, cfg.gen_length, run.say)
-        model = run.accelerator.prepare_model(base, evaluation_mode=True)
-        return report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
+            run.pixels = rewards.PixelReward(load_magvit(cfg.decoder, run.device).pixels, cfg.rewards, run.device)
     torch.set_float32_matmul_precision("high" if cfg.bf16 else "highest")  # TF32: 8 times as exact as bf16
     path, cached = base_path(run, data)
     run.accelerator.free_memory()  # of the base's own training
-    base = load_model(path, cfg, trainable=True)
+    base = load_model(path, cfg, trainable=not cfg.eval_only)
     base.check_problems(run.task, data, cfg.gen_length, run.say)
+    if cfg.eval_only:
+        model = run.accelerator.prepare_model(base, evaluation_mode=True)
+        return report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
     policy, optimizer = run.prepare(base, cfg.weight_decay, cfg.accumulation)
     before = measure(run, policy, base, data, "before")
     train_policy(run, policy, base, reference_of(run, policy, base, path), optimizer, data)

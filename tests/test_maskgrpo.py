@@ -67,11 +67,8 @@ def test_log_probabilities_in_chunks_have_the_plain_values_and_gradients(rows, t
     g = torch.Generator().manual_seed(0)
     h, w, b = (torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((7, 5), (11, 5), (11,)))
     never = torch.zeros(11).index_fill(0, torch.tensor(4), -torch.inf)
-    tokens, head, upstream = (
-        torch.tensor([0, 3, 10, 3, 1, 9, 5]),
-        lambda h: h @ w.T + b + never,
-        torch.linspace(-1, 2, 7),
-    )
+    tokens, upstream = torch.tensor([0, 3, 10, 3, 1, 9, 5]), torch.linspace(-1, 2, 7)
+    head = lambda h: h @ w.T + b + never
     by_hand = (head(h) / temperature).log_softmax(1)[range(7), tokens]
     expected = torch.autograd.grad((by_hand * upstream).sum(), (h, w, b))
     for trains, of in ((False, (h,)), (True, (h, w, b))):
@@ -657,7 +654,7 @@ def on_two(base, problem_file, tmp_path_factory):
     argv = small_run(path / "run", model=base, data=problem_file, batch_size=8, **LONG)
     command, env = [sys.executable, *command.split(), "maskgrpo.py", *argv], os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "2 processes" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "processes 2," in done.stdout, done.stdout + done.stderr
     return path / "run"
 
 
@@ -683,9 +680,8 @@ def test_published_format_on_published_data(llada, data_file, tmp_path):
     merged = load(tmp_path / "run")
     merged.hf = merged.hf.merge_and_unload()
     merged.save(tmp_path / "merged")
-    shutil.copytree(
-        tmp_path / "run" / "model", tmp_path / "adapter", ignore=shutil.ignore_patterns("tokenizer*", "*.jinja")
-    )
+    without = shutil.ignore_patterns("tokenizer*", "*.jinja")
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "adapter", ignore=without)
     sizes |= dict(data=tmp_path / "held.jsonl")  # evaluated whole
     for n, (name, size) in enumerate((("run", 256), ("adapter", 2), ("merged", 3))):
         again = small_run(tmp_path / "again", model=tmp_path / name, eval_batch_size=size, **sizes)
@@ -693,9 +689,7 @@ def test_published_format_on_published_data(llada, data_file, tmp_path):
         assert lines_of(tmp_path / "again", "completions_eval_only") == lines_of(tmp_path / "run", "completions_after")
 
 
-def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_what_rl_is_held_to(
-    llada, data_file, tmp_path, monkeypatch
-):
+def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_the_reference(llada, data_file, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     values = dict(sft_steps=5, sft_lr=1e-2, max_steps=1, gen_length=64, mu=1, group_size=2, batch_size=2, save_every=0)
     flags = dict(model=llada, data=data_file, lora=4) | values
@@ -799,7 +793,7 @@ def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two,
 def test_sharded_processes_equal_others_and_each_goes_on_as_the_other(on_two, uninterrupted, flags, tmp_path, capfd):
     argv, path = small_run(tmp_path / "run", **flags, batch_size=8, **LONG), tmp_path / "run"
     killed = forked_pair(argv, tmp_path, dies("policy_loss", 7, signal.SIGKILL), both=sharded)  # in step 4
-    assert killed == [1, -signal.SIGKILL] and "2 processes, sharded" in (tmp_path / "out").read_text()
+    assert killed == [1, -signal.SIGKILL] and "processes 2, sharded" in (tmp_path / "out").read_text()
     resume = lambda path, *more: ["--resume", "--output_dir", str(path), *more]
     shutil.copytree(path, alone := tmp_path / "alone")
     assert forked_pair(resume(path), tmp_path, both=sharded) == [0, 0], (tmp_path / "out").read_text()
@@ -823,7 +817,7 @@ def test_signals_are_given_back_by_a_loop_that_is_left_early(tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_resumes_it(flags, tmp_path, capfd):
     wild = one_error(small_run(tmp_path / "run", **flags, lr=1e30, warmup=0), capfd)
-    assert "step 1, update 2: the loss or its gradient is not finite; lower --lr, by --resume" in wild
+    assert "step 1, update 2: the loss or its gradient is not finite; lower the learning rate" in wild
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run"), "--lr", "1e-4"]) == 0
     assert len(lines_of(tmp_path / "run")) == 3
 
@@ -840,21 +834,6 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "omp, flag, threads", [(None, "", None), ("1", "", 1), (None, "--num_cpu_threads_per_process", 1)]
-)
-def test_a_process_that_is_launched_alone_takes_the_cores_unless_told(omp, flag, threads, monkeypatch):
-    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | ({"OMP_NUM_THREADS": omp} if omp else {})
-    code = "import sys; sys.stdin.read()"
-    launcher = subprocess.Popen([sys.executable, "-c", code, flag], env=env, stdin=subprocess.PIPE)
-    monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what the launcher sets
-    seen = spied(monkeypatch, torch, "set_num_threads", "set")
-    m.take_the_cores()
-    launcher.communicate()
-    assert seen == ([] if threads else [(len(os.sched_getaffinity(0)),)])
-
-
 @pytest.mark.parametrize("argv", BAD)
 def test_usage_errors_are_one_line_and_exit_2(argv, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -865,7 +844,7 @@ def test_bad_checkpoints_are_named(tmp_path, bpe, data_file, capfd):
     named = lambda path: one_error(["--model", path, "--data", data_file, "--output_dir", tmp_path / "run"], capfd)
     changed = lambda name, change: named(llada_checkpoint(tmp_path / name, bpe, change=change))
     missing = changed("missing", lambda _, weights: weights.pop("model.transformer.blocks.1.attn_out.weight"))
-    assert "missing keys ['model.layers.1.self_attn.o_proj.weight']" in missing
+    assert "'missing_keys': ['model.layers.1.self_attn.o_proj.weight']" in missing
     assert "surprise" in changed("extra", lambda _, weights: weights.update(surprise=torch.zeros(2)))
     assert "mask_token_id" in changed("unmasked", lambda config, _: config.pop("mask_token_id"))
     beyond = changed("beyond", lambda config, _: config.update(mask_token_id=999))
@@ -873,7 +852,7 @@ def test_bad_checkpoints_are_named(tmp_path, bpe, data_file, capfd):
     short = changed("short", lambda config, _: config.update(max_sequence_length=300))
     assert "all train problems are longer than 300 tokens with a completion of 256" in short
     causal = write_checkpoint(tmp_path / "causal", {"model_type": "llama"}, {"a": torch.zeros(1)}, bpe)
-    assert "is_causal" in named(causal)
+    assert "a causal llama" in named(causal)
     weights = (broken := llada_checkpoint(tmp_path / "broken", bpe)) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])  # half downloaded
     assert "broken" in named(broken)
@@ -897,9 +876,8 @@ def test_an_adapter_with_the_names_of_lladas_own_modules_loads_by_the_same_renam
     save_file(own, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     file = tmp_path / "adapter_config.json"
     # as d1 writes it: names of modules that transformers' Llama has and LLaDA has not
-    file.write_text(
-        json.dumps(json.loads(file.read_text()) | {"target_modules": [*names.split(), "o_proj", "down_proj"]})
-    )
+    of_d1 = {"target_modules": [*names.split(), "o_proj", "down_proj"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | of_d1))
     assert torch.equal(load(tmp_path)(X, ALL, ALL), native(X, ALL, ALL))
 
 
