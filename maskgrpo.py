@@ -535,7 +535,7 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
         rope = dict(rope_type="default", rope_theta=raw.get("rope_theta", 1e4))
         sizes = {"eos_token_id": None} | {LLADA_SIZES[k]: raw[k] for k in LLADA_SIZES if raw.get(k) is not None}
         options |= dict(config=LlamaConfig(**sizes, **BIDIRECTIONAL, rope_parameters=rope), key_mapping=LLADA_KEYS)
-    elif own in NATIVE:  # where the name does not say so, is_causal has to: a run's own models have it, and Dream's shift
+    elif own in NATIVE:  # where the name does not say that it is none of the causal ones, is_causal has to
         require({f"--model {path}: a causal {kind}": own != kind or not raw.get("is_causal", True)})
         sizes = {name: v for name, v in raw.items() if name not in ("architectures", "auto_map", "model_type")}
         sizes = {"shifted_logits": kind == "dream"} | sizes | BIDIRECTIONAL  # Dream predicts position i at i - 1
@@ -821,9 +821,8 @@ class MaskedDiffusionModel(nn.Module):
             return [self.mask_id] * gen_length
         target, blanks = task.target(problem), task.blanks(problem)
         spelled = self.tokenizer(target, add_special_tokens=False, return_offsets_mapping=True)
-        is_open = lambda first, behind: blanks[first:behind] != target[first:behind]  # a part of the token is blank
-        spans = zip(spelled["input_ids"], spelled["offset_mapping"])
-        ids = [self.mask_id if is_open(*span) else token for token, span in spans] + [self.end_id]
+        spans = zip(spelled["input_ids"], spelled["offset_mapping"])  # open if a part of the token is blank
+        ids = [token if blanks[a:b] == target[a:b] else self.mask_id for token, (a, b) in spans] + [self.end_id]
         require({f"--gen_length {gen_length}: this task's completions have {len(ids)} tokens": len(ids) <= gen_length})
         return ids + [self.pad_id] * (gen_length - len(ids))
 
@@ -920,7 +919,6 @@ class Run:
         self.cfg, self.accelerator, self.path, self.task = cfg, accelerator, Path(cfg.output_dir), TASKS[cfg.task]
         self.device, self.world, self.rank = accelerator.device, accelerator.num_processes, accelerator.process_index
         self.main, self.say = accelerator.is_main_process, functools.partial(accelerator.print, flush=True)
-        self.sharded = accelerator.is_fsdp2
         self.pixels: rewards.PixelReward | None = None  # the reward of --rewards
         self.state, self.lines = {}, []  # the checkpoint that the run goes on from, and what metrics.jsonl holds
         self.seconds, self.began = dict.fromkeys(("base", "rollout", "update", "eval"), 0.0), time.perf_counter()
@@ -938,7 +936,7 @@ class Run:
     def save(self, base: MaskedDiffusionModel, path: Path) -> None:
         """The base's weights, from all shards, as its own `save` writes them. All processes have to ask."""
         trained(base)
-        weights = state_dict.get_model_state_dict(base.hf, options=WHOLE) if self.sharded else None
+        weights = state_dict.get_model_state_dict(base.hf, options=WHOLE) if self.accelerator.is_fsdp2 else None
         if self.main:
             with in_one_line(f"{path} cannot be written"):
                 base.save(path, weights)
@@ -1111,7 +1109,7 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
         accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=cfg.output_dir)
     kind, sharded = accelerator.distributed_type.value, accelerator.is_fsdp2
     whole = title == "MaskGRPO" and not cfg.lora and not (cfg.model and resolve(cfg.model)[1])
-    unknown = f"accelerate: {kind} does not fit; use MULTI_GPU (DDP), or FSDP with fsdp_version: 2 where all weights train"
+    unknown = f"accelerate: {kind} does not fit; use MULTI_GPU (DDP), or FSDP (fsdp_version: 2) where all weights train"
     require({unknown: kind in ("NO", "MULTI_CPU", "MULTI_GPU") or (sharded and whole)})
     if sharded:
         # Accelerate's bf16 would round off what an update changes, and its no_sync add up whole gradients on each card
@@ -1123,7 +1121,7 @@ def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
     run.say(f"{title:<9} {cfg.model or 'the tiny default, trained here first'} -> {run.path}")
     run.say(f"data      {cfg.data or ('generated' if cfg.generated() else 'published')}: {sizes}")
-    processes = f"processes {run.world}{', sharded' * run.sharded}"
+    processes = f"processes {run.world}{', sharded' * sharded}"
     run.say(f"device    {run.device}, {processes}, threads {torch.get_num_threads()}")
     if run.task.runs_code:
         run.say(f"sandbox   {rewards.protections()}")
@@ -1302,9 +1300,8 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     training = Run(dataclasses.replace(cfg, **of_base), run.accelerator)
     training.pixels = run.pixels
     training.open()
-    words = lambda p: run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images)
-    fresh = lambda: tiny_model([words(p) for p in train], cfg.seed, cfg.task)
-    base = load_model(cfg.model, cfg, trainable=True) if cfg.model else fresh()
+    words = [run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images) for p in train]
+    base = load_model(cfg.model, cfg, True) if cfg.model else tiny_model(words, cfg.seed, cfg.task)
     base.check_problems(run.task, data, cfg.gen_length, run.say)
     train_elbo(training, base, data["train"], data["validation"])
     run.seconds["base"], run.began = training.total()["total"], min(run.began, training.began)
