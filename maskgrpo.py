@@ -535,7 +535,7 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
         rope = dict(rope_type="default", rope_theta=raw.get("rope_theta", 1e4))
         sizes = {"eos_token_id": None} | {LLADA_SIZES[k]: raw[k] for k in LLADA_SIZES if raw.get(k) is not None}
         options |= dict(config=LlamaConfig(**sizes, **BIDIRECTIONAL, rope_parameters=rope), key_mapping=LLADA_KEYS)
-    elif own in NATIVE:  # where the name does not say that it is none of the causal ones, is_causal has to
+    elif own in NATIVE:  # a2d-* and Dream are bidirectional by their names, others if is_causal says so
         require({f"--model {path}: a causal {kind}": own != kind or not raw.get("is_causal", True)})
         sizes = {name: v for name, v in raw.items() if name not in ("architectures", "auto_map", "model_type")}
         sizes = {"shifted_logits": kind == "dream"} | sizes | BIDIRECTIONAL  # Dream predicts position i at i - 1
