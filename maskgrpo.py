@@ -54,7 +54,6 @@ Departures from the authors' code
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import itertools
@@ -80,9 +79,9 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, gather_object
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -386,7 +385,7 @@ class Config(Common):
     gumbel: float = flag(1.0, "maskgit: weight of the noise of its choice; MaskGIT's own is 4.5")
     gumbel_decay: str = flag("compounding", "maskgit: how that falls; MaskGIT's own is linear", choices=tuple(DECAYS))
     guidance: float = flag(0.0, "classifier-free guidance, 0: none")
-    rewards: str | None = flag(None, "of pixels: clip=1,http://HOST:PORT/hpsv3=0.5; tiny images have a verifier")
+    rewards: str | None = flag(None, "with --model: of pixels, clip=1,http://HOST:PORT/hpsv3=0.5; tiny: a verifier")
     decoder: str = flag("showlab/magvitv2", "MAGVIT-v2's weights: a file, a folder or a hub id")
     pass_k: int = flag(0, "samples per problem for pass@k at --temperature, 0: greedy only")
     lora: int = flag(0, "LoRA rank (alpha = rank / 2), the authors have 128; 0: train all weights")
@@ -450,7 +449,9 @@ def in_one_line(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # what broken files raise has no common class
-        lacks = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)[:300]
+        cause = error.__context__  # of a full disk torch's own words do not say so
+        reason = cause if isinstance(error, RuntimeError) and isinstance(cause, OSError) else error
+        lacks = f"lacks {error}" if isinstance(error, KeyError) else first_line(reason)[:300]
         raise error if isinstance(error, UsageError) else UsageError(f"{what}: {lacks}") from None
 
 
@@ -472,12 +473,11 @@ def parse(argv: list[str] | None = None, kind: type = Config, about: str = __doc
     # so that --help shows the defaults of this model, method and task
     parser.set_defaults(**(saved or defaults) | {"output_dir": path, "resume": first.resume})
     cfg = kind(**vars(parser.parse_args(argv)))
-    # with anything else changed it would be another run
-    free = set("resume output_dir max_steps save_every log_with eval_batch_size lr max_grad_norm".split())
-    free |= set("batch_size accumulation minibatch_size sft_batch_size".split())  # but not what they are in all
-    for name in saved.keys() - free:
-        of_run = f"--resume: --{name} {getattr(cfg, name)} contradicts {path}, which has {saved[name]}"
-        require({of_run: getattr(cfg, name) == saved[name]})
+    # with anything else changed it would be another run; of batches Run.checkpoint compares what they are in all
+    free = "resume output_dir max_steps save_every log_with eval_batch_size lr max_grad_norm "
+    free += "batch_size accumulation minibatch_size sft_batch_size"
+    changed = [f"--{name}" for name in saved.keys() - set(free.split()) if vars(cfg)[name] != saved[name]]
+    require({f"--resume: {', '.join(changed)} contradicts {path}/config.json": not changed})
     return cfg
 
 
@@ -489,9 +489,9 @@ def check(cfg, positive: str, rules: dict[str, object]) -> None:
     rules |= {f"--{k} {v}: must be at least 0": v >= 0 for k, v in vars(cfg).items() if type(v) in (int, float)}
     whole_groups = cfg.group_size > 1 and cfg.batch_size % cfg.group_size == 0
     rules[f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}, 2 or more"] = whole_groups
-    own, read = Path(cfg.output_dir).resolve(), [cfg.model, getattr(cfg, "policy", None)]
-    read = [place for path in read if path for place in (Path(path).resolve(), Path(path).resolve().parent)]
-    rules[f"--output_dir {cfg.output_dir} is the run that is read, or holds it; name another"] = own not in read
+    read = [Path(path).resolve() for path in (cfg.model, getattr(cfg, "policy", None)) if path]
+    held = Path(cfg.output_dir).resolve() in read + [path.parent for path in read]
+    rules[f"--output_dir {cfg.output_dir} is the run that is read, or holds it; name another"] = not held
     rules[rewards.CODE_REFUSED.format(cfg.task)] = cfg.allow_code_execution or not TASKS[cfg.task].runs_code
     rules["--eval_data needs published problems"] = cfg.eval_only or not (cfg.eval_data and cfg.generated())
     require(rules)
@@ -544,20 +544,19 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
         rope = dict(rope_type="default", rope_theta=raw.get("rope_theta", 1e4))
         sizes = {"eos_token_id": None} | {LLADA_SIZES[k]: raw[k] for k in LLADA_SIZES if raw.get(k) is not None}
         options |= dict(config=LlamaConfig(**sizes, **BIDIRECTIONAL, rope_parameters=rope), key_mapping=LLADA_KEYS)
-    elif own in NATIVE and own != kind:
-        dropped = ("architectures", "auto_map", "model_type", *BIDIRECTIONAL)
-        sizes = {name: value for name, value in raw.items() if name not in dropped} | BIDIRECTIONAL
-        # Dream predicts position i at i - 1
-        options["config"] = transformers.AutoConfig.for_model(own, **sizes, shifted_logits=kind == "dream")
+    elif own in NATIVE:  # a2d-* and Dream are bidirectional by their names, others if is_causal says so
+        require({f"--model {path}: a causal {kind}": own != kind or not raw.get("is_causal", True)})
+        sizes = {name: v for name, v in raw.items() if name not in ("architectures", "auto_map", "model_type")}
+        sizes = {"shifted_logits": kind == "dream"} | sizes | BIDIRECTIONAL  # Dream predicts position i at i - 1
+        options["config"] = transformers.AutoConfig.for_model(own, **sizes)
         words = transformers.Qwen2Tokenizer if kind == "dream" else words
-    elif own in NATIVE:  # saved by this project: is_causal=False and Dream's shift are in its config
-        causal = f"--model {path}: a causal {kind}, without is_causal: false in its config"
-        require({causal: not raw.get("is_causal", True)})
     else:
         family = transformers.AutoModelForMaskedLM
     hf, info = family.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
-    wrong = [f"{kind.replace('_', ' ')} {sorted(names)[:3]} ..." for kind, names in info.items() if names]
-    require({f"--model {path}: its weights do not fit its config.json: {'; '.join(wrong)}": not wrong})
+    wrong = {kind: sorted(names)[:3] for kind, names in info.items() if names}
+    require({f"--model {path}: its weights do not fit its config.json: {wrong}": not wrong})
+    if dtype == torch.bfloat16:
+        in_bf16(hf)
     return hf, words.from_pretrained(path, trust_remote_code=False)
 
 
@@ -611,8 +610,6 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(cfg.seed)  # its initialisation; afterwards all is as before
             hf = peft.get_peft_model(hf, peft.LoraConfig(**settings))
-    if cfg.bf16 and frozen:
-        in_bf16(hf)
     if not trainable:
         hf.requires_grad_(False)
     elif cfg.gradient_checkpointing:
@@ -646,8 +643,7 @@ def in_bf16(hf: nn.Module) -> None:
         return y if layer.bias is None else y + layer.bias
 
     tied = {module.weight for module in hf.modules() if isinstance(module, nn.Embedding)}
-    linear = [module for module in hf.modules() if type(module) is nn.Linear]
-    layers = [layer for layer in linear if layer.weight.dtype == torch.bfloat16]  # an adapter's are float32
+    layers = [module for module in hf.modules() if isinstance(module, nn.Linear)]
     for p in set(hf.parameters()) - ({layer.weight for layer in layers} - tied):
         p.data = p.data.float()
     for layer in layers:
@@ -667,8 +663,6 @@ def tiny_model(texts: list[str], seed: int, task: str = "gsm8k") -> "MaskedDiffu
     names = dict(eos_token=special[0], pad_token=special[0], mask_token=special[2], unk_token=special[3])
     names |= dict(additional_special_tokens=[special[1], *marks])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **names)
-    # the question and a line break; instructions are for models that can read them
-    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}\n{% endfor %}"
     sizes = TINY_SIZES | TINY_SIZES_OF.get(task, {}) | dict(vocab_size=len(tokenizer) + codes, codebook_size=codes)
     sizes |= dict(eos_token_id=tokenizer.eos_token_id, mask_token_id=tokenizer.mask_token_id)
     with torch.random.fork_rng(devices=[]):
@@ -680,35 +674,31 @@ CHUNK = 2**25  # logits that are there at a time when log-probabilities are take
 
 
 class ChosenLogProbs(torch.autograd.Function):
-    """log softmax(head(h) / T) of one token per row, without the (N, V) logits; for a head that does not train.
+    """log softmax(head(h) / T) of one token per row, without keeping the (N, V) logits; for a head that does not train.
 
-    h (N, D), tokens (N,) long, head: (n, D) -> (n, V), any function, n = `rows` at a time -> (N,). A backward needs
-    no more than the gradient with respect to h, which is as small as h. So each chunk takes its own, and overwrites its
-    logits with d log p(o) / d logit_v = (1[v = o] - p(v)) / T. Left to autograd 4.5 (N, V) tensors live at the peak:
-    logits, logits / T, logsumexp's, gather's gradient, their sum.
+    h (N, D), tokens (N,) long, head: (N, D) -> (N, V), any function -> (N,). A backward needs no more than the gradient
+    with respect to h, which is as small as h: it is taken here, and the logits overwritten with
+    d log p(o) / d logit_v = (1[v = o] - p(v)) / T. Left to autograd 4.5 (N, V) tensors live at the peak: logits,
+    logits / T, logsumexp's, gather's gradient, their sum.
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int) -> Tensor:
-        """(N,) float32; what is kept for the backward is the gradient with respect to h (N, D), if that is wanted."""
-        log_p, gradients, wanted = [], [], ctx.needs_input_grad[0]
-        for part, chosen in zip(h.split(rows), tokens[:, None].split(rows)):
-            with torch.set_grad_enabled(wanted):
-                logits = head(part := part.detach().requires_grad_(wanted))
-            p = logits.detach().div_(temperature)  # in the logits' own memory, as what follows
-            total = p.logsumexp(-1, keepdim=True)
-            log_p.append((p.gather(-1, chosen) - total)[:, 0])
-            if wanted:
-                p = p.sub_(total).exp_().neg_().scatter_add_(-1, chosen, torch.ones_like(total)).div_(temperature)
-                gradients += torch.autograd.grad(logits, part, p)
+    def forward(ctx, h: Tensor, tokens: Tensor, head: Callable, temperature: float) -> Tensor:
+        wanted, chosen = ctx.needs_input_grad[0], tokens[:, None]
+        with torch.set_grad_enabled(wanted):
+            logits = head(h := h.detach().requires_grad_(wanted))
+        p = logits.detach().div_(temperature)  # in the logits' own memory, as what follows
+        total = p.logsumexp(-1, keepdim=True)
+        log_p = (p.gather(-1, chosen) - total)[:, 0]
         if wanted:
-            ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(log_p)
+            p = p.sub_(total).exp_().neg_().scatter_add_(-1, chosen, torch.ones_like(total)).div_(temperature)
+            ctx.save_for_backward(*torch.autograd.grad(logits, h, p))
+        return log_p
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_log_p: Tensor):
-        return of_log_p[:, None] * ctx.saved_tensors[0], None, None, None, None
+        return of_log_p[:, None] * ctx.saved_tensors[0], None, None, None
 
 
 def plain_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: float) -> Tensor:
@@ -718,12 +708,13 @@ def plain_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: floa
 
 
 def chosen_log_probs(h: Tensor, tokens: Tensor, head: Callable, temperature: float, rows: int, trains: bool) -> Tensor:
-    """The same for any head. Of one that trains, chunks are computed again in the backward, unless one chunk is all."""
-    if not trains:
-        return ChosenLogProbs.apply(h, tokens, head, temperature, rows)
-    once = functools.partial(checkpoint, use_reentrant=False) if len(h) > rows else lambda f, *args: f(*args)
-    parts = zip(h.split(rows), tokens.split(rows))
-    return torch.cat([once(plain_log_probs, *part, head, temperature) for part in parts])
+    """The same for any head, `rows` rows at a time. Of a head that trains, chunks are computed again in the backward,
+    unless one chunk is all."""
+    of_chunk = plain_log_probs if trains else ChosenLogProbs.apply
+    if trains and len(h) > rows:
+        of_chunk = functools.partial(checkpoint, plain_log_probs, use_reentrant=False)
+    chunks = zip(h.split(rows), tokens.split(rows))
+    return torch.cat([of_chunk(*chunk, head, temperature) for chunk in chunks])
 
 
 class MaskedDiffusionModel(nn.Module):
@@ -748,9 +739,8 @@ class MaskedDiffusionModel(nn.Module):
         of_config = of_config if isinstance(of_config, list) else [of_config]
         self.eos_ids = sorted({self.end_id, self.pad_id, eos, *of_config} - {None, self.mask_id})
         require({f"{self.name}: config.json has no mask_token_id; name one by --mask_token": self.mask_id is not None})
-        rows, last = hf.get_input_embeddings().num_embeddings, max(known, key=known.get)
-        for token, i in (("the mask token", self.mask_id), (repr(last), known[last])):
-            require({f"{self.name}: {token} has id {i}, the embedding only {rows} rows": i < rows})
+        rows, most = hf.get_input_embeddings().num_embeddings, max([self.mask_id, *known.values()])
+        require({f"{self.name}: the tokenizer or the mask has id {most}, the embedding only {rows} rows": most < rows})
         tables = [t for name, t in hf.named_modules() if name.endswith("position_embeddings")]
         starts = [t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None]
         self.first_position = max(starts, default=0)  # RoBERTa counts from its padding_idx + 1
@@ -813,10 +803,10 @@ class MaskedDiffusionModel(nn.Module):
         messages = task.messages(problem)
         if task.codebook:
             return self.image_prompt(messages[-1]["content"])
-        if not self.tokenizer.chat_template:
-            return self.tokenizer("".join(message["content"] + "\n" for message in messages))["input_ids"]
         if getattr(self.hf.config, "embedded_default", False):
             messages = messages[-1:]  # it cannot read instructions
+        if not self.tokenizer.chat_template:
+            return self.tokenizer("".join(message["content"] + "\n" for message in messages))["input_ids"]
         merged = [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
         for wording in (messages, merged):  # a template without a system role fails, or drops it
             with contextlib.suppress(jinja2.TemplateError):
@@ -840,9 +830,8 @@ class MaskedDiffusionModel(nn.Module):
             return [self.mask_id] * gen_length
         target, blanks = task.target(problem), task.blanks(problem)
         spelled = self.tokenizer(target, add_special_tokens=False, return_offsets_mapping=True)
-        is_open = lambda first, behind: blanks[first:behind] != target[first:behind]  # a part of the token is blank
-        spans = zip(spelled["input_ids"], spelled["offset_mapping"])
-        ids = [self.mask_id if is_open(*span) else token for token, span in spans] + [self.end_id]
+        spans = zip(spelled["input_ids"], spelled["offset_mapping"])  # open if a part of the token is blank
+        ids = [token if blanks[a:b] == target[a:b] else self.mask_id for token, (a, b) in spans] + [self.end_id]
         require({f"--gen_length {gen_length}: this task's completions have {len(ids)} tokens": len(ids) <= gen_length})
         return ids + [self.pad_id] * (gen_length - len(ids))
 
@@ -942,8 +931,8 @@ class Run:
         self.cfg, self.accelerator, self.path, self.task = cfg, accelerator, Path(cfg.output_dir), TASKS[cfg.task]
         self.device, self.world, self.rank = accelerator.device, accelerator.num_processes, accelerator.process_index
         self.main, self.say = accelerator.is_main_process, functools.partial(accelerator.print, flush=True)
-        self.sharded = accelerator.is_fsdp2
         self.pixels: rewards.PixelReward | None = None  # the reward of --rewards
+        self.state, self.lines = {}, []  # the checkpoint that the run goes on from, and what metrics.jsonl holds
         self.seconds, self.began = dict.fromkeys(("base", "rollout", "update", "eval"), 0.0), time.perf_counter()
 
     def prepare(self, model: nn.Module, weight_decay: float, accumulation: int) -> tuple[nn.Module, object]:
@@ -959,7 +948,7 @@ class Run:
     def save(self, base: MaskedDiffusionModel, path: Path) -> None:
         """The base's weights, from all shards, as its own `save` writes them. All processes have to ask."""
         trained(base)
-        weights = state_dict.get_model_state_dict(base.hf, options=WHOLE) if self.sharded else None
+        weights = state_dict.get_model_state_dict(base.hf, options=WHOLE) if self.accelerator.is_fsdp2 else None
         if self.main:
             with in_one_line(f"{path} cannot be written"):
                 base.save(path, weights)
@@ -1010,15 +999,13 @@ class Run:
         """Whether the flag holds on all processes, which all have to ask."""
         return self.average({"flag": float(flag)})["flag"] == 1.0
 
-    def update(
-        self, model, optimizer, lr: float, most: float, losses: list[dict], where: str, rate="--lr, by --resume"
-    ):
+    def update(self, model, optimizer, lr: float, most: float, losses: list[dict], where: str) -> dict[str, float]:
         """One step of AdamW at the learning rate lr, on the gradient with its norm clipped to `most` -> means of the
         micro-batches' losses over all processes, and the norm before; where they are not finite no step, UsageError."""
         norm = self.accelerator.clip_grad_norm_(model.parameters(), most)
         metrics = self.average(mean_of(losses) | {"grad_norm": float(norm)})
-        lower = f"{where}: the loss or its gradient is not finite; lower {rate}"
-        require({lower: math.isfinite(metrics["loss"] + metrics["grad_norm"])})
+        wild = f"{where}: the loss or its gradient is not finite; lower the learning rate (--lr: also by --resume)"
+        require({wild: math.isfinite(metrics["loss"] + metrics["grad_norm"])})
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -1038,49 +1025,37 @@ class Run:
                     import fcntl
 
                     fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except ImportError:
-                    pass  # Windows has none of these locks
-                except OSError as error:  # nor have some file systems: any other error
-                    if error.errno in (errno.EACCES, errno.EAGAIN):
-                        raise BlockingIOError from None
-                if self.cfg.resume:
-                    self.checkpoint()
-                elif (self.path / "config.json").exists():
+                except BlockingIOError:
+                    raise UsageError(f"--output_dir {self.path} is in use by {lock.read_text()}; name another") from None
+                except (ImportError, OSError):  # Windows and some file systems have none of these locks
+                    pass
+                if not self.cfg.resume and (self.path / "config.json").exists():
                     names = (self.path.with_name(f"{self.path.name}.old{n}") for n in itertools.count(1))
                     (aside := next(path for path in names if not path.exists())).mkdir()
                     for item in {*self.path.iterdir()} - {lock}:
                         item.rename(aside / item.name)
                 self.lock.truncate(0)
-                self.lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
-                self.lock.flush()
-        except BlockingIOError:
-            refusal = [f"--output_dir {self.path} is in use by {lock.read_text()}; name another"]
+                print(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}", file=self.lock, flush=True)
         except (UsageError, OSError) as error:
             refusal = [str(error)]
         broadcast_object_list(refusal)
         require({refusal[0]: refusal[0] is None})
+        if self.cfg.resume:
+            self.state = self.checkpoint()
         self.write("config.json", json.dumps(vars(self.cfg), indent=1))
 
-    def write(self, name: str, content: str | dict, before: str | None = None) -> None:
-        """A whole file of the run's directory, a text or tensors, or the old one, whatever happens in between; the old
-        one is kept under the name `before`."""
+    def write(self, name: str, text: str) -> None:
+        """A whole file of the run's directory, or the old one, whatever happens in between."""
         if self.main:
-            part, file = self.path / f"{name}.part", self.path / name
-            try:
-                with part.open("w" if isinstance(content, str) else "wb") as out:
-                    out.write(content) if isinstance(content, str) else torch.save(content, out)
-            except RuntimeError as error:
-                raise error.__context__ or error from None  # a full disk: torch's own words do not say so
-            if before and file.exists():
-                file.replace(self.path / before)
-            part.replace(file)
+            part = self.path / f"{name}.part"
+            part.write_text(text)
+            part.replace(self.path / name)
 
     def log(self, line: dict) -> None:
-        """A line of metrics.jsonl, whose numbers go to --log_with's tracker too."""
-        if self.main:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        self.accelerator.log({k: v for k, v in line.items() if not isinstance(v, str)}, step=line["step"])
+        """A line of metrics.jsonl, which goes to --log_with's tracker too."""
+        self.lines.append(json.dumps(line) + "\n")
+        self.write("metrics.jsonl", "".join(self.lines))
+        self.accelerator.log(line, step=line["step"])
 
     def conclude(self, results: dict, table: str) -> None:
         """results.json, with the settings, versions and memory behind its figures, and a table of them; the end."""
@@ -1097,106 +1072,96 @@ class Run:
         self.accelerator.end_training()
 
     def save_checkpoint(self, step: int) -> None:
-        """All of the state after `step` steps: the weights that train, the optimiser's and the clocks. Masks, noise and
-        data order are functions of (seed, step, j, row): there is no other."""
+        """All of the state after `step` steps: the weights that train, the optimiser's, the clocks and the metrics.
+        Masks, noise and data order are functions of (seed, step, j, row): there is no other."""
         trained(self.bare)
         weights, moments = state_dict.get_state_dict(self.bare, self.optimizer.optimizer, options=WHOLE)
         state = {"weights": weights, "optimizer": moments, "seconds": self.total(), "step": step}
-        state |= {"logged": len(self.logged()), "batches": self.cfg.batches(self.world)}
+        state |= {"lines": self.lines, "batches": self.cfg.batches(self.world)}
+        last, before, part = (self.path / name for name in (*CHECKPOINTS, "checkpoint.pt.part"))
         with in_one_line("a new checkpoint cannot be written, the last one is intact"):
-            self.write(CHECKPOINTS[0], state, before=CHECKPOINTS[1])
+            if self.main:
+                torch.save(state, part)
+                if last.exists():
+                    last.replace(before)
+                part.replace(last)
         self.accelerator.wait_for_everyone()
 
-    def logged(self) -> list[str]:
-        """The lines of metrics.jsonl."""
-        file = self.path / "metrics.jsonl"
-        return file.read_text().splitlines(True) if file.is_file() else []
-
-    def checkpoint(self) -> tuple[dict, str]:
-        """(the last complete checkpoint, {} where there never was one; a line about it). UsageError if the run cannot
-        go on from it here."""
-        state, fault, steps, files = {}, "", len(self.logged()), [self.path / name for name in CHECKPOINTS]
+    def checkpoint(self) -> dict:
+        """The last complete checkpoint, {} where there never was one. UsageError if the run cannot go on from it."""
+        state, files = {}, [file for name in reversed(CHECKPOINTS) if (file := self.path / name).exists()]
         for file in files:
             try:
-                with in_one_line(f"{file}"):
-                    state = state or torch.load(file, "cpu", mmap=os.name == "posix")
+                with in_one_line(f"damaged   {file}"):
+                    state = torch.load(file, "cpu", mmap=os.name == "posix")
             except UsageError as error:
-                fault += f"; {error}"
-        if not state:
-            lost = f"{self.path} has no checkpoint, and metrics.jsonl {steps} steps; without it, it starts over"
-            require({f"--resume: no checkpoint is complete{fault}": not any(map(Path.exists, files))})
-            require({f"--resume: {lost}": not 0 < self.cfg.save_every < steps})
-            return state, f"resumed   from the start: {self.path} has no checkpoint yet"
-        had, has, logged = state["batches"], self.cfg.batches(self.world), state["logged"]
+                self.say(str(error))
+        log = self.path / "metrics.jsonl"
+        begun = log.is_file() and 0 < self.cfg.save_every < len(log.read_text().splitlines())
+        gone = f"--resume: {self.path} has no checkpoint that is complete, and a metrics.jsonl; without, it starts over"
+        require({gone: state or not (files or begun)})
+        has = self.cfg.batches(self.world)
+        had = state.get("batches", has)
         require({f"--resume: {self.path} has batches over all processes of {had}, here of {has}": had == has})
-        require({f"--resume: {self.path} has {logged} steps, its metrics.jsonl {steps}": logged <= steps})
-        return state, f"resumed   after {state['step']} steps" + f", the checkpoint before{fault}" * bool(fault)
+        return state
 
     def load_checkpoint(self) -> int:
-        """Steps done, after restoring weights, optimiser and clocks from the checkpoint; 0 without one. What
-        metrics.jsonl holds behind it is cut off, and will be made again."""
-        state, note = self.checkpoint() if self.cfg.resume else ({}, None)
+        """Steps done, after restoring weights, optimiser, clocks and metrics from what `open` has found; else 0."""
+        state, self.state = self.state, {}
         if state:
             kept = dict(model_state_dict=state["weights"], optim_state_dict=state["optimizer"], options=WHOLE)
             trained(self.bare)
             state_dict.set_state_dict(self.bare, self.optimizer.optimizer, **kept)
             self.began -= state["seconds"].pop("total")
-            self.seconds = state["seconds"]
-        self.say(note) if note else None
-        self.accelerator.wait_for_everyone()  # all have read metrics.jsonl
-        if lines := self.logged():
-            self.write("metrics.jsonl", "".join(lines[: state.get("logged", 0)]))
+            self.seconds, self.lines = state["seconds"], state["lines"]
+        if self.cfg.resume:
+            self.say(f"resumed   after {state.get('step', 0)} steps")
         return state.get("step", 0)
 
 
 def launcher() -> bytes:
-    """Environment and command line of the `accelerate launch` that started this process; empty where there is no such
-    launcher, or no /proc."""
-    parent = Path(f"/proc/{os.getppid()}")
+    """Environment and command line of the `accelerate launch` that started this process; empty without it or /proc."""
     with contextlib.suppress(OSError):
         if "ACCELERATE_MIXED_PRECISION" in os.environ:
+            parent = Path(f"/proc/{os.getppid()}")
             return (parent / "environ").read_bytes() + (parent / "cmdline").read_bytes()
     return b""
 
 
 def take_the_cores(given: bytes) -> None:
-    """For a process that is alone on a CPU. `accelerate launch` gives it one thread, by OMP_NUM_THREADS: it takes them
-    all, unless the launcher itself was given that variable or --num_cpu_threads_per_process."""
-    if given and os.environ.get("OMP_NUM_THREADS") == "1":
-        if b"OMP_NUM_THREADS=" not in given and b"--num_cpu_threads" not in given:
-            torch.set_num_threads(len(os.sched_getaffinity(0)))
+    """A process that is alone on a CPU takes all cores, where `accelerate launch` gives it one thread, unless the launcher
+    itself was given OMP_NUM_THREADS or --num_cpu_threads_per_process."""
+    if given and b"OMP_NUM_THREADS=" not in given and b"--num_cpu_threads" not in given:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def start(cfg, title: str) -> tuple[Run, dict[str, list[Problem]]]:
-    """(the run, its problems by split): data, Accelerate, the run directory and the first lines. An earlier run in the
-    directory is moved aside, never overwritten. Raises UsageError."""
-    data = rewards.splits(TASKS[cfg.task], cfg, cfg.generated())
-    precision, asked = "bf16" if cfg.bf16 else "no", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    """(the run, its problems by split): data, Accelerate, the run directory and the first lines. Raises UsageError."""
+    data, precision = rewards.splits(TASKS[cfg.task], cfg, cfg.generated()), "bf16" if cfg.bf16 else "no"
+    asked, given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), launcher()
     unlike = f"accelerate launch --mixed_precision {asked}: --bf16 decides, which is {cfg.bf16} here; leave it out"
     steps = "accelerate launch --gradient_accumulation_steps: --accumulation decides; leave it out"
-    require({unlike: asked in ("no", precision), steps: b"--gradient_accumulation_steps" not in launcher()})
+    require({unlike: asked in ("no", precision), steps: b"--gradient_accumulation_steps" not in given})
     with in_one_line("accelerate"):
         accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=cfg.output_dir)
-    kind = accelerator.distributed_type.value
-    known, sharded = kind in ("NO", "MULTI_CPU", "MULTI_GPU"), accelerator.is_fsdp2
-    unknown = f"accelerate: {kind} is not supported; use MULTI_GPU (DDP), or in maskgrpo.py FSDP with fsdp_version: 2"
-    fits = "accelerate: --lora and adapters fit on every card; use MULTI_GPU (DDP) instead of FSDP"
-    adapter = sharded and (getattr(cfg, "lora", 0) or (cfg.model and resolve(cfg.model)[1]))
-    require({unknown: known or (sharded and title == "MaskGRPO"), fits: not adapter})
+    kind, sharded = accelerator.distributed_type.value, accelerator.is_fsdp2
+    whole = title == "MaskGRPO" and not cfg.lora and not (cfg.model and resolve(cfg.model)[1])
+    unknown = f"accelerate: {kind} does not fit; use MULTI_GPU (DDP), or FSDP (fsdp_version: 2) where all weights train"
+    require({unknown: kind in ("NO", "MULTI_CPU", "MULTI_GPU") or (sharded and whole)})
     if sharded:
         # Accelerate's bf16 would round off what an update changes, and its no_sync add up whole gradients on each card
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     run = Run(cfg, accelerator)
     if run.world == 1 and run.device.type == "cpu":
-        take_the_cores(launcher())
+        take_the_cores(given)
     run.open()
     accelerator.init_trackers(title.lower(), config={k: str(v) for k, v in vars(cfg).items()})
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in data.items() if problems)
     run.say(f"{title:<9} {cfg.model or 'the tiny default, trained here first'} -> {run.path}")
     run.say(f"data      {cfg.data or ('generated' if cfg.generated() else 'published')}: {sizes}")
-    processes = f"{run.world} process{'es' * (run.world > 1)}{', sharded' * run.sharded}"
-    run.say(f"device    {run.device}, {processes}, {torch.get_num_threads()} threads")
+    processes = f"processes {run.world}{', sharded' * sharded}"
+    run.say(f"device    {run.device}, {processes}, threads {torch.get_num_threads()}")
     if run.task.runs_code:
         run.say(f"sandbox   {rewards.protections()}")
     run.say("settings  " + " ".join(f"{name}={value}" for name, value in vars(cfg).items()))
@@ -1326,8 +1291,7 @@ def elbo_step(run: Run, model, base, optimizer, lesson: list[tuple], step: int) 
     loss = elbo_loss(model, batch, r, u, base.mask_id, base.first_id)
     run.accelerator.backward(loss)
     lr = cfg.sft_lr * min(1.0, (step + 1) / 100)
-    where, rate = f"ELBO training, step {step + 1}", "--sft_lr, in a new run"
-    run.update(model, optimizer, lr, 1.0, [{"loss": loss.item()}], where, rate)
+    run.update(model, optimizer, lr, 1.0, [{"loss": loss.item()}], f"ELBO training, step {step + 1}")
 
 
 def train_elbo(run: Run, base, train: list[Problem], validation: list[Problem]) -> None:
@@ -1357,7 +1321,7 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
     """(the model that RL starts from and is held to, whether it was there already). Trained bases are kept: the tiny
     one in runs/base-TASK-sSEED-KEY, whose key stands for all that it depends on, the SFT one in the run."""
     cfg, train, images = run.cfg, data["train"], bool(run.task.codebook)
-    if cfg.model is not None and not cfg.sft_steps:
+    if cfg.eval_only or (cfg.model and not cfg.sft_steps):
         return cfg.model, True
     names = "gen_length block_length tokens_per_step base_accuracy base_steps sft_lr sft_batch_size seed".split()
     settings = [getattr(cfg, name) for name in names + ["temperature", "guidance", "steps"] * images]
@@ -1370,14 +1334,13 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
         run.say(f"base      {kept}, trained earlier")
         return str(kept), True
     # A run within the run, and moved only when it is complete: runs that start together do not meet in there. Images
-    # are drawn by emerge, so that every method starts from the same base, and the tiny ones judged by their verifier.
+    # are drawn by emerge, so that every method starts from the same base.
     of_base = dict(output_dir=str(run.path / "base"), sampler="emerge" if images else cfg.sampler)
     training = Run(dataclasses.replace(cfg, **of_base), run.accelerator)
-    training.pixels = None if cfg.tiny() else run.pixels
-    training.path.mkdir(parents=True, exist_ok=True)
-    words = lambda p: run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images)
-    fresh = lambda: tiny_model([words(p) for p in train], cfg.seed, cfg.task)
-    base = load_model(cfg.model, cfg, trainable=True) if cfg.model else fresh()
+    training.pixels = run.pixels
+    training.open()
+    words = [run.task.messages(p)[-1]["content"] + "\n" + run.task.target(p) * (not images) for p in train]
+    base = load_model(cfg.model, cfg, True) if cfg.model else tiny_model(words, cfg.seed, cfg.task)
     base.check_problems(run.task, data, cfg.gen_length, run.say)
     train_elbo(training, base, data["train"], data["validation"])
     run.seconds["base"], run.began = training.total()["total"], min(run.began, training.began)
@@ -1465,7 +1428,7 @@ def main(argv: list[str] | None = None) -> None:
         f"--gamma {cfg.gamma}: at least 0 and below 1": 0 <= cfg.gamma < 1,
         f"--sampler {cfg.sampler}: not for --task {cfg.task}": image == (cfg.sampler != "semi_autoregressive"),
         f"--cache {cfg.cache}: of texts": not image or cfg.cache == "off",
-        "--rewards scores images: --task t2i": image or not cfg.rewards,
+        "--rewards scores images of a --model: --task t2i": (image and not cfg.tiny()) or not cfg.rewards,
         "--eval_only, --lora and --sft_steps need --model": cfg.model or not cfg.eval_only + cfg.lora + cfg.sft_steps,
         f"--lora {cfg.lora}: {adapter} is an adapter already, and trains as it is": not (cfg.lora and adapter),
     }
@@ -1474,20 +1437,16 @@ def main(argv: list[str] | None = None) -> None:
     asked = {problem["question"] for problem in sum(data.values(), []) if image and cfg.tiny()}
     require({f"prompt {q!r}: not one that the embedded t2i task knows": q in rewards.scene_table() for q in asked})
     if cfg.rewards:
-        pictures = lambda codes: torch.stack([torch.from_numpy(run.task.render(row)) for row in codes.tolist()])
         with in_one_line("--rewards"):
-            decode = pictures if cfg.tiny() else load_magvit(cfg.decoder, run.device).pixels
-            run.pixels = rewards.PixelReward(decode, cfg.rewards, run.device, verified=cfg.tiny())
-    if cfg.eval_only:
-        base = load_model(cfg.model, cfg, trainable=False).to(run.device)
-        base.check_problems(run.task, data, cfg.gen_length, run.say)
-        model = run.accelerator.prepare_model(base, evaluation_mode=True)
-        return report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
+            run.pixels = rewards.PixelReward(load_magvit(cfg.decoder, run.device).pixels, cfg.rewards, run.device)
     torch.set_float32_matmul_precision("high" if cfg.bf16 else "highest")  # TF32: 8 times as exact as bf16
     path, cached = base_path(run, data)
     run.accelerator.free_memory()  # of the base's own training
-    base = load_model(path, cfg, trainable=True)
+    base = load_model(path, cfg, trainable=not cfg.eval_only)
     base.check_problems(run.task, data, cfg.gen_length, run.say)
+    if cfg.eval_only:
+        model = run.accelerator.prepare_model(base, evaluation_mode=True)
+        return report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
     policy, optimizer = run.prepare(base, cfg.weight_decay, cfg.accumulation)
     before = measure(run, policy, base, data, "before")
     train_policy(run, policy, base, reference_of(run, policy, base, path), optimizer, data)

@@ -707,7 +707,7 @@ def init_step(run: Run, base: FrozenBase, g: nn.Module, optimizer, problems: lis
     like = dataclasses.replace(cfg, ref="softmax_confidence", tau=1e-10) if cfg.ref == "max_confidence" else cfg
     g_ref = Order(lambda state, logits: log_reference(like, state.top[..., 0], state.allowed), sampled=True)
     e, _, metrics = sample_groups(run, base, g_ref, problems, step, PRETRAIN)
-    where = f"init step {step + 1}", "--init_lr, in a new run"
+    where = f"init step {step + 1}"
     for minibatch in minibatches(run, e):
         losses = []
         for _, part in minibatch:
@@ -718,7 +718,7 @@ def init_step(run: Run, base: FrozenBase, g: nn.Module, optimizer, problems: lis
                 run.accelerator.backward(loss)
             figures = {"cross_entropy": mean_over_steps(divergence, part), "clipped": 0.0, "log_ratio": 0.0}
             losses.append({"loss": loss.item()} | figures)
-        updates.append(run.update(g, optimizer, cfg.init_lr, cfg.max_grad_norm, losses, *where))
+        updates.append(run.update(g, optimizer, cfg.init_lr, cfg.max_grad_norm, losses, where))
     return metrics | mean_of(updates)
 
 

@@ -53,11 +53,10 @@ def build(cfg: Config) -> m.MaskedDiffusionModel:
     sizes |= dict(vocab_size=cfg.vocabulary, num_attention_heads=max(cfg.width // 128, 4), mask_token_id=2)
     with torch.device(cfg.device):
         hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **m.BIDIRECTIONAL))
-    hf = hf.bfloat16() if cfg.bf16 else hf
+    if cfg.bf16:
+        m.in_bf16(hf := hf.bfloat16())
     targets = ["q_proj", "k_proj", "v_proj", "up_proj"]
     hf = peft.get_peft_model(hf, peft.LoraConfig(r=cfg.lora, lora_alpha=cfg.lora / 2, target_modules=targets))
-    if cfg.bf16:
-        m.in_bf16(hf)
     words = SimpleNamespace(get_vocab=dict, eos_token_id=1, pad_token_id=1, sep_token_id=None, mask_token_id=2)
     return m.MaskedDiffusionModel(hf, words, bf16=cfg.bf16)
 

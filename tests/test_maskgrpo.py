@@ -70,18 +70,15 @@ def test_log_probabilities_in_chunks_have_the_plain_values_and_gradients(rows, t
     g = torch.Generator().manual_seed(0)
     h, w, b = (torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((7, 5), (11, 5), (11,)))
     never = torch.zeros(11).index_fill(0, torch.tensor(4), -torch.inf)
-    tokens, head, upstream = (
-        torch.tensor([0, 3, 10, 3, 1, 9, 5]),
-        lambda h: h @ w.T + b + never,
-        torch.linspace(-1, 2, 7),
-    )
+    tokens, upstream = torch.tensor([0, 3, 10, 3, 1, 9, 5]), torch.linspace(-1, 2, 7)
+    head = lambda h: h @ w.T + b + never
     by_hand = (head(h) / temperature).log_softmax(1)[range(7), tokens]
     expected = torch.autograd.grad((by_hand * upstream).sum(), (h, w, b))
     for trains, of in ((False, (h,)), (True, (h, w, b))):
         got = m.chosen_log_probs(h, tokens, head, temperature, rows, trains)
         torch.testing.assert_close(got, by_hand)
         torch.testing.assert_close(torch.autograd.grad((got * upstream).sum(), of), expected[: len(of)])
-    assert torch.autograd.gradcheck(lambda h: m.ChosenLogProbs.apply(h, tokens, head, temperature, rows), h)
+    assert torch.autograd.gradcheck(lambda h: m.chosen_log_probs(h, tokens, head, temperature, rows, False), h)
 
 
 def eq_9(one, two, t, dt):
@@ -416,16 +413,6 @@ def test_a_cache_keeps_what_stands_around_the_block(kind, cache, request):
     assert sizes[::2] == cached * 2
 
 
-def masked_lm(kind, pad, path, bpe):
-    """A random checkpoint of transformers' own, saved."""
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    sizes |= dict(attention_dropout=0.3)
-    ids = dict(eos_token_id=0, bos_token_id=0, pad_token_id=pad, cls_token_id=0, sep_token_id=0, mask_token_id=2)
-    settings = getattr(transformers, f"{kind}Config")(vocab_size=len(bpe), **sizes, **ids)
-    model = getattr(transformers, f"{kind}ForMaskedLM")(settings).eval()
-    model.save_pretrained(path)
-    bpe.save_pretrained(path)
-    return model
 def test_the_mask_token_is_that_of_the_config_or_the_flag(tmp_path, bpe):
     other = llada_checkpoint(tmp_path / "other", bpe, change=lambda config, _: config.update(mask_token_id=7))
     none = llada_checkpoint(tmp_path / "none", bpe, change=lambda config, _: config.pop("mask_token_id"))
@@ -449,10 +436,10 @@ def test_masked_lm_checkpoints_load_as_they_are(kind, pad, tmp_path, bpe):
 @pytest.mark.parametrize("lora", [0, 4])
 @pytest.mark.parametrize("kind", ["llada", "dream", "Roberta", "ModernBert", "t2i"])
 def test_tokens_have_the_log_probabilities_of_the_logits(kind, lora, request, bpe, tmp_path, monkeypatch):
-    """And their gradients, in chunks of three positions, with a head that trains or not, through checkpointed layers."""
+    """And their gradients, in chunks of three positions, with a head that trains or not, with checkpointed layers."""
     pytest.importorskip("peft")
     if kind[0].isupper():
-        masked_lm(kind, 0, tmp_path, bpe)
+        of_transformers(f"{kind}ForMaskedLM", tmp_path, bpe)
     if kind == "t2i":
         m.tiny_model(["a photo"], 0, kind).save(tmp_path)
     path = request.getfixturevalue(kind) if kind in ("llada", "dream") else tmp_path
@@ -534,10 +521,8 @@ def test_problems_longer_than_the_context_are_left_out_and_counted(llada, data_f
     limit = base.hf.config.max_position_embeddings = max(sizes) + 63
     base.check_problems(task, data := {"train": [*problems], "test": []}, 64, said.append)
     assert data["train"] == [p for p, size in zip(problems, sizes) if size < max(sizes)]
-    line = (
-        f"left out  {sizes.count(max(sizes))} of 60 train problems, longer than {limit} tokens with a completion of 64"
-    )
-    assert said[0].startswith(line)
+    left = f"left out  {sizes.count(max(sizes))} of 60 train problems"
+    assert said[0].startswith(f"{left}, longer than {limit} tokens with a completion of 64: ")
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -678,7 +663,7 @@ def on_two(base, problem_file, tmp_path_factory):
     argv = small_run(path / "run", model=base, data=problem_file, batch_size=8, **LONG)
     command, env = [sys.executable, *command.split(), "maskgrpo.py", *argv], os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "2 processes" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "processes 2," in done.stdout, done.stdout + done.stderr
     return path / "run"
 
 
@@ -705,9 +690,8 @@ def test_published_format_on_published_data(llada, data_file, tmp_path):
     merged = load(tmp_path / "run")
     merged.hf = merged.hf.merge_and_unload()
     merged.save(tmp_path / "merged")
-    shutil.copytree(
-        tmp_path / "run" / "model", tmp_path / "adapter", ignore=shutil.ignore_patterns("tokenizer*", "*.jinja")
-    )
+    without = shutil.ignore_patterns("tokenizer*", "*.jinja")
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "adapter", ignore=without)
     sizes |= dict(data=tmp_path / "held.jsonl")  # evaluated whole
     for n, (name, size) in enumerate((("run", 256), ("adapter", 2), ("merged", 3))):
         again = small_run(tmp_path / "again", model=tmp_path / name, eval_batch_size=size, **sizes)
@@ -715,9 +699,7 @@ def test_published_format_on_published_data(llada, data_file, tmp_path):
         assert lines_of(tmp_path / "again", "completions_eval_only") == lines_of(tmp_path / "run", "completions_after")
 
 
-def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_what_rl_is_held_to(
-    llada, data_file, tmp_path, monkeypatch
-):
+def test_sft_comes_first_goes_on_where_it_was_stopped_and_is_the_reference(llada, data_file, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     values = dict(sft_steps=5, sft_lr=1e-2, max_steps=1, gen_length=64, mu=1, group_size=2, batch_size=2, save_every=0)
     flags = dict(model=llada, data=data_file, lora=4) | values
@@ -747,7 +729,7 @@ def uninterrupted(base, problem_file, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("where, call", [("policy_loss", 3), ("policy_loss", 8), ("replace", 5)])
+@pytest.mark.parametrize("where, call", [("policy_loss", 3), ("policy_loss", 8), ("replace", 9)])
 def test_killed_and_resumed_to_the_same_numbers(where, call, uninterrupted, flags, tmp_path):
     """In step 2, before any checkpoint; in step 4; and where step 4's is written, but not yet renamed."""
     argv = small_run(tmp_path / "run", **flags, **LONG)
@@ -766,23 +748,20 @@ def contents(path):
 @pytest.mark.parametrize("spoil", [lambda file: file.write_bytes(file.read_bytes()[:5000]), lambda file: file.unlink()])
 def test_a_damaged_or_missing_checkpoint_is_named_and_the_one_before_it_taken(spoil, uninterrupted, tmp_path, capfd):
     shutil.copytree(uninterrupted, path := tmp_path / "run")
-    resume = ["--resume", "--output_dir", str(path), "--lr", "1e-4"]
-    spoil(path / "checkpoint.pt")
-    assert m.cli(resume[:3]) == 0
-    assert re.search(r"after 4 steps, the checkpoint before; \S+/checkpoint.pt: .+", capfd.readouterr().out)
+    resume = ["--resume", "--output_dir", str(path)]
+    spoil(file := path / "checkpoint.pt")
+    damaged = f"damaged   {file}: " if file.exists() else ""
+    assert m.cli(resume) == 0
+    said = capfd.readouterr().out
+    assert damaged in said and "resumed   after 4 steps" in said
     same_run(uninterrupted, path)
-    (path / "metrics.jsonl").write_text('{"step": 1}\n')
-    before = contents(path)
-    assert "has 6 steps, its metrics.jsonl 1" in one_error(resume, capfd) and contents(path) == before
     for file in path.glob("checkpoint*"):
         file.write_bytes(b"")
-    assert re.search(
-        "no checkpoint is complete; .*/checkpoint.pt: .*; .*/checkpoint.pt.before: ", one_error(resume, capfd)
-    )
+    before = contents(path)
+    assert "has no checkpoint that is complete" in one_error(resume, capfd) and contents(path) == before
     for file in path.glob("checkpoint*"):
         file.unlink()
-    (path / "metrics.jsonl").write_text('{"step": 1}\n' * 3)  # with a checkpoint after every second step
-    assert "has no checkpoint, and metrics.jsonl 3 steps" in one_error(resume, capfd)
+    assert "has no checkpoint that is complete, and a metrics.jsonl" in one_error(resume, capfd)
 
 
 def test_a_directory_has_one_run_at_a_time(flags, tmp_path, capfd):
@@ -796,10 +775,10 @@ def test_a_directory_has_one_run_at_a_time(flags, tmp_path, capfd):
     assert contents(tmp_path) == before and lock.exists()
     os.kill(child, signal.SIGKILL)
     assert ended(child) == [-signal.SIGKILL]
-    assert m.cli(["--resume", *argv[:2]]) == 0 and f"{tmp_path / 'run'} has no checkpoint yet" in capfd.readouterr().out
+    assert m.cli(["--resume", *argv[:2]]) == 0 and "resumed   after 0 steps" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["config.json.part", "metrics.jsonl", "checkpoint.pt.part", "model"])
+@pytest.mark.parametrize("file", ["config.json.part", "metrics.jsonl.part", "checkpoint.pt.part", "model"])
 def test_a_full_disk_says_so_whoever_writes(file, flags, tmp_path, capfd, monkeypatch):
     (tmp_path / "run").mkdir()
     if file != "model":
@@ -825,7 +804,7 @@ def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two,
     assert len(lines_of(tmp_path / "run")) == 3 and not (tmp_path / "run" / "results.json").exists()
     resume, before = ["--resume", "--output_dir", tmp_path / "run"], contents(tmp_path / "run")
     assert "batches over all processes of [16, 0], here of [8, 0]" in one_error([*resume, "--lr", 1], capfd)
-    assert "--mu 7 contradicts" in one_error([*resume, "--mu", 7], capfd) and contents(tmp_path / "run") == before
+    assert "--mu contradicts" in one_error([*resume, "--mu", 7], capfd) and contents(tmp_path / "run") == before
     assert forked_pair(resume, tmp_path) == [0, 0], (tmp_path / "out").read_text()
     same_run(on_two, tmp_path / "run")
 
@@ -833,7 +812,7 @@ def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two,
 def test_sharded_processes_equal_others_and_each_goes_on_as_the_other(on_two, uninterrupted, flags, tmp_path, capfd):
     argv, path = small_run(tmp_path / "run", **flags, batch_size=8, **LONG), tmp_path / "run"
     killed = forked_pair(argv, tmp_path, dies("policy_loss", 7, signal.SIGKILL), both=sharded)  # in step 4
-    assert killed == [2, -signal.SIGKILL] and "2 processes, sharded" in (tmp_path / "out").read_text()
+    assert killed == [2, -signal.SIGKILL] and "processes 2, sharded" in (tmp_path / "out").read_text()
     resume = lambda path, *more: ["--resume", "--output_dir", str(path), *more]
     shutil.copytree(path, alone := tmp_path / "alone")
     assert forked_pair(resume(path), tmp_path, both=sharded) == [0, 0], (tmp_path / "out").read_text()
@@ -857,7 +836,7 @@ def test_signals_are_given_back_by_a_loop_that_is_left_early(tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_resumes_it(flags, tmp_path, capfd):
     wild = one_error(small_run(tmp_path / "run", **flags, lr=1e30, warmup=0), capfd)
-    assert "step 1, update 2: the loss or its gradient is not finite; lower --lr, by --resume" in wild
+    assert "step 1, update 2: the loss or its gradient is not finite; lower the learning rate" in wild
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run"), "--lr", "1e-4"]) == 0
     assert len(lines_of(tmp_path / "run")) == 3
 
@@ -884,8 +863,7 @@ def test_a_process_that_is_launched_alone_takes_the_cores_unless_told(omp, flag,
     code = "import sys; sys.stdin.read()"
     launcher = subprocess.Popen([sys.executable, "-c", code, flag], env=env, stdin=subprocess.PIPE)
     monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
-    for name, value in {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     seen = spied(monkeypatch, torch, "set_num_threads", "set")
     m.take_the_cores(m.launcher())
     if "accumulation" in flag:
@@ -906,15 +884,15 @@ def test_bad_checkpoints_are_named(tmp_path, bpe, data_file, capfd):
     named = lambda path: one_error(["--model", path, "--data", data_file, "--output_dir", tmp_path / "run"], capfd)
     changed = lambda name, change: named(llada_checkpoint(tmp_path / name, bpe, change=change))
     missing = changed("missing", lambda _, weights: weights.pop("model.transformer.blocks.1.attn_out.weight"))
-    assert "missing keys ['model.layers.1.self_attn.o_proj.weight']" in missing
+    assert "'missing_keys': ['model.layers.1.self_attn.o_proj.weight']" in missing
     assert "surprise" in changed("extra", lambda _, weights: weights.update(surprise=torch.zeros(2)))
     assert "mask_token_id" in changed("unmasked", lambda config, _: config.pop("mask_token_id"))
     beyond = changed("beyond", lambda config, _: config.update(mask_token_id=999))
-    assert f"the mask token has id 999, the embedding only {len(bpe)} rows" in beyond
+    assert f"the mask has id 999, the embedding only {len(bpe)} rows" in beyond
     short = changed("short", lambda config, _: config.update(max_sequence_length=300))
     assert re.search("all train problems are longer than 300 tokens with a completion of 256: '.+' ...", short)
     causal = write_checkpoint(tmp_path / "causal", {"model_type": "llama"}, {"a": torch.zeros(1)}, bpe)
-    assert "is_causal" in named(causal)
+    assert "a causal llama" in named(causal)
     weights = (broken := llada_checkpoint(tmp_path / "broken", bpe)) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])  # half downloaded
     assert "broken" in named(broken)
@@ -938,9 +916,8 @@ def test_an_adapter_with_the_names_of_lladas_own_modules_loads_by_the_same_renam
     save_file(own, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     file = tmp_path / "adapter_config.json"
     # as d1 writes it: names of modules that transformers' Llama has and LLaDA has not
-    file.write_text(
-        json.dumps(json.loads(file.read_text()) | {"target_modules": [*names.split(), "o_proj", "down_proj"]})
-    )
+    of_d1 = {"target_modules": [*names.split(), "o_proj", "down_proj"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | of_d1))
     assert torch.equal(load(tmp_path)(X, ALL, ALL), native(X, ALL, ALL))
 
 
@@ -952,10 +929,9 @@ def test_an_adapter_that_does_not_fit_is_refused(llada, data_file, tmp_path, cap
     save_file(renamed, file, metadata={"format": "pt"})
     flags = ["--model", tmp_path / "adapter", "--data", data_file, "--output_dir", tmp_path / "run"]
     assert "does not fit" in one_error([*flags, "--eval_only"], capfd)
-    assert "an adapter already" in one_error([*flags, "--lora", 4], capfd)
     monkeypatch.setattr(m, "find_adapter_config_file", lambda name: tmp_path / "adapter" / "adapter_config.json")
-    flags = ["--model", "someone/adapter", *flags[2:], "--lora", 4]  # the same by a hub id
-    assert "someone/adapter is an adapter already" in one_error(flags, capfd)
+    for name in (tmp_path / "adapter", "someone/adapter"):  # the same by a hub id
+        assert f"{name} is an adapter already" in one_error(["--model", name, *flags[2:], "--lora", 4], capfd)
 
 
 # --- completions with given parts: blanks to be filled in -------------------------------------------------------------
