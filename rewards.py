@@ -1238,12 +1238,11 @@ gsm8k_correct, t2i_reward = TASKS["gsm8k"].score, TASKS["t2i"].reward  # by name
 
 def judge_all(task: Task, completions: list[str], problems: list[Problem], pixels=None) -> list[tuple[Reward, float]]:
     """(the terms of its reward, which is their sum; its score) of each completion. Programs run side by side. pixels, a
-    PixelReward: images are judged by it, and those without a verifier score what they earn."""
+    PixelReward: images are judged by it, and score what they earn."""
     if pixels is not None and completions:
         codes = torch.tensor([[int(code) for code in text.split()] for text in completions])
         terms = pixels(codes, [problem["question"] for problem in problems])
-        scores = map(task.score, completions, problems) if pixels.verified else [sum(of.values()) for of in terms]
-        return list(zip(terms, scores))
+        return [(of, sum(of.values())) for of in terms]
     if not task.runs_code:
         return [task.verdict(text, problem)[1:] for text, problem in zip(completions, problems)]
     with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
@@ -1392,11 +1391,11 @@ def remote_score(images: Tensor, prompts: list[str], url: str, timeout: float = 
 class PixelReward:
     """Codes and prompts -> the terms of a reward on pixels. decode: (B, L) long codes -> (B, H, W, 3) uint8. text: the
     rewards and their weights, "clip=1,http://127.0.0.1:8000/hpsv3=0.5", a URL's last part being the name, or
-    clip:FOLDER=1; the official mixture is clip=0.01, and 0.2 for each of HPSv3 and UnifiedReward. verified: the task's
-    own verifier says what is right, and this only rewards. Raises DataError for a text that it does not understand."""
+    clip:FOLDER=1; the official mixture is clip=0.01, and 0.2 for each of HPSv3 and UnifiedReward. Raises DataError for a
+    text that it does not understand."""
 
-    def __init__(self, decode: Callable, text: str, device: str | torch.device = "cpu", verified: bool = False):
-        self.decode, self.verified, self.weights, self.scorers = decode, verified, {}, {}
+    def __init__(self, decode: Callable, text: str, device: str | torch.device = "cpu"):
+        self.decode, self.weights, self.scorers = decode, {}, {}
         for term in map(str.strip, text.split(",")):
             match = re.fullmatch(r"(?:(clip)(?::(.+))?|(https?://\S+/([\w.-]+)))=([-+]?\d*\.?\d+(?:e[-+]?\d+)?)", term)
             name = match and (match[1] or match[4])
