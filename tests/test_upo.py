@@ -123,7 +123,7 @@ def test_the_rollout_draws_from_p_g(k, steps, states):
     order = upo.Order(lambda state, logits: log_g[state.hidden[:, 0].argmax(1)], sampled=True)
     batch = m.Batch(torch.full((rows, N), MASK), *torch.ones(2, rows, N, dtype=torch.bool))
     cfg = dataclasses.replace(TABULAR, positions_per_step=k)
-    e = upo.unmask(base, batch, order, cfg, [(11, r) for r in range(rows)], [], keep=True)
+    e = upo.unmask(base, batch, [order] * rows, cfg, [(11, r) for r in range(rows)], [], keep=True)
     exact, by_row = outputs(base, log_g, k=k), e.row.sort(stable=True).indices.view(rows, N)
     assert sum(exact.values()).item() == pytest.approx(1, abs=1e-6)
     counts = Counter(map(tuple, e.x.tolist()))
@@ -291,14 +291,11 @@ def test_the_table_has_each_order_as_it_is_and_the_policy_s_best_position(monkey
     """What evaluate is asked for; scores of three candidates in one row."""
     candidates, p = torch.tensor([[True, False, True, True]]), torch.tensor([[0.4, 0.6], [0.9, 0.1], [0.2, 0.8]])
     state = SimpleNamespace(candidates=candidates, top=torch.tensor([[[0.6], [0], [0.9], [0.8]]]))
-    monkeypatch.setattr(upo, "evaluate", lambda run, base, order, *asked: (order, asked))
-    values = dict(topk=2, pass_n=2, position_temperature=0.7, tau=0.5, corpus="plain")
+    looks, values = [], dict(topk=2, position_temperature=0.7, tau=0.5, corpus="plain")
+    monkeypatch.setattr(upo, "evaluate", lambda run, base, *asked: looks.append(asked) or [{"method": "upo"}])
     run = SimpleNamespace(cfg=dataclasses.replace(TABULAR, **values))
-    rows, lucky = upo.measure(run, None, lambda *state: state[-1], [5, 6, 7])
-    assert [(name, *asked) for name, (_, asked) in rows.items()] == [(n, [5, 6, 7]) for n in [*upo.ORDERS, "upo"]]
-    few = [(name, [5, 6], 16) for name in ("random", "topk_random")]
-    assert [(name, *asked) for name, (_, asked) in lucky.items()] == few
-    orders = {name: order for name, (order, _) in rows.items()}
+    rows, ((orders, problems),) = upo.measure(run, None, lambda *state: state[-1], [5, 6, 7]), looks
+    assert [*rows] == [*orders] == [*upo.ORDERS, "upo"] and problems == [5, 6, 7] and rows["upo"] == [{"method": "upo"}]
     sampled = [name for name, order in orders.items() if order.sampled]
     assert sampled == ["random", "softmax_confidence", "topk_random"] and orders["upo"].scores((1, 2), None) == 0.7
     assert [name for name, order in orders.items() if order.threshold is not None] == ["threshold"]
@@ -308,16 +305,22 @@ def test_the_table_has_each_order_as_it_is_and_the_policy_s_best_position(monkey
 
 
 def test_every_sample_of_a_problem_has_noise_of_its_own(monkeypatch):
-    def complete(run, base, asked, order, keys):
+    """16 of the lucky ones for the first problem, one of the others; the first is the one that the others have too."""
+    def complete(run, base, asked, orders, keys):
         zeros = torch.zeros(len(keys), N, dtype=torch.long)
-        seen.extend(keys)
+        seen.extend(zip(orders, keys))
         return upo.Trajectories(zeros, zeros, zeros[:, 0]), [f"#### {sum(key[2:])}" for key in keys]
 
     monkeypatch.setattr(upo, "complete", complete)
-    run, seen = m.Run(dataclasses.replace(TABULAR, task="gsm8k", eval_batch_size=3), Accelerator()), []
-    rows = upo.evaluate(run, None, None, [{"question": "", "answer": f"#### {i + 1}"} for i in range(2)], 2)
-    assert seen == [(0, upo.EVALUATION, i, s) for i in range(2) for s in range(2)]
-    assert [(row["problem"], row["sample"], row["score"]) for row in rows] == [(i, s, s) for *_, i, s in seen]
+    run, seen = m.Run(dataclasses.replace(TABULAR, task="gsm8k", eval_batch_size=3, pass_n=1), Accelerator()), []
+    problems = [{"question": "", "answer": f"#### {i + 1}"} for i in range(2)]
+    rows, drawn = upo.evaluate(run, None, {"upo": 0, "random": 1}, problems), [("random", 0, s) for s in range(16)]
+    assert seen == [(0, (0, upo.EVALUATION, 0, 0)), *((1, (0, upo.EVALUATION, *row[1:])) for row in drawn)] + [
+        (order, (0, upo.EVALUATION, 1, 0)) for order in range(2)
+    ]
+    expected = [*drawn, ("random", 1, 0), ("upo", 0, 0), ("upo", 1, 0)]
+    assert [(row["method"], row["problem"], row["sample"]) for row in rows] == expected
+    assert [row["score"] for row in rows] == [float(s == 1) for _, i, s in expected]
 
 
 # --- The head, on bases in the official formats -----------------------------------------------------------------------
@@ -350,7 +353,7 @@ def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
     scores = lambda state, logits: upo.place(torch.arange(int(state.candidates.sum())), state.candidates)
     batch = lambda rows: m.Batch(x[rows], x[rows] >= 0, completion[rows])
     order = upo.Order(scores, sampled=False)
-    go = lambda rows: upo.unmask(base, batch(rows), order, cfg, [(0, i) for i in rows], [])
+    go = lambda rows: upo.unmask(base, batch(rows), [order] * len(rows), cfg, [(0, i) for i in rows], [])
     together = go([0, 1])
     assert together.unmask_step[:, 3:8].tolist() == [[1, 0, 3, 2, 4], [-1, -1, 1, 0, 2]]
     assert all(torch.equal(go([i]).x[0], together.x[i]) for i in range(2))
@@ -359,6 +362,24 @@ def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
     assert [go([i]).unmask_step[0, 3:8].tolist() for i in range(2)] == [[1, 0, 0, 0, 2], [-1, -1, 1, 0, 0]]
     order = upo.Order(scores, sampled=False, threshold=9.0)
     assert [go([i]).unmask_step[0, 3:8].tolist() for i in range(2)] == [[3, 2, 1, 0, 4], [-1, -1, 2, 1, 0]]
+
+
+@pytest.mark.parametrize("k, size", [(1, 1000), (2, 7)])
+def test_orders_that_share_states_complete_as_each_does_alone(llada, k, size):
+    """With an EOS, tokens drawn, a threshold and batches that part a problem; in none is a state computed twice."""
+    values = dict(task="gsm8k", positions_per_step=k, eval_batch_size=size, temperature=0.7, threshold=0.5, pass_n=1)
+    base, cfg, computed = frozen(llada), config_for(ref="topk", **values), []
+    base.model.eos_ids, read = [*base.model.eos_ids, *range(40, 500, 9)], base.read
+    base.read = lambda *asked: computed.append(torch.cat(asked, dim=1).tolist()) or read(*asked)
+    run, problems = m.Run(cfg, Accelerator()), rewards.TASKS["gsm8k"].generate("train", 3, 0)
+    orders = {name: upo.rule(name, cfg) for name in upo.ORDERS}
+    orders["upo"] = upo.learned(upo.new_policy(cfg, base, "cpu"), cfg, sampled=False)
+    together, shared = upo.evaluate(run, base, orders, problems), sum(map(len, computed))
+    assert all(len(set(map(tuple, states))) == len(states) for states in computed)
+    alone = {name: upo.evaluate(run, base, {name: order}, problems) for name, order in orders.items()}
+    assert together == [row for name in sorted(alone) for row in alone[name]]
+    assert shared < 0.85 * (sum(map(len, computed)) - shared)
+    assert len({tuple(row["tokens"]) for row in together}) > 20 and len({row["nfe"] for row in together}) > 2
 
 
 SMALL = dict(batch_size=8, minibatch_size=4, group_size=2, mu=2, warmup=6, max_grad_norm=0.02, max_steps=5)
@@ -500,8 +521,9 @@ def test_what_a_run_gives_its_steps_and_its_looks(tiny_base, puzzles, tmp_path, 
     (*_, data), group = loops[0], loops[0][3].param_groups[0]
     assert [[n for *_, n in calls] for calls in (warm, steps)] == [[0, 1]] * 2
     assert all(problems is data["train"] for *_, problems, _ in warm + steps)
-    assert all(problems is data["test" if i > 1 else "validation"] for i, (_, _, _, problems) in enumerate(looks))
-    assert not any(order.sampled for _, _, order, *_ in looks[:2])  # after init_steps and at the end
+    splits = ("validation", "validation", "test")  # after init_steps, at the end, and the table
+    assert [problems is data[split] for (*_, problems), split in zip(looks, splits, strict=True)] == [True] * 3
+    assert not any(order.sampled for *_, orders, _ in looks[:2] for order in orders.values())
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.3)
 
 
