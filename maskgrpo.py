@@ -1026,7 +1026,7 @@ class Run:
 
                     fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise UsageError(f"--output_dir {self.path} is in use by {lock.read_text()}; name another") from None
+                    raise UsageError(f"--output_dir {self.path} is in use by {lock.read_text().strip()}; name another") from None
                 except (ImportError, OSError):  # Windows and some file systems have none of these locks
                     pass
                 if not self.cfg.resume and (self.path / "config.json").exists():
@@ -1081,7 +1081,8 @@ class Run:
         last, before, part = (self.path / name for name in (*CHECKPOINTS, "checkpoint.pt.part"))
         with in_one_line("a new checkpoint cannot be written, the last one is intact"):
             if self.main:
-                torch.save(state, part)
+                with part.open("wb") as out:
+                    torch.save(state, out)
                 if last.exists():
                     last.replace(before)
                 part.replace(last)

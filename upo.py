@@ -45,7 +45,6 @@ Departures from the authors' code
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import sys
@@ -273,28 +272,27 @@ def train_step(run: Run, base: "FrozenBase", g: nn.Module, optimizer, problems: 
 
     base: pi, frozen; g: the policy as Accelerate has wrapped it; problems: what prompts are taken from. The rest of the
     file only prepares these."""
-    cfg, updates = run.cfg, []
+    cfg, updates, losses = run.cfg, [], []
     # Roll out G trajectories of each prompt: a_n ~ g_old(. | x_n), x_{n-1} ~ pi(. | x_n, a_n), until x_0, whose reward
     # is r. g_old is g as it is now.
     g_old = learned(run.accelerator.unwrap_model(g), cfg, sampled=True)
     e, r, metrics = sample_groups(run, base, g_old, problems, step, ROLLOUT)
     # A_b = (r_b - mean r) / std r
     A = group_advantages(r, cfg.group_size, cfg.advantage).to(run.device)
-    for minibatch in minibatches(run, e):
-        losses = []
-        for rows, part in minibatch:
-            with run.accelerator.accumulate(g):
-                # g(. | x_n) on the states of the rollout, which need no forward of the base
-                log_g = g(*part.state, cfg.position_temperature)
-                # rho = g / g_old -> - [ (1/B) sum_b sum_n min(rho A_b, clip(rho) A_b) - beta D(g || g_ref) ]
-                loss, figures = upo_loss(log_g, part, A[rows], ref=cfg.ref, clip=cfg.clip, beta=cfg.beta)
-                run.accelerator.backward(loss)  # divided by the number of micro-batches there
-            losses.append(figures)
-        # phi <- phi + AdamW(gradient), after a warm-up, once per minibatch
-        done = step * cfg.mu * cfg.shape()[0] + len(updates)
-        lr = cfg.lr * min(1.0, (done + 1) / max(cfg.warmup, 1))
-        lr *= 1 - step / cfg.max_steps if cfg.lr_decay else 1.0
-        updates.append(run.update(g, optimizer, lr, cfg.max_grad_norm, losses, f"step {step + 1}"))
+    for rows, part in micro_batches(run, e):
+        with run.accelerator.accumulate(g):
+            # g(. | x_n) on the states of the rollout, which need no forward of the base
+            log_g = g(*part.state, cfg.position_temperature)
+            # rho = g / g_old -> - [ (1/B) sum_b sum_n min(rho A_b, clip(rho) A_b) - beta D(g || g_ref) ]
+            loss, figures = upo_loss(log_g, part, A[rows], ref=cfg.ref, clip=cfg.clip, beta=cfg.beta)
+            run.accelerator.backward(loss)  # divided by the number of micro-batches of an update there
+        losses.append(figures)
+        if len(losses) == cfg.shape()[1]:
+            # phi <- phi + AdamW(gradient), after a warm-up, once per minibatch
+            done = step * cfg.mu * cfg.shape()[0] + len(updates)
+            lr = cfg.lr * min(1.0, (done + 1) / max(cfg.warmup, 1)) * (1 - cfg.lr_decay * step / cfg.max_steps)
+            updates.append(run.update(g, optimizer, lr, cfg.max_grad_norm, losses, f"step {step + 1}"))
+            losses = []
     return metrics | mean_of(updates)
 
 
@@ -537,13 +535,12 @@ class Record:
 
 
 @torch.no_grad()
-def unmask(base: FrozenBase, batch, order: Order, cfg: Config, keys, eos_ids, keep: bool = False):
+def unmask(base: FrozenBase, batch, orders: list[Order], cfg: Config, keys, eos_ids, keep: bool = False):
     """Reveal k positions per step and row of a batch of maskgrpo.py's until all are finished -> Trajectories.
 
-    keys: B keys of the rows' noise, so that a row's actions depend on no batch; keep: with what updates need. A row
-    that has finished is not computed any more; rows in the same state, as those of a group are at first, are computed
-    once. The base is not wrapped by DDP: processes need not agree on how many forwards.
-    """
+    orders: of the B rows; keys: of their noise, so that a row's actions depend on no batch; keep: with what updates
+    need. A row that has finished is not computed any more; rows in the same state, as a group's at first, are computed
+    once, whatever their orders. The base is not wrapped by DDP: processes need not agree on how many forwards."""
     x, masked = batch.x.clone(), batch.completion.clone()
     unmask_step, length = torch.full_like(x, -1), torch.zeros(len(x), dtype=torch.long, device=x.device)
     block = torch.where(masked, (masked.cumsum(1) - 1) // cfg.block_length, x.shape[1])  # (B, W)
@@ -559,30 +556,33 @@ def unmask(base: FrozenBase, batch, order: Order, cfg: Config, keys, eos_ids, ke
         _, same = torch.cat([x, batch.attention, candidates], dim=1)[rows].unique(dim=0, return_inverse=True)  # (R,)
         u = rows.new_empty(int(same.max()) + 1).scatter_(0, same, rows)  # a row in each of the U different states
         state, logits = see(base, x[u], batch.attention[u], candidates[u], cfg)
-        # g(a_n | x_n), and pi(x_{n-1} | x_n, a_n) at the chosen positions
-        log_g = order.scores(state, logits)  # (U, W)
-        most = cfg.positions_per_step if order.threshold is None else (log_g > order.threshold).sum(1).clamp(min=1)
-        k = log_g.isfinite().sum(1).clamp(max=most)[same]  # (R,)
         nth = state.candidates.flatten().cumsum(0).view(len(u), -1) - 1  # which of the N candidates
-        logits_at = lambda chosen: logits[nth[same][chosen]]  # noqa: B023
-        generators = [for_a[r] for r in rows.tolist()] if order.sampled else None, [for_token[r] for r in rows.tolist()]
-        a, chosen, tokens = reveal(log_g[same], candidates[rows], k, logits_at, cfg.temperature, *generators)
-        if keep:
-            record.add(rows, same, length[rows], state, log_g, a, k)
-        now = torch.zeros_like(masked).index_put_((rows,), chosen)
-        x[now], masked = tokens, masked & ~now
-        unmask_step = torch.where(now, length[:, None], unmask_step)
+        for order in {orders[r] for r in rows.tolist()}:
+            its = torch.tensor([orders[r] is order for r in rows.tolist()], device=x.device)  # (R,)
+            at, of = same[its].unique(return_inverse=True)  # its states among the U, and in which of them each row is
+            seen, mine = State(*(v[at] for v in state)), rows[its]
+            # g(a_n | x_n), and pi(x_{n-1} | x_n, a_n) at the chosen positions
+            log_g = order.scores(seen, logits[nth[at][seen.candidates]])
+            most = cfg.positions_per_step if order.threshold is None else (log_g > order.threshold).sum(1).clamp(min=1)
+            k = log_g.isfinite().sum(1).clamp(max=most)[of]  # (M,)
+            logits_at = lambda chosen: logits[nth[at][of][chosen]]  # noqa: B023
+            noise = [for_a[r] for r in mine.tolist()] if order.sampled else None, [for_token[r] for r in mine.tolist()]
+            a, chosen, tokens = reveal(log_g[of], candidates[mine], k, logits_at, cfg.temperature, *noise)
+            if keep:
+                record.add(mine, of, length[mine], seen, log_g, a, k)
+            now = torch.zeros_like(masked).index_put_((mine,), chosen)
+            x[now], masked[now], unmask_step[now] = tokens, False, length[now.nonzero()[:, 0]]
         length[rows] += 1
     tail = batch.completion & ~through_eos(x, batch.completion, eos_ids)
     done = x.masked_fill(tail, base.model.pad_id), unmask_step.masked_fill(tail, -1), length
     return record.trajectories(*done) if keep else Trajectories(*done)
 
 
-def complete(run: Run, base: FrozenBase, problems: list[Problem], order: Order, keys, keep: bool = False):
-    """(Trajectories of one completion per problem, its text); keep: with what updates need."""
+def complete(run: Run, base: FrozenBase, problems: list[Problem], orders: list[Order], keys, keep: bool = False):
+    """(Trajectories of one completion per problem, by its order; its text); keep: with what updates need."""
     n, ends = run.cfg.gen_length, base.model.ends_of(run.task)
     batch = base.model.open_batch(run.task, problems, n, run.device)
-    e = unmask(base, batch, order, run.cfg, keys, ends, keep)
+    e = unmask(base, batch, orders, run.cfg, keys, ends, keep)
     return e, base.model.texts(batch._replace(x=e.x), through_eos(e.x, batch.completion, ends), n)
 
 
@@ -594,7 +594,7 @@ def sample_groups(run: Run, base: FrozenBase, order: Order, train: list[Problem]
     problems = [train[i] for i in shuffled(len(train), groups, counter, cfg.seed, DATA, use) for _ in range(g)]
     keys = [(cfg.seed, use, step, first + i, k) for i in range(groups) for k in range(g)]
     with run.clock("rollout"):
-        e, texts = complete(run, base, problems, order, keys, keep=True)
+        e, texts = complete(run, base, problems, [order] * len(keys), keys, keep=True)
         r = torch.tensor([sum(terms.values()) for terms, _ in judge_all(run.task, texts, problems)])
         r -= cfg.nfe_weight * e.length.cpu()
     metrics = {"reward": r.mean().item(), "group_reward_std": r.view(-1, g).std(1).mean().item()}
@@ -603,20 +603,11 @@ def sample_groups(run: Run, base: FrozenBase, order: Order, train: list[Problem]
     return e, r, run.average(metrics)
 
 
-def minibatches(run: Run, e: Trajectories) -> Iterator[Iterator[tuple[Tensor, Trajectories]]]:
-    """mu times all of e, in minibatches, which are one update each, of micro-batches."""
-    updates, accumulation = run.cfg.shape()
-    for _ in range(run.cfg.mu):
-        parts = micro_batches(run, e)
-        for _ in range(updates):
-            yield itertools.islice(parts, accumulation)
-
-
 def micro_batches(run: Run, e: Trajectories) -> Iterator[tuple[Tensor, Trajectories]]:
-    """(rows (b,) long, these trajectories with their steps and states, on the device). Every m-th row shares one: the
-    same trajectories, whatever the number of processes."""
+    """mu times all of e, in micro-batches: (rows (b,) long, these trajectories with their steps and states, on the
+    device). Every m-th row shares one: the same trajectories, whatever the number of processes."""
     m = run.cfg.batch_size // run.cfg.minibatch_size
-    for first in range(m):
+    for first in [*range(m)] * run.cfg.mu:
         rows, index = torch.arange(first, run.cfg.batch_size, m, device=run.device), torch.full_like(e.length, -1)
         index[rows] = torch.arange(len(rows), device=run.device)
         mine = index[e.row] >= 0
@@ -645,12 +636,11 @@ LUCKY, PASS_AT = ("random", "topk_random"), (1, 2, 4, 8, 16)  # the orders whose
 
 def rule(name: str, cfg: Config) -> Order:
     """One of ORDERS, over the candidates, or over the K most confident of them."""
-    score, sampled = ORDERS[name]
+    (score, sampled), k = ORDERS[name], cfg.topk if name == "topk_random" else cfg.block_length  # never more at once
 
     def scores(state: State, logits: Tensor) -> Tensor:
-        full = place(score(logits.log_softmax(-1), cfg.tau), state.candidates)
-        best = most_confident_k(state.top[..., 0], state.candidates, cfg.topk)
-        return full.masked_fill(~best, -torch.inf) if name == "topk_random" else full
+        best = most_confident_k(state.top[..., 0], state.candidates, k)
+        return place(score(logits.log_softmax(-1), cfg.tau), state.candidates).masked_fill(~best, -torch.inf)
 
     return Order(scores, sampled, math.log(cfg.threshold) if name == "threshold" else None)
 
@@ -668,32 +658,33 @@ def answer_confidence(base: FrozenBase) -> Order:
     return Order(scores, sampled=False)
 
 
-def evaluate(run: Run, base: FrozenBase, order: Order, problems: list[Problem], samples: int = 1):
-    """Completions of every problem by an order, `samples` of each; the same on all processes. One dict per completion:
-    problem (index), sample, completion, nfe (forwards of the base), steps (that revealed its tokens, -1: none did),
-    tokens, score (0 to 1)."""
+def evaluate(run: Run, base: FrozenBase, orders: dict[str, Order], problems: list[Problem]) -> list[dict]:
+    """Completions of every problem by every order, of the first --pass_n PASS_AT[-1] by LUCKY ones; the same on all
+    processes. A problem's are in one batch, where a state that several come through is computed once. One dict each:
+    method, problem (index), sample, completion, nfe (forwards of the base, had it been alone), steps (that revealed its
+    tokens, -1: none did), tokens, score (0 to 1)."""
     cfg, n, done = run.cfg, run.cfg.gen_length, []
-    mine = [(i, s) for i in range(len(problems)) for s in range(samples)][run.rank :: run.world]
+    draws = lambda name, i: range(PASS_AT[-1] if name in LUCKY and i < cfg.pass_n else 1)
+    mine = [(name, i, s) for i in range(run.rank, len(problems), run.world) for name in orders for s in draws(name, i)]
     with run.clock("eval"):
         for first in range(0, len(mine), cfg.eval_batch_size):
             rows = mine[first : first + cfg.eval_batch_size]
-            asked, keys = [problems[i] for i, _ in rows], [(cfg.seed, EVALUATION, *row) for row in rows]
-            e, texts = complete(run, base, asked, order, keys)
+            asked, keys = [problems[i] for _, i, _ in rows], [(cfg.seed, EVALUATION, i, s) for _, i, s in rows]
+            e, texts = complete(run, base, asked, [orders[name] for name, *_ in rows], keys)
             scores = [score for _, score in judge_all(run.task, texts, asked)]
             columns = texts, e.length.tolist(), e.unmask_step[:, -n:].tolist(), e.x[:, -n:].tolist(), scores
             done += [(*row, *cells) for row, *cells in zip(rows, *columns)]
-    names = ("problem", "sample", "completion", "nfe", "steps", "tokens", "score")
+    names = ("method", "problem", "sample", "completion", "nfe", "steps", "tokens", "score")
     return [dict(zip(names, row)) for row in sorted(gather_object(done))]
 
 
-def measure(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Problem]) -> tuple[dict, dict]:
-    """({method: rows of evaluate}, {method: rows of PASS_AT[-1] samples of the first --pass_n problems})."""
-    cfg, few = run.cfg, problems[: run.cfg.pass_n]
-    methods = {name: rule(name, cfg) for name in ORDERS}
+def measure(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Problem]) -> dict[str, list[dict]]:
+    """{method: its rows of evaluate}."""
+    cfg, methods = run.cfg, {name: rule(name, run.cfg) for name in ORDERS}
     methods |= {"answer_confidence": answer_confidence(base)} if cfg.corpus == "spelled" else {}
     methods["upo"] = learned(policy, cfg, sampled=False)
-    rows = {name: evaluate(run, base, order, problems) for name, order in methods.items()}
-    return rows, {name: evaluate(run, base, methods[name], few, PASS_AT[-1]) for name in LUCKY if few}
+    found = evaluate(run, base, methods, problems)
+    return {name: [row for row in found if row["method"] == name] for name in methods}
 
 
 # --- The run ----------------------------------------------------------------------------------------------------------
@@ -701,24 +692,22 @@ def measure(run: Run, base: FrozenBase, policy: nn.Module, problems: list[Proble
 
 def init_step(run: Run, base: FrozenBase, g: nn.Module, optimizer, problems: list[Problem], step: int) -> dict:
     """One step of --init pretrained: g learns the choices of g_ref, on trajectories of g_ref; its metrics."""
-    cfg, updates = run.cfg, []
+    cfg, updates, losses = run.cfg, [], []
     # g_ref, as scores whose draws without replacement are its choices one after the other: max_confidence, which is 0
     # but at one position, is the limit of softmax_confidence
     like = dataclasses.replace(cfg, ref="softmax_confidence", tau=1e-10) if cfg.ref == "max_confidence" else cfg
     g_ref = Order(lambda state, logits: log_reference(like, state.top[..., 0], state.allowed), sampled=True)
     e, _, metrics = sample_groups(run, base, g_ref, problems, step, PRETRAIN)
-    where = f"init step {step + 1}"
-    for minibatch in minibatches(run, e):
-        losses = []
-        for _, part in minibatch:
-            with run.accelerator.accumulate(g):
-                log_g = g(*part.state, cfg.position_temperature)
-                divergence = cross_entropy(log_g, part.log_ref)[part.at]
-                loss = sum_over_steps(divergence, part)
-                run.accelerator.backward(loss)
-            figures = {"cross_entropy": mean_over_steps(divergence, part), "clipped": 0.0, "log_ratio": 0.0}
-            losses.append({"loss": loss.item()} | figures)
-        updates.append(run.update(g, optimizer, cfg.init_lr, cfg.max_grad_norm, losses, where))
+    for _, part in micro_batches(run, e):
+        with run.accelerator.accumulate(g):
+            log_g = g(*part.state, cfg.position_temperature)
+            entropy = cross_entropy(log_g, part.log_ref)[part.at]
+            loss = sum_over_steps(entropy, part)
+            run.accelerator.backward(loss)
+        losses.append(dict(loss=loss.item(), cross_entropy=mean_over_steps(entropy, part), clipped=0.0, log_ratio=0.0))
+        if len(losses) == cfg.shape()[1]:
+            updates.append(run.update(g, optimizer, cfg.init_lr, cfg.max_grad_norm, losses, f"init step {step + 1}"))
+            losses = []
     return metrics | mean_of(updates)
 
 
@@ -734,7 +723,7 @@ def train_policy(run: Run, base: FrozenBase, g: nn.Module, optimizer, data: dict
         with run.clock("update"):
             line = {"step": step + 1, "phase": phase} | one_step(run, base, g, optimizer, data["train"], n)
         if cfg.eval_every and ((step + 1 - warm) % cfg.eval_every == 0 or step + 1 in (warm, total)):
-            rows = evaluate(run, base, learned(policy, cfg, sampled=False), data["validation"])
+            rows = evaluate(run, base, {"upo": learned(policy, cfg, sampled=False)}, data["validation"])
             line["validation_accuracy"] = rewards.accuracy([row["score"] for row in rows])["accuracy"]
             shown = ("reward", "group_reward_std", "entropy", "validation_accuracy")
             run.say(f"  {phase:>4} {step + 1:>5}/{total}  " + "  ".join(f"{name} {line[name]:.3f}" for name in shown))
@@ -744,18 +733,19 @@ def train_policy(run: Run, base: FrozenBase, g: nn.Module, optimizer, data: dict
 # --- Report -----------------------------------------------------------------------------------------------------------
 
 
-def figures_of(run: Run, rows: dict, lucky: dict, problems: list[Problem]) -> dict:
-    """The figures of results.json: accuracy, paired differences, pass@N, seconds."""
-    cfg, seconds, most = run.cfg, run.total(), PASS_AT[-1]
-    scores = {name: [row["score"] for row in of] for name, of in rows.items()}
+def figures_of(run: Run, rows: dict, problems: list[Problem]) -> dict:
+    """The figures of results.json: accuracy, paired differences, pass@N, seconds; rows: of `measure`."""
+    cfg, seconds, most, few = run.cfg, run.total(), PASS_AT[-1], min(run.cfg.pass_n, len(problems))
+    once = {name: [row for row in of if row["sample"] == 0] for name, of in rows.items()}
+    scores = {name: [row["score"] for row in of] for name, of in once.items()}
     accuracy = {name: rewards.accuracy(of) for name, of in scores.items()}
     # paired over problems: the mean difference, its standard error, and the p of the exact sign test
-    rivals = [name for name in scores if name != "upo"]
-    gain = {name: rewards.accuracy([a - b for a, b in zip(scores["upo"], scores[name])]) for name in rivals}
-    p = {name: rewards.paired_p(scores[name], scores["upo"]) for name in rivals}
-    nfe = {name: round(sum(row["nfe"] for row in of) / len(of), 4) for name, of in rows.items()}
-    groups = lambda of: [[row["score"] for row in of[i : i + most]] for i in range(0, len(of), most)]
-    passes = {name: {n: round(rewards.pass_at(groups(of), n), 6) for n in PASS_AT} for name, of in lucky.items()}
+    better = {name: [a - b for a, b in zip(scores["upo"], of)] for name, of in scores.items() if name != "upo"}
+    gain = {name: rewards.accuracy(of) for name, of in better.items()}
+    p = {name: rewards.paired_p(scores[name], scores["upo"]) for name in better}
+    nfe = {name: round(sum(row["nfe"] for row in of) / len(of), 4) for name, of in once.items()}
+    groups = lambda of: [[row["score"] for row in of[i : i + most]] for i in range(0, most * few, most)]
+    passes = {name: {n: round(rewards.pass_at(groups(rows[name]), n), 6) for n in PASS_AT} for name in LUCKY if few}
     seconds["train"] = seconds["rollout"] + seconds["update"]
     return {
         **{"task": cfg.task, "ref": cfg.ref, "seed": cfg.seed, "n": len(problems)},
@@ -766,10 +756,10 @@ def figures_of(run: Run, rows: dict, lucky: dict, problems: list[Problem]) -> di
     }
 
 
-def report(run: Run, rows: dict, lucky: dict, problems: list[Problem], **more) -> None:
+def report(run: Run, rows: dict, problems: list[Problem], **more) -> None:
     """results.json and completions.jsonl, and the same as a table."""
-    results = figures_of(run, rows, lucky, problems) | more
-    lines = [json.dumps({"method": name} | row) + "\n" for name, of in rows.items() for row in of]
+    results = figures_of(run, rows, problems) | more
+    lines = [json.dumps(row) + "\n" for of in rows.values() for row in of if row["sample"] == 0]
     run.write("completions.jsonl", "".join(lines))
     lines = [f"{len(problems)} held-out problems, --positions_per_step {run.cfg.positions_per_step}"]
     lines += [f"{'order':<19} accuracy ± stderr   forwards   upo is better by, paired p"]
@@ -801,8 +791,7 @@ def main(argv: list[str] | None = None) -> None:
         about = {name: getattr(cfg, name) for name in OF_THE_POLICY + OF_ITS_TASK}
         about["base"] = str(Path(path).resolve()) if Path(path).is_dir() else path
         run.write("policy/config.json", json.dumps(about, indent=1))
-    rows, lucky = measure(run, base, policy, data["test"])
-    report(run, rows, lucky, data["test"], base=path, base_cached=cached)
+    report(run, measure(run, base, policy, data["test"]), data["test"], base=path, base_cached=cached)
 
 
 if __name__ == "__main__":

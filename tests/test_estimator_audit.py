@@ -90,21 +90,15 @@ STEPS = torch.tensor([[1, 0, 3, 2]])  # a trace: the step that revealed each tok
 
 
 @pytest.mark.parametrize("mu", [1, 2, 4])
-def test_the_mean_of_trace_over_its_updates_is_the_sum_in_the_states_of_its_slices(mu):
-    model = Enumerable(True)
-    got = sum(ell_of(model, remask.trace(WHOLE, STEPS, j, mu)) for j in range(1, mu + 1)) / mu
+def test_the_mean_of_trace_and_of_every_update_of_rotated_trace_is_the_sum_in_the_states_of_its_slices(mu):
+    model, phases = Enumerable(True), torch.arange(mu) / mu + 0.3 / mu  # one in every slice
     step, size = STEPS[0].tolist(), 4 // mu  # steps of a slice; hidden in it is what comes at its first step or later
     states = [[i for i in range(4) if step[i] >= step[n] // size * size] for n in range(4)]
-    assert got == pytest.approx(sum(log_p_of(model, n, states[n]) for n in range(4)), rel=1e-5)
-
-
-@pytest.mark.parametrize("mu", [1, 2, 4])
-def test_every_update_of_rotated_trace_has_the_mean_of_trace(mu):
-    model, phases = Enumerable(True), torch.arange(mu) / mu + 0.3 / mu  # one in every slice
+    expected = pytest.approx(sum(log_p_of(model, n, states[n]) for n in range(4)), rel=1e-5)
+    assert sum(ell_of(model, remask.trace(WHOLE, STEPS, j, mu)) for j in range(1, mu + 1)) / mu == expected
     rotated = lambda phase, j: remask.rotated_trace(WHOLE, STEPS, phase.view(1), j, mu)
-    slices = [ell_of(model, remask.trace(WHOLE, STEPS, j, mu)) for j in range(1, mu + 1)]
     for j in range(1, mu + 1):
-        assert sum(ell_of(model, rotated(phase, j)) for phase in phases) / mu == pytest.approx(sum(slices) / mu)
+        assert sum(ell_of(model, rotated(phase, j)) for phase in phases) / mu == expected
 
 
 def test_the_mean_of_random_step_is_the_sum_over_the_steps():
@@ -126,7 +120,8 @@ def test_the_upper_bound_is_one_and_of_a_single_mask_the_sum():
     random order, by Hoelder, which is above the mean over orders, by Jensen."""
     model, scored = Enumerable(True), torch.eye(4).bool()[torch.tensor(ORDERS)].view(96, 1, 4)
     masked = torch.stack([scored[k : k // 4 * 4 + 4].any(0) for k in range(96)])
-    by_loops = [np.log(np.mean([np.exp(3 * v[n]) for v in log_p.view(24, 4, 4).sum(1).numpy()])) / 3 for n in range(4)]
+    log_of = lambda *masks: m.token_log_probs(model, batch_of([X0]), *masks, MASK)
+    log_p = torch.stack([log_of(*pair) for pair in zip(masked, scored)]).detach()
     log_of_order = log_p.double().view(24, 4, 4).sum((1, 2))
     bound = lambda beta: upper_bound(log_p, scored, torch.full((96, 1), 1 / 4), beta).item()
     by_loops = [np.log(np.mean([np.exp(3 * v[n]) for v in log_p.view(24, 4, 4).sum(1).numpy()])) / 3 for n in range(4)]

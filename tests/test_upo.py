@@ -82,21 +82,17 @@ def every_trajectory(base: Tabular, eos=False, k=1):
     return [(torch.tensor(s), torch.tensor(open), torch.tensor(a), x0, p) for s, open, a, x0, p in ended]
 
 
+def log_chance(log_g, at, open, actions):
+    """Log of the probability of a trajectory's actions, each among what is open before it."""
+    return log_policy(log_g[at], open).gather(1, actions[:, None]).sum()
+
+
 def outputs(base: Tabular, log_g: torch.Tensor, eos=False, k=1) -> dict[tuple, torch.Tensor]:
-    """p_g(x0), by dynamic programming over states, with g(a) / (1 - what was drawn before) for each of k positions:
-    independent of `every_trajectory`."""
-    mass, ended = {START: torch.ones(())}, {}
-    while mass:
-        new = defaultdict(lambda: torch.zeros(()))
-        for state, p in mass.items():
-            g = log_g[INDEX[state]].exp()
-            for picks in picks_of(state, eos, k):
-                drawn = math.prod(g[a] / (1 - sum(g[b] for b in picks[:i])) for i, a in enumerate(picks))
-                for q, then in base.after(state, *picks):
-                    new[then] = new[then] + p * drawn * q
-        ended |= {state: p for state, p in new.items() if not masks_of(state, eos)}
-        mass = {state: p for state, p in new.items() if masks_of(state, eos)}
-    return ended
+    """p_g(x0), the sum over all orders."""
+    found = defaultdict(lambda: torch.zeros(()))
+    for *taken, x0, p in every_trajectory(base, eos, k):
+        found[x0] = found[x0] + p * log_chance(log_g, *taken).exp()
+    return found
 
 
 def expected_loss(theta, base, log_old, log_ref, value: dict, *, weight=(1.0,) * N, eos=False, k=1, **options):
@@ -123,7 +119,7 @@ def test_the_rollout_draws_from_p_g(k, steps, states):
     order = upo.Order(lambda state, logits: log_g[state.hidden[:, 0].argmax(1)], sampled=True)
     batch = m.Batch(torch.full((rows, N), MASK), *torch.ones(2, rows, N, dtype=torch.bool))
     cfg = dataclasses.replace(TABULAR, positions_per_step=k)
-    e = upo.unmask(base, batch, order, cfg, [(11, r) for r in range(rows)], [], keep=True)
+    e = upo.unmask(base, batch, [order] * rows, cfg, [(11, r) for r in range(rows)], [], keep=True)
     exact, by_row = outputs(base, log_g, k=k), e.row.sort(stable=True).indices.view(rows, N)
     assert sum(exact.values()).item() == pytest.approx(1, abs=1e-6)
     counts = Counter(map(tuple, e.x.tolist()))
@@ -132,9 +128,8 @@ def test_the_rollout_draws_from_p_g(k, steps, states):
     assert e.length.eq(steps).all() and len(e.state.hidden) == states
     # what each row has drawn, in its order, with the probability of that order
     chance = defaultdict(float)
-    for at, open, actions, _, p in every_trajectory(base, k=k):
-        log_p = log_policy(log_g[at], open).gather(1, actions[:, None])[:, 0]
-        chance[tuple(actions.tolist())] += p * log_p.sum().exp().item()
+    for *taken, _, p in every_trajectory(base, k=k):
+        chance[tuple(taken[2].tolist())] += p * log_chance(log_g, *taken).exp().item()
     drawn = Counter(map(tuple, e.action[by_row].tolist()))
     assert sum(chance.values()) == pytest.approx(1, abs=1e-6) and len(chance) == 6
     assert sum((drawn[a] - rows * p) ** 2 / (rows * p) for a, p in chance.items()) < 20.5
@@ -171,8 +166,8 @@ def test_proposition_1(seed, eos, k):
 def test_the_kl_gradient_is_exact_for_trajectories(seed, k):
     base, ref = Tabular(seed), log_policy(random_theta(50 + seed))
     theta, kl = random_theta(seed).requires_grad_(), 0.0
-    for at, open, actions, _, p in every_trajectory(base, k=k):  # KL(g || g_ref) over trajectories, by enumeration
-        log_g, log_ref = (log_policy(v[at], open).gather(1, actions[:, None]).sum() for v in (theta, ref))
+    for *taken, _, p in every_trajectory(base, k=k):  # KL(g || g_ref) over trajectories, by enumeration
+        log_g, log_ref = (log_chance(v, *taken) for v in (theta, ref))
         kl = kl + p * log_g.exp() * (log_g - log_ref)
     exact = gradient(kl, theta)
     # at g = g_old, and where no weight g / g_old is clipped, the mean of the estimate is the gradient
@@ -271,53 +266,30 @@ def test_references_by_hand_ties_included():
     assert close(upo.uniform(best), [[0, 0.5, 0.5, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0]])
 
 
-def test_rules_by_hand():
+def test_the_table_has_each_order_as_it_is_and_the_policy_s_best_position(monkeypatch):
+    """What evaluate is asked for; scores of three candidates in one row, by hand."""
     p = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.46, 0.18, 0.18, 0.18], [0.4, 0.3, 0.3, 0.0]])
-    score = {name: rule(p.log(), 0.1) for name, (rule, _) in upo.ORDERS.items()}
-    assert torch.allclose(score["max_confidence"], torch.tensor([0.5, 0.46, 0.4]).log())
-    assert torch.allclose(score["margin"], torch.tensor([0.0, 0.28, 0.1]), atol=1e-6)
-    assert torch.allclose(score["entropy"], -torch.distributions.Categorical(p).entropy(), atol=1e-5)
-    assert torch.allclose(score["softmax_confidence"], torch.tensor([5.0, 4.6, 4.0]), atol=1e-5)
+    candidates, there = torch.tensor([[True, False, True, True]]), [0, 2, 3]
+    state = SimpleNamespace(candidates=candidates, top=torch.tensor([[[0.5], [0.9], [0.46], [0.4]]]))
     # tokens 1 and 2 are two spellings of one digit: together they are surer than token 0
     model = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: "7\uff11\U0001d7cf2"[ids[0]]))
     model.hf = SimpleNamespace(config=SimpleNamespace(vocab_size=4))
-    candidates = torch.tensor([[True, False, True, True]])
-    order = upo.answer_confidence(SimpleNamespace(model=model))
-    got = order.scores(SimpleNamespace(candidates=candidates), p.log())
-    assert torch.allclose(got, torch.tensor([[0.5, -torch.inf, 0.46, 0.6]])) and not order.sampled
-
-
-def test_the_table_has_each_order_as_it_is_and_the_policy_s_best_position(monkeypatch):
-    """What evaluate is asked for; scores of three candidates in one row."""
-    candidates, p = torch.tensor([[True, False, True, True]]), torch.tensor([[0.4, 0.6], [0.9, 0.1], [0.2, 0.8]])
-    state = SimpleNamespace(candidates=candidates, top=torch.tensor([[[0.6], [0], [0.9], [0.8]]]))
-    monkeypatch.setattr(upo, "evaluate", lambda run, base, order, *asked: (order, asked))
-    values = dict(topk=2, pass_n=2, position_temperature=0.7, tau=0.5, corpus="plain")
+    looks, values = [], dict(topk=2, position_temperature=0.7, tau=0.1, corpus="spelled")
+    monkeypatch.setattr(upo, "evaluate", lambda run, base, *asked: looks.append(asked) or [{"method": "upo"}])
     run = SimpleNamespace(cfg=dataclasses.replace(TABULAR, **values))
-    rows, lucky = upo.measure(run, None, lambda *state: state[-1], [5, 6, 7])
-    assert [(name, *asked) for name, (_, asked) in rows.items()] == [(n, [5, 6, 7]) for n in [*upo.ORDERS, "upo"]]
-    few = [(name, [5, 6], 16) for name in ("random", "topk_random")]
-    assert [(name, *asked) for name, (_, asked) in lucky.items()] == few
-    orders = {name: order for name, (order, _) in rows.items()}
+    rows, ((orders, problems),) = upo.measure(run, SimpleNamespace(model=model), lambda *g: g[-1], [5, 6, 7]), looks
+    assert [*rows] == [*orders] == [*upo.ORDERS, "answer_confidence", "upo"] and problems == [5, 6, 7]
+    assert rows["upo"] == [{"method": "upo"}] and orders["upo"].scores((1, 2), None) == 0.7
     sampled = [name for name, order in orders.items() if order.sampled]
-    assert sampled == ["random", "softmax_confidence", "topk_random"] and orders["upo"].scores((1, 2), None) == 0.7
+    assert sampled == ["random", "softmax_confidence", "topk_random"]
     assert [name for name, order in orders.items() if order.threshold is not None] == ["threshold"]
-    scores = {name: orders[name].scores(state, p.log() + 3)[0].tolist() for name in upo.ORDERS}
-    assert scores["random"] == [0, -math.inf, 0, 0] and scores["topk_random"] == [-math.inf, -math.inf, 0, 0]
-    assert scores["softmax_confidence"] == pytest.approx([1.2, -math.inf, 1.8, 1.6])
-
-
-def test_every_sample_of_a_problem_has_noise_of_its_own(monkeypatch):
-    def complete(run, base, asked, order, keys):
-        zeros = torch.zeros(len(keys), N, dtype=torch.long)
-        seen.extend(keys)
-        return upo.Trajectories(zeros, zeros, zeros[:, 0]), [f"#### {sum(key[2:])}" for key in keys]
-
-    monkeypatch.setattr(upo, "complete", complete)
-    run, seen = m.Run(dataclasses.replace(TABULAR, task="gsm8k", eval_batch_size=3), Accelerator()), []
-    rows = upo.evaluate(run, None, None, [{"question": "", "answer": f"#### {i + 1}"} for i in range(2)], 2)
-    assert seen == [(0, upo.EVALUATION, i, s) for i in range(2) for s in range(2)]
-    assert [(row["problem"], row["sample"], row["score"]) for row in rows] == [(i, s, s) for *_, i, s in seen]
+    surest, sums = torch.tensor([0.5, 0.46, 0.4]), torch.distributions.Categorical(p).entropy()
+    expected = {"random": [0, 0, 0], "max_confidence": surest.log(), "margin": [0, 0.28, 0.1], "entropy": -sums}
+    expected |= {"softmax_confidence": surest * 10, "topk_random": [0, 0, -torch.inf], "threshold": surest.log()}
+    for name, by_hand in (expected | {"answer_confidence": [0.5, 0.46, 0.6]}).items():
+        got = orders[name].scores(state, p.log() + 3)
+        torch.testing.assert_close(got[0, there], torch.as_tensor(by_hand).float(), atol=1e-5, rtol=0, msg=name)
+        assert got[0, 1] == -torch.inf
 
 
 # --- The head, on bases in the official formats -----------------------------------------------------------------------
@@ -350,7 +322,7 @@ def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
     scores = lambda state, logits: upo.place(torch.arange(int(state.candidates.sum())), state.candidates)
     batch = lambda rows: m.Batch(x[rows], x[rows] >= 0, completion[rows])
     order = upo.Order(scores, sampled=False)
-    go = lambda rows: upo.unmask(base, batch(rows), order, cfg, [(0, i) for i in rows], [])
+    go = lambda rows: upo.unmask(base, batch(rows), [order] * len(rows), cfg, [(0, i) for i in rows], [])
     together = go([0, 1])
     assert together.unmask_step[:, 3:8].tolist() == [[1, 0, 3, 2, 4], [-1, -1, 1, 0, 2]]
     assert all(torch.equal(go([i]).x[0], together.x[i]) for i in range(2))
@@ -361,6 +333,27 @@ def test_rows_in_the_same_state_share_it_only_with_the_same_candidates(llada):
     assert [go([i]).unmask_step[0, 3:8].tolist() for i in range(2)] == [[3, 2, 1, 0, 4], [-1, -1, 2, 1, 0]]
 
 
+@pytest.mark.parametrize("k, size", [(1, 1000), (2, 7)])
+def test_orders_that_share_states_complete_as_each_does_alone(llada, k, size):
+    """With an EOS, tokens drawn, a threshold and batches that part a problem; in none is a state computed twice. Each
+    of the samples for pass@N has noise of its own."""
+    values = dict(task="gsm8k", positions_per_step=k, eval_batch_size=size, temperature=0.7, threshold=0.5, pass_n=1)
+    base, cfg, computed = frozen(llada), config_for(ref="topk", **values), []
+    base.model.eos_ids, read = [*base.model.eos_ids, *range(40, 500, 9)], base.read
+    base.read = lambda *asked: computed.append(torch.cat(asked, dim=1).tolist()) or read(*asked)
+    run, problems = m.Run(cfg, Accelerator()), rewards.TASKS["gsm8k"].generate("train", 3, 0)
+    orders = {name: upo.rule(name, cfg) for name in upo.ORDERS}
+    orders["upo"] = upo.learned(upo.new_policy(cfg, base, "cpu"), cfg, sampled=False)
+    together, shared = upo.evaluate(run, base, orders, problems), sum(map(len, computed))
+    assert all(len(set(map(tuple, states))) == len(states) for states in computed)
+    alone = {name: upo.evaluate(run, base, {name: order}, problems) for name, order in orders.items()}
+    assert together == [row for name in sorted(alone) for row in alone[name]]
+    assert shared < 0.85 * (sum(map(len, computed)) - shared)
+    samples, alike = alone["random"][:16], lambda rows, name: len({tuple(row[name]) for row in rows})
+    assert [(row["problem"], row["sample"]) for row in samples] == [(0, s) for s in range(16)]
+    assert alike(samples, "tokens") == 16 and alike(samples, "steps") > 10 and len({row["nfe"] for row in together}) > 2
+
+
 SMALL = dict(batch_size=8, minibatch_size=4, group_size=2, mu=2, warmup=6, max_grad_norm=0.02, max_steps=5)
 SMALL |= dict(gen_length=8, init_lr=1.0, lr=0.9, position_temperature=0.7, temperature=0.6, accumulation=1)
 STEPS = {  # each argument of a step has several values
@@ -368,7 +361,8 @@ STEPS = {  # each argument of a step has several values
     | dict(nfe_weight=0.1),
     "softmax_confidence": dict(kind="dream", steps_per_update=3, beta=0.4, clip=0.002, advantage="mean", temperature=0)
     | dict(accumulation=0, positions_per_step=2),
-    "max_confidence": dict(kind="llada", beta=0.6, positions_per_step=3, clip=0.05, position_temperature=1.3, warmup=0, temperature=1.2),
+    "max_confidence": dict(kind="llada", beta=0.6, positions_per_step=3, clip=0.05, position_temperature=1.3, warmup=0)
+    | dict(temperature=1.2),
 }
 
 
@@ -500,8 +494,9 @@ def test_what_a_run_gives_its_steps_and_its_looks(tiny_base, puzzles, tmp_path, 
     (*_, data), group = loops[0], loops[0][3].param_groups[0]
     assert [[n for *_, n in calls] for calls in (warm, steps)] == [[0, 1]] * 2
     assert all(problems is data["train"] for *_, problems, _ in warm + steps)
-    assert all(problems is data["test" if i > 1 else "validation"] for i, (_, _, _, problems) in enumerate(looks))
-    assert not any(order.sampled for _, _, order, *_ in looks[:2])  # after init_steps and at the end
+    splits = ("validation", "validation", "test")  # after init_steps, at the end, and the table
+    assert [problems is data[split] for (*_, problems), split in zip(looks, splits, strict=True)] == [True] * 3
+    assert not any(order.sampled for *_, orders, _ in looks[:2] for order in orders.values())
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.3)
 
 
