@@ -1026,7 +1026,8 @@ class Run:
 
                     fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise UsageError(f"--output_dir {self.path} is in use by {lock.read_text().strip()}; name another") from None
+                    holder = lock.read_text().strip()
+                    raise UsageError(f"--output_dir {self.path} is in use by {holder}; name another") from None
                 except (ImportError, OSError):  # Windows and some file systems have none of these locks
                     pass
                 if not self.cfg.resume and (self.path / "config.json").exists():
@@ -1035,7 +1036,8 @@ class Run:
                     for item in {*self.path.iterdir()} - {lock}:
                         item.rename(aside / item.name)
                 self.lock.truncate(0)
-                print(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}", file=self.lock, flush=True)
+                own = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}"
+                print(own, file=self.lock, flush=True)
         except (UsageError, OSError) as error:
             refusal = [str(error)]
         broadcast_object_list(refusal)
@@ -1054,7 +1056,9 @@ class Run:
     def log(self, line: dict) -> None:
         """A line of metrics.jsonl, which goes to --log_with's tracker too."""
         self.lines.append(json.dumps(line) + "\n")
-        self.write("metrics.jsonl", "".join(self.lines))
+        if self.main:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(self.lines[-1])
         self.accelerator.log(line, step=line["step"])
 
     def conclude(self, results: dict, table: str) -> None:
@@ -1116,6 +1120,7 @@ class Run:
             self.began -= state["seconds"].pop("total")
             self.seconds, self.lines = state["seconds"], state["lines"]
         if self.cfg.resume:
+            self.write("metrics.jsonl", "".join(self.lines))  # what stood behind it will be made again
             self.say(f"resumed   after {state.get('step', 0)} steps")
         return state.get("step", 0)
 
@@ -1130,8 +1135,8 @@ def launcher() -> bytes:
 
 
 def take_the_cores(given: bytes) -> None:
-    """A process that is alone on a CPU takes all cores, where `accelerate launch` gives it one thread, unless the launcher
-    itself was given OMP_NUM_THREADS or --num_cpu_threads_per_process."""
+    """A process that is alone on a CPU takes all cores, where `accelerate launch` gives it one thread, unless that was
+    itself given OMP_NUM_THREADS or --num_cpu_threads_per_process."""
     if given and b"OMP_NUM_THREADS=" not in given and b"--num_cpu_threads" not in given:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
 

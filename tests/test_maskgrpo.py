@@ -729,7 +729,7 @@ def uninterrupted(base, problem_file, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("where, call", [("policy_loss", 3), ("policy_loss", 8), ("replace", 9)])
+@pytest.mark.parametrize("where, call", [("policy_loss", 3), ("policy_loss", 8), ("replace", 5)])
 def test_killed_and_resumed_to_the_same_numbers(where, call, uninterrupted, flags, tmp_path):
     """In step 2, before any checkpoint; in step 4; and where step 4's is written, but not yet renamed."""
     argv = small_run(tmp_path / "run", **flags, **LONG)
@@ -778,7 +778,7 @@ def test_a_directory_has_one_run_at_a_time(flags, tmp_path, capfd):
     assert m.cli(["--resume", *argv[:2]]) == 0 and "resumed   after 0 steps" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["config.json.part", "metrics.jsonl.part", "checkpoint.pt.part", "model"])
+@pytest.mark.parametrize("file", ["config.json.part", "metrics.jsonl", "checkpoint.pt.part", "model"])
 def test_a_full_disk_says_so_whoever_writes(file, flags, tmp_path, capfd, monkeypatch):
     (tmp_path / "run").mkdir()
     if file != "model":
