@@ -1391,7 +1391,7 @@ def remote_score(images: Tensor, prompts: list[str], url: str, timeout: float = 
 class PixelReward:
     """Codes and prompts -> the terms of a reward on pixels. decode: (B, L) long codes -> (B, H, W, 3) uint8. text: the
     rewards and their weights, "clip=1,http://127.0.0.1:8000/hpsv3=0.5", a URL's last part being the name, or
-    clip:FOLDER=1; the official mixture is clip=0.01, and 0.2 for each of HPSv3 and UnifiedReward. Raises DataError for a
+    clip:FOLDER=1; the official mixture is clip=0.01, and 0.2 for each of HPSv3 and UnifiedReward. DataError for a
     text that it does not understand."""
 
     def __init__(self, decode: Callable, text: str, device: str | torch.device = "cpu"):

@@ -11,7 +11,6 @@ side, so seconds are those of 20 steps alone.
 
 import itertools
 import re
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 

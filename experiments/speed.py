@@ -1,10 +1,10 @@
-"""What a rollout step and an update of maskgrpo.py take, where, and beside what: seconds, memory, the model's own FLOPs.
+"""What a rollout step and an update of maskgrpo.py take, where, and beside what: seconds, memory, model FLOPs.
 
 python experiments/speed.py                        # LLaDA's shape at width 512, one CPU thread, some minutes
 python experiments/speed.py --device cuda --bf16 true --width 4096 --layers 32 --peak 990 --growth false
 
-Random weights, LoRA, no server, no download; on Linux. Seconds are the best of --repeats; on one CPU thread they are CPU seconds,
-which other work on the machine does not count into.
+Random weights, LoRA, no server, no download; on Linux. Seconds are the best of --repeats; on one CPU thread they are
+CPU seconds, which other work on the machine does not count into.
 """
 
 import ctypes

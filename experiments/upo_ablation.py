@@ -35,7 +35,7 @@ def curve(flags: str, name: str) -> tuple[list[int], list[float]]:
 
 
 def row(flags: str) -> list[str]:
-    """Accuracy, gain over max_confidence with its interval, and entropy and group std in the first and last 10 steps."""
+    """Accuracy, gain over max_confidence with its interval, entropy and group std in the first and last 10 steps."""
     found = [results(path(flags, seed)) for seed in SEEDS]
     gains = [r["paired"]["max_confidence"]["difference"] for r in found]
     ends = [curve(flags, name)[1] for name in ("entropy", "group_reward_std")]

@@ -39,8 +39,8 @@ def rollout(denoise, x, **changed):
 
 @pytest.mark.parametrize("block,k", [(1, 1), (4, 1), (4, 3), (4, 4), (8, 2), (3, 2)])
 def test_greedy_rollout_equals_the_slow_loop(block, k):
-    """And a sampled one, whose rows have noise of their own. Completions start anywhere, also behind an EOS; only masked
-    places are read."""
+    """And a sampled one, whose rows have noise of their own. Completions start anywhere, also behind an EOS; only
+    masked places are read."""
     before, gens = torch.get_rng_state(), lambda: [torch.Generator().manual_seed(r) for r in range(3)]
     x, everywhere = torch.full((3, 10), MASK), torch.ones(1, 10, dtype=torch.bool)
     x[0, :1], x[1, :2], x[2, :5] = 0, torch.tensor([2, EOS]), 4
