@@ -510,7 +510,8 @@ def math500_verdict(completion: str, problem: Problem) -> Verdict:
     r"""correctness 2.0; format: 0.5 for an answer that can be told apart, 0.5 for working that ends in one \boxed{}."""
     text, tidied = END.split(completion, maxsplit=1)[0], {}
     for spelling in announced(written(completion)):  # two spellings of a number are one answer
-        tidied[parse_number(tidy(spelling)) or squeeze(tidy(spelling))] = spelling
+        number = parse_number(tidy(spelling))
+        tidied[squeeze(tidy(spelling)) if number is None else number] = spelling
     answer = next(iter(tidied.values())) if len(tidied) == 1 else None
     if answer is None:
         return Verdict(None, {"correctness": 0.0, "format": 0.0}, 0.0)

@@ -268,7 +268,8 @@ EARNED = {  # task -> (a problem, the terms of its reward -> completions that ea
     }),
     "math500": ({"question": "?", "answer": "15"}, {
         (2.0, 1.0): ["2 x = 30\n\\boxed{15.0}"], (2.0, 0.5): ["\\boxed{15}", "#### 15"],
-        (0.0, 1.0): ["2 x = 30\n\\boxed{2}"], (0.0, 0.0): ["\\boxed{15} \\boxed{2}", "15"],
+        (0.0, 1.0): ["2 x = 30\n\\boxed{2}"], (0.0, 0.5): ["\\boxed{0} is \\boxed{0.0}"],
+        (0.0, 0.0): ["\\boxed{15} \\boxed{2}", "15"],
     }),
     "countdown": (rewards.countdown_problem([3, 8, 5, 2], 32), {
         (0.9, 0.1): ["#### (3 + 5) * 8 / 2", "<answer>(3+5)*8/2</answer>", "\\boxed{(3+5) \\times 8 \\div 2}",
