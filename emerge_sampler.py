@@ -205,7 +205,7 @@ def semi_autoregressive(
 ) -> Rollout:
     """Fill the masked completion of x (B, L) long block by block; completion (B, L) bool; rest: of `fill`, as eos_ids.
 
-    A row takes ceil(block_length / k) forwards per block, until it has ended; whatever is surer than `threshold` stays.
+    Until it has ended a row takes ceil(block_length / k) forwards per block; fewer by what is surer than `threshold`.
     """
     block = torch.where(completion, (completion.cumsum(1) - 1) // block_length, -1)  # (B, L)
 

@@ -1004,7 +1004,8 @@ class Run:
         micro-batches' losses over all processes, and the norm before; where they are not finite no step, UsageError."""
         norm = self.accelerator.clip_grad_norm_(model.parameters(), most)
         metrics = self.average(mean_of(losses) | {"grad_norm": float(norm)})
-        wild = f"{where}: the loss or its gradient is not finite; lower the learning rate (--lr: also by --resume)"
+        lower = "lower --lr, by --resume, or --sft_lr, --init_lr, in a new run"
+        wild = f"{where}: the loss or its gradient is not finite; {lower}"
         require({wild: math.isfinite(metrics["loss"] + metrics["grad_norm"])})
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1025,7 +1026,7 @@ class Run:
                     import fcntl
 
                     fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                except (BlockingIOError, PermissionError):
                     holder = lock.read_text().strip()
                     raise UsageError(f"--output_dir {self.path} is in use by {holder}; name another") from None
                 except (ImportError, OSError):  # Windows and some file systems have none of these locks
@@ -1054,12 +1055,12 @@ class Run:
             part.replace(self.path / name)
 
     def log(self, line: dict) -> None:
-        """A line of metrics.jsonl, which goes to --log_with's tracker too."""
+        """A line of metrics.jsonl, whose numbers go to --log_with's tracker too."""
         self.lines.append(json.dumps(line) + "\n")
         if self.main:
             with (self.path / "metrics.jsonl").open("a") as file:
                 file.write(self.lines[-1])
-        self.accelerator.log(line, step=line["step"])
+        self.accelerator.log({k: v for k, v in line.items() if not isinstance(v, str)}, step=line["step"])
 
     def conclude(self, results: dict, table: str) -> None:
         """results.json, with the settings, versions and memory behind its figures, and a table of them; the end."""
@@ -1103,8 +1104,10 @@ class Run:
                 self.say(str(error))
         log = self.path / "metrics.jsonl"
         begun = log.is_file() and 0 < self.cfg.save_every < len(log.read_text().splitlines())
-        gone = f"--resume: {self.path} has no checkpoint that is complete, and a metrics.jsonl; without, it starts over"
+        left = ", ".join(map(str, files)) or log
+        gone = f"--resume: {self.path} has no checkpoint that is complete; without {left} it starts over"
         require({gone: state or not (files or begun)})
+        require({f"--resume: {self.path} is of another version": not state or "lines" in state})
         has = self.cfg.batches(self.world)
         had = state.get("batches", has)
         require({f"--resume: {self.path} has batches over all processes of {had}, here of {has}": had == has})
@@ -1340,8 +1343,9 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
         run.say(f"base      {kept}, trained earlier")
         return str(kept), True
     # A run within the run, and moved only when it is complete: runs that start together do not meet in there. Images
-    # are drawn by emerge, so that every method starts from the same base.
-    of_base = dict(output_dir=str(run.path / "base"), sampler="emerge" if images else cfg.sampler)
+    # are drawn by emerge, and texts by no shortcut, so that every method starts from the same base.
+    of_base = dict(sampler="emerge" if images else cfg.sampler, threshold=1.0, cache="off", eos_last=False)
+    of_base |= dict(output_dir=str(run.path / "base"), guidance=cfg.guidance * images)
     training = Run(dataclasses.replace(cfg, **of_base), run.accelerator)
     training.pixels = run.pixels
     training.open()
@@ -1451,7 +1455,7 @@ def main(argv: list[str] | None = None) -> None:
     base = load_model(path, cfg, trainable=not cfg.eval_only)
     base.check_problems(run.task, data, cfg.gen_length, run.say)
     if cfg.eval_only:
-        model = run.accelerator.prepare_model(base, evaluation_mode=True)
+        model = run.accelerator.prepare_model(base.to(run.device), evaluation_mode=True)  # FSDP leaves it where it is
         return report(run, {"eval_only": measure(run, model, base, data, "eval_only")})
     policy, optimizer = run.prepare(base, cfg.weight_decay, cfg.accumulation)
     before = measure(run, policy, base, data, "before")

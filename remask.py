@@ -33,7 +33,7 @@ Departures from the paper and from its official code
  4. Each mask is an update of its own, one of mu. DiffuCoder sums both masks of a pair, and a full one, in
     one loss, GDPO its three nodes, JustGRPO all tokens, one forward for each: as with mu = L here.
 
-    python remask.py            # mask probability by position, every scheme
+    python remask.py            # mask probability by position, scheme by scheme
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ class Remask(NamedTuple):
 
     masked: (B, L) bool, positions that show the mask token in x_t (prompt positions too, for `full`)
     scored: (B, L) bool, the masked positions whose prediction counts; a subset of `masked`
-    t:      (B,) float32, the mask ratio that the 1/t weight of the sequence loss divides by
+    t:      (B,) float32, what the 1/t weight divides by: the mask ratio, but in quadrature and traces
     """
 
     masked: Tensor
@@ -143,7 +143,7 @@ def whole_range(completion: Tensor, u: Tensor, u_ratio: Tensor, j: int, mu: int)
 
 def coupled(completion: Tensor, u: Tensor, u_ratio: Tensor, second: bool) -> Remask:
     """Coupled-GRPO (DiffuCoder): uniform masks at r = .2 + .6 u_ratio and, of the same noise, `second`: all that the
-    first one leaves, at 1 - r. Together they score each token exactly once. u_ratio (B,) uniform noise."""
+    first one leaves, at 1 - r. Together they score each token exactly once; of an odd mu the last has no partner."""
     first = uniform(completion, 0.2 + 0.6 * u_ratio, u)
     rest = completion & ~first.masked
     return Remask(rest, rest, 1 - first.t) if second else first

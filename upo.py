@@ -317,7 +317,7 @@ class Config(Common):
     position_temperature: float = flag(0.8, "of the positions, in rollouts")
     positions_per_step: int = flag(1, "positions revealed per forward of the base")
     nfe_weight: float = flag(0.0, "what each forward costs of the reward")
-    threshold: float = flag(0.9, "the order `threshold` reveals all positions that are surer, at least one")
+    threshold: float = flag(0.9, "the order `threshold` of the table reveals all that are surer, at least one")
     heads: int = flag(32, "attention heads of the layer")
     topk: int = flag(5, "K of topk and topk_random")
     tau: float = flag(0.05, "temperature of softmax_confidence")
@@ -427,7 +427,7 @@ def frozen_base(run: Run, data: dict[str, list[Problem]]) -> tuple[FrozenBase, s
     flags = ["--task", cfg.task, "--seed", str(cfg.seed), "--output_dir", cfg.output_dir]
     flags += ["--model", cfg.model] * bool(cfg.model) + ["--mask_token", cfg.mask_token] * bool(cfg.mask_token)
     training = Run(parse(flags), run.accelerator)
-    training.cfg.bf16 = cfg.bf16
+    training.cfg.bf16, training.cfg.resume = cfg.bf16, cfg.resume
     spell = run.task.corpus if cfg.corpus == "spelled" else lambda problem, i: problem
     lessons = [spell(problem, i) for i, problem in enumerate(data["train"])]
     path, cached = base_path(training, data | {"train": lessons})
@@ -660,7 +660,7 @@ def answer_confidence(base: FrozenBase) -> Order:
 
 def evaluate(run: Run, base: FrozenBase, orders: dict[str, Order], problems: list[Problem]) -> list[dict]:
     """Completions of every problem by every order, of the first --pass_n PASS_AT[-1] by LUCKY ones; the same on all
-    processes. A problem's are in one batch, where a state that several come through is computed once. One dict each:
+    processes. A problem's are side by side: a state that several of a batch come through is computed once. Dicts of
     method, problem (index), sample, completion, nfe (forwards of the base, had it been alone), steps (that revealed its
     tokens, -1: none did), tokens, score (0 to 1)."""
     cfg, n, done = run.cfg, run.cfg.gen_length, []
@@ -747,8 +747,8 @@ def figures_of(run: Run, rows: dict, problems: list[Problem]) -> dict:
     groups = lambda of: [[row["score"] for row in of[i : i + most]] for i in range(0, most * few, most)]
     passes = {name: {n: round(rewards.pass_at(groups(rows[name]), n), 6) for n in PASS_AT} for name in LUCKY if few}
     seconds["train"] = seconds["rollout"] + seconds["update"]
-    return {
-        **{"task": cfg.task, "ref": cfg.ref, "seed": cfg.seed, "n": len(problems)},
+    return {name: getattr(cfg, name) for name in ("task", "ref", "seed")} | {
+        "n": len(problems),
         "accuracy": {k: {"mean": v["accuracy"], "stderr": v["stderr"], "nfe": nfe[k]} for k, v in accuracy.items()},
         "paired": {k: {"difference": v["accuracy"], "stderr": v["stderr"], "p": p[k]} for k, v in gain.items()},
         "pass_at_n": passes,

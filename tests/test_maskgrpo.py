@@ -761,7 +761,7 @@ def test_a_damaged_or_missing_checkpoint_is_named_and_the_one_before_it_taken(sp
     assert "has no checkpoint that is complete" in one_error(resume, capfd) and contents(path) == before
     for file in path.glob("checkpoint*"):
         file.unlink()
-    assert "has no checkpoint that is complete, and a metrics.jsonl" in one_error(resume, capfd)
+    assert "complete; without metrics.jsonl it starts over" in one_error(resume, capfd).replace(f"{path}/", "")
 
 
 def test_a_directory_has_one_run_at_a_time(flags, tmp_path, capfd):
@@ -836,7 +836,7 @@ def test_signals_are_given_back_by_a_loop_that_is_left_early(tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_resumes_it(flags, tmp_path, capfd):
     wild = one_error(small_run(tmp_path / "run", **flags, lr=1e30, warmup=0), capfd)
-    assert "step 1, update 2: the loss or its gradient is not finite; lower the learning rate" in wild
+    assert "step 1, update 2: the loss or its gradient is not finite; lower --lr, by --resume" in wild
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run"), "--lr", "1e-4"]) == 0
     assert len(lines_of(tmp_path / "run")) == 3
 
