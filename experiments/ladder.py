@@ -11,6 +11,7 @@ side, so seconds are those of 20 steps alone.
 
 import itertools
 import re
+import time
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -42,16 +43,24 @@ PAIRS = (
 )
 
 
-def path(name: str, seed: int, lr: str, extra: str = "--max_steps 150 --eval_n 1000") -> Path:
+LONG, SHORT = "--max_steps 150 --eval_n 1000", "--max_steps 75 --eval_n 2"
+PACE = "--max_steps 20 --eval_n 2 --eval_every 0"
+
+
+def place(name: str, seed: int, lr: str, extra: str) -> str:
+    """Where a run is kept."""
+    return "runs/ladder-" + "-".join(re.findall("[A-Za-z0-9]+", name)) + f"-{lr}-s{seed}" + "-pace" * (extra == PACE)
+
+
+def path(name: str, seed: int, lr: str, extra: str = LONG) -> Path:
     """The directory of one finished run."""
     command = f"accelerate launch maskgrpo.py --task gsm8k {ROWS[name][0]} --advantage std --lr {lr} --pass_k 0"
-    label = "-".join(re.findall("[A-Za-z0-9]+", name)) + f"-{lr}-s{seed}" + "-pace" * ("20" in extra.split())
-    return run(f"{command} --seed {seed} {extra}", f"runs/ladder-{label}")
+    return run(f"{command} --seed {seed} {extra}", place(name, seed, lr, extra))
 
 
 def tuned(name: str) -> dict[str, list[float]]:
     """Learning rate -> the last validation accuracies of its short runs, on the seeds that choose it."""
-    ends = lambda lr: [lines(path(name, seed, lr, "--max_steps 75 --eval_n 2"), "metrics")[-1] for seed in TUNING]
+    ends = lambda lr: [lines(path(name, seed, lr, SHORT), "metrics")[-1] for seed in TUNING]
     return {lr: [line["validation_accuracy"] for line in ends(lr)] for lr in RATES}
 
 
@@ -63,7 +72,7 @@ def rate(name: str) -> str:
 
 def pace(name: str) -> float:
     """Seconds of a step, rollout and updates."""
-    spent = results(path(name, 0, rate(name), "--max_steps 20 --eval_n 2 --eval_every 0"))["seconds"]
+    spent = results(path(name, 0, rate(name), PACE))["seconds"]
     return (spent["rollout"] + spent["update"]) / 20
 
 
@@ -104,12 +113,15 @@ def compared(split: str) -> dict[str, list[str]]:
 
 
 def make(mine: int, of: int) -> None:
-    """Makes every of-th run, from the mine-th on (1 is the first): those that choose rates, then the others."""
-    chosen = [(lambda n=n, s=s, lr=lr: path(n, s, lr, "--max_steps 75 --eval_n 2")) for n in ROWS if not ROWS[n][1]
-              for s in TUNING for lr in RATES]  # fmt: skip
-    measured = [(lambda n=n, s=s: path(n, s, rate(n))) for s in SEEDS for n in ROWS]
-    for one in (chosen + measured)[mine - 1 :: of]:
-        one()
+    """Makes every of-th run, from the mine-th on (1 is the first): those that choose rates, and when all processes have
+    made theirs, the others."""
+    tuning = [(name, seed, lr, SHORT) for name in ROWS if not ROWS[name][1] for seed in TUNING for lr in RATES]
+    for one in tuning[mine - 1 :: of]:
+        path(*one)
+    while not all(Path(place(*one), "results.json").is_file() for one in tuning):
+        time.sleep(10)
+    for seed, name in list(itertools.product(SEEDS, ROWS))[mine - 1 :: of]:
+        path(name, seed, rate(name))
 
 
 def main() -> None:
