@@ -17,7 +17,7 @@ from statistics import mean, stdev
 
 from common import lines, results, run, share, spread, table, tidy
 
-SEEDS, TUNING, RATES = range(8), range(8, 11), ("7.5e-05", "1.5e-04", "3e-04")
+SEEDS, TUNING, RATES = range(8), range(8, 11), ("3.75e-05", "7.5e-05", "1.5e-04")
 T95 = 2.365  # the t distribution's 97.5% point for 8 seeds
 # flags, and the row whose learning rate it has
 ROWS = {
