@@ -684,6 +684,7 @@ class ChosenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, tokens: Tensor, head: Callable, temperature: float) -> Tensor:
+        """(N,) float32; what is kept for the backward is the gradient with respect to h (N, D), if that is wanted."""
         wanted, chosen = ctx.needs_input_grad[0], tokens[:, None]
         with torch.set_grad_enabled(wanted):
             logits = head(h := h.detach().requires_grad_(wanted))
