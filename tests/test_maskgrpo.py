@@ -764,6 +764,28 @@ def test_a_damaged_or_missing_checkpoint_is_named_and_the_one_before_it_taken(sp
     assert "complete; without metrics.jsonl it starts over" in one_error(resume, capfd).replace(f"{path}/", "")
 
 
+def test_a_checkpoint_of_another_version_is_refused(uninterrupted, tmp_path, capfd):
+    shutil.copytree(uninterrupted, path := tmp_path / "run")
+    state = torch.load(path / "checkpoint.pt")
+    torch.save({name: value for name, value in state.items() if name != "lines"}, path / "checkpoint.pt")
+    assert "run is of another version" in one_error(["--resume", "--output_dir", path], capfd)
+
+
+def test_a_base_is_trained_without_the_shortcuts_of_rollouts(problem_file, tmp_path, monkeypatch, capfd):
+    """Which its name does not tell: a run with them would leave another base to those without."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def stop(run, *_):
+        seen.append({name: value for name, value in vars(run.cfg).items() if name != "output_dir"})
+        raise m.UsageError("seen")
+
+    monkeypatch.setattr(m, "train_elbo", stop)
+    for name, flags in {"a": "", "b": "--threshold 0.5 --cache dual --eos_last true --guidance 1"}.items():
+        assert "seen" in one_error(["--data", problem_file, "--output_dir", name, *flags.split()], capfd)
+    assert seen[0] == seen[1]
+
+
 def test_a_directory_has_one_run_at_a_time(flags, tmp_path, capfd):
     argv, lock = small_run(tmp_path / "run", **flags), tmp_path / "run" / "lock"
     child = forked(argv, tmp_path, lambda: setattr(m, "train_policy", lambda *_: signal.pause()))
