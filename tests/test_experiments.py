@@ -1,6 +1,8 @@
 """The experiments' figures by hand: p-values, intervals, runs that are made once."""
 
 import math
+import random
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from experiments.estimator_audit import figures
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
 import common  # noqa: E402
+import depth  # noqa: E402
 import ladder  # noqa: E402
 import sudoku_upo  # noqa: E402
 
@@ -30,6 +33,21 @@ def test_p_values_of_sign_exchange_and_holm_s_correction(monkeypatch):
     monkeypatch.setattr(ladder, "PAIRS", (("TraceRL", "MaskGRPO"),))
     # std 11.95: 25 ± 2.365 x 11.95 / sqrt(8)
     assert ladder.compared("test") == {"TraceRL over MaskGRPO": ["+25.0 ± 10.0", "8 of 8", "0.008", "0.01"]}
+
+
+def test_a_chain_goes_on_from_the_line_before():
+    """Worked out from its question alone: the same lines, and numbers from 1 to 20."""
+    for kind in depth.KINDS:
+        for i in range(100):
+            problem = depth.problem(random.Random(i), kind)
+            have, *steps = re.findall(r"(\w+) (\d+)", problem["question"])
+            values = [int(have[1])]
+            for verb, n in steps:
+                values.append(values[-1] + {"buys": 1, "finds": 1, "sells": -1, "loses": -1}[verb] * int(n))
+            *lines, last = problem["answer"].split("\n")
+            said = [re.search(r"(\d+) [+-] \d+ = (\d+)( \w+\.)?$", line).group(1, 2) for line in lines]
+            assert said == [(str(a), str(b)) for a, b in zip(values, values[1:])] and len(lines) == 4
+            assert last == f"#### {values[-1]}" and all(1 <= value <= 20 for value in values)
 
 
 def test_figures_of_estimated_log_ratios():
