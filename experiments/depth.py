@@ -1,18 +1,21 @@
 """Where late tokens depend on early ones: chains of four operations in 28 tokens and in 64, and the paper's masks.
 
     python experiments/depth.py                 # runs what is not there yet, then prints
-    python experiments/depth.py 1 of 2          # makes every second seed's runs, to share the work; prints nothing
+    python experiments/depth.py 1 of 2          # makes every second run, to share the work; prints nothing
 
 The default's problems have two operations and 16 tokens, and truncation loses there. Is that the length, or that mu is
 4? A problem here is a sum or difference of five numbers, worked out line by line, each with the result of the line
 before: in figures, which fills 27 of 28 tokens, or in sentences, 63 of 64. The problems are files in GSM8K's format
 (--data, --eval_data): 20,000 for training, 1,000 fresh ones. A token per step, since four at once, of which some need
-the others, leave the base at 14% after 700 steps instead of 43% after 1,200; in rollouts a confident one takes others
-along. All runs have 600 updates, at the rate that the ladder chose for MaskGRPO.
+the others, leave a base at 14% after 700 steps instead of 43% after 1,200; in rollouts a confident one takes others
+along. All runs have 300 updates, at the rate that the ladder chose for MaskGRPO, and each kind has one base, since that
+in sentences takes half an hour: seeds differ in problems, completions and masks.
 """
 
+import itertools
 import json
 import random
+import time
 from pathlib import Path
 from statistics import mean
 
@@ -20,14 +23,18 @@ from common import results, run, seconds, share, spread, table
 
 import rewards
 
-KINDS = {"figures": "--gen_length 28 --mu 4 --max_steps 150", "sentences": "--gen_length 64 --mu 12 --max_steps 50"}
-SEEDS = range(4)
+# what the base has, and what RL
+KINDS = {
+    "figures": ("--gen_length 28", "--mu 4 --max_steps 75"),
+    "sentences": ("--gen_length 64", "--mu 12 --max_steps 25"),
+}
+SEEDS = range(3)
 ROWS = {
     "MaskGRPO": "--method maskgrpo",
     "gamma 0": "--method maskgrpo --gamma 0",
     "uniform masks, gamma .6": "--method truncation",
 }
-FLAGS = "--tokens_per_step 1 --threshold 0.9 --lr 7.5e-05 --pass_k 0"
+FLAGS = "--threshold 0.9 --lr 7.5e-05"
 DEPTH, VERBS = 4, {"buys": 1, "finds": 1, "sells": -1, "loses": -1}
 
 
@@ -56,24 +63,40 @@ def file(kind: str, split: str, n: int) -> Path:
     return path
 
 
-def path(name: str, kind: str, seed: int) -> Path:
+def made(kind: str, name: str, flags: str) -> Path:
     """The directory of one finished run."""
-    data = f"--data {file(kind, 'train', 20_000)} --eval_data {file(kind, 'test', 1000)}"
-    flags = f"{ROWS[name]} {KINDS[kind]} {FLAGS} {data} --seed {seed}"
-    return run(f"accelerate launch maskgrpo.py --task gsm8k {flags}", f"runs/depth-{kind}-{name.split()[0]}-s{seed}")
+    data = f"--data {file(kind, 'train', 20_000)} --eval_data {file(kind, 'test', 1000)} {KINDS[kind][0]}"
+    command = f"accelerate launch maskgrpo.py --task gsm8k {data} --tokens_per_step 1 --pass_k 0 {flags}"
+    return run(command, f"runs/depth-{kind}-{name}")
+
+
+def base(kind: str) -> Path:
+    """The run that trains a kind's base, and makes no step of RL."""
+    return made(kind, "base", "--max_steps 0 --eval_n 2")
+
+
+def path(name: str, kind: str, seed: int) -> Path:
+    """A run of RL on it."""
+    flags = f"--model {base(kind)} {ROWS[name]} {KINDS[kind][1]} {FLAGS} --seed {seed}"
+    return made(kind, f"{name.split()[0]}-s{seed}", flags)
 
 
 def main() -> None:
     mine, of = share()
-    for kind in KINDS:
-        found = {name: [results(path(name, kind, seed)) for seed in SEEDS[mine - 1 :: of]] for name in ROWS}
-        if of > 1:
-            continue
-        print(f"\nIn {kind}: {KINDS[kind]}, {len(SEEDS)} seeds")
+    if of > 1:
+        list(map(base, [*KINDS][mine - 1 :: of]))
+        while not all(Path(f"runs/depth-{kind}-base/results.json").is_file() for kind in KINDS):
+            time.sleep(10)
+        for kind, seed, name in list(itertools.product(KINDS, SEEDS, ROWS))[mine - 1 :: of]:
+            path(name, kind, seed)
+        return
+    for kind, (length, steps) in KINDS.items():
+        found = {name: [results(path(name, kind, seed)) for seed in SEEDS] for name in ROWS}
+        print(f"\nIn {kind}: {length} {steps}, {len(SEEDS)} seeds")
         accuracy = {name: [r["after"]["accuracy"] for r in runs] for name, runs in found.items()}
-        before = [r["before"]["accuracy"] for r in found["MaskGRPO"]]
+        before = found["MaskGRPO"][0]["before"]["accuracy"]
         rows = {name: [spread(values), f"{mean(map(seconds, found[name])):.0f}"] for name, values in accuracy.items()}
-        table(["", "fresh problems", "seconds"], {"base": [spread(before), ""]} | rows)
+        table(["", "fresh problems", "seconds"], {"base": [f"{before:.3f}", ""]} | rows)
         gains = {}
         for name in [*ROWS][1:]:
             gain = [100 * (x - y) for x, y in zip(accuracy["MaskGRPO"], accuracy[name])]
