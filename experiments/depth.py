@@ -15,13 +15,16 @@ in sentences takes half an hour: seeds differ in problems, completions and masks
 import itertools
 import json
 import random
+import sys
 import time
 from pathlib import Path
 from statistics import mean
 
-from common import results, run, seconds, share, spread, table
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import rewards
+from common import results, run, seconds, share, spread, table  # noqa: E402
+
+import rewards  # noqa: E402
 
 # what the base has, and what RL
 KINDS = {
@@ -87,7 +90,7 @@ def main() -> None:
         list(map(base, [*KINDS][mine - 1 :: of]))
         while not all(Path(f"runs/depth-{kind}-base/results.json").is_file() for kind in KINDS):
             time.sleep(10)
-        for kind, seed, name in list(itertools.product(KINDS, SEEDS, ROWS))[mine - 1 :: of]:
+        for seed, kind, name in list(itertools.product(SEEDS, KINDS, ROWS))[mine - 1 :: of]:
             path(name, kind, seed)
         return
     for kind, (length, steps) in KINDS.items():
