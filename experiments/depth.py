@@ -8,7 +8,7 @@ The default's problems have two operations and 16 tokens, and truncation loses t
 before: in figures, which fills 27 of 28 tokens, or in sentences, 63 of 64. The problems are files in GSM8K's format
 (--data, --eval_data): 20,000 for training, 1,000 fresh ones. A token per step, since four at once, of which some need
 the others, leave a base at 14% after 700 steps instead of 43% after 1,200; in rollouts a confident one takes others
-along. All runs have 300 updates, at the rate that the ladder chose for MaskGRPO, and each kind has one base, since that
+along. All runs have 75 rollouts, at the rate that the ladder chose for MaskGRPO, and each kind has one base, since that
 in sentences takes half an hour: seeds differ in problems, completions and masks.
 """
 
@@ -29,7 +29,7 @@ import rewards  # noqa: E402
 # what the base has, and what RL
 KINDS = {
     "figures": ("--gen_length 28", "--mu 4 --max_steps 75"),
-    "sentences": ("--gen_length 64", "--mu 12 --max_steps 25"),
+    "sentences": ("--gen_length 64", "--mu 12 --max_steps 75"),
 }
 SEEDS = range(3)
 ROWS = {
