@@ -45,8 +45,10 @@ def test_a_chain_goes_on_from_the_line_before():
             for verb, n in steps:
                 values.append(values[-1] + {"buys": 1, "finds": 1, "sells": -1, "loses": -1}[verb] * int(n))
             *lines, last = problem["answer"].split("\n")
-            said = [re.search(r"(\d+) [+-] \d+ = (\d+)( \w+\.)?$", line).group(1, 2) for line in lines]
-            assert said == [(str(a), str(b)) for a, b in zip(values, values[1:])] and len(lines) == 4
+            said = [re.search(r"(\d+) ([+-]) (\d+) = (\d+)( \w+\.)?$", line).group(1, 2, 3, 4) for line in lines]
+            signs = ["+" if b > a else "-" for a, b in zip(values, values[1:])]
+            worked = zip(map(str, values), signs, (n for _, n in steps), map(str, values[1:]))
+            assert said == list(worked) and len(lines) == 4
             assert last == f"#### {values[-1]}" and all(1 <= value <= 20 for value in values)
 
 
