@@ -1073,9 +1073,10 @@ class Run:
         self.finish()
 
     def finish(self) -> None:
-        """End trackers and process group together: a process that leaves early can hang the others."""
+        """End together, and the trackers: a process that leaves early can hang the others."""
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def save_checkpoint(self, step: int) -> None:
         """All of the state after `step` steps: the weights that train, the optimiser's, the clocks and the metrics.
@@ -1475,7 +1476,9 @@ def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskg
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no ±
     try:
         main(argv)
-        return 0
+        code = 0
+    except SystemExit as left:  # --help, or a run that was stopped and has saved itself
+        code = left.code
     except KeyboardInterrupt:
         print(f"{name}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -1488,6 +1491,9 @@ def cli(argv: list[str] | None = None, main: Callable = main, name: str = "maskg
         ended = "another process has ended or is out of reach; --resume goes on from the last checkpoint"
         print(f"{name}: error: {ended} ({first_line(error)[:80]} ...)", file=sys.stderr)
         return 2
+    if torch.distributed.is_initialized():  # after the models: DDP's end would join gloo's threads, which need the GIL
+        torch.distributed.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

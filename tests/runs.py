@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import ROOT
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
 import maskgrpo as m
 
@@ -134,6 +136,18 @@ def sharded():
         return step(run, policy, base, reference, optimizer, problems, n)
 
     AcceleratorState.__init__, m.train_step = init, checked
+
+
+def group_ends():
+    """A patch: each process says how many models are left as its process group ends. There may be none: the end of DDP
+    would end the group's threads while it holds the GIL, and one of them may be waiting for that."""
+    end = torch.distributed.destroy_process_group
+
+    def said(*group):
+        print("models left:", sum(type(x) is DistributedDataParallel for x in gc.get_objects()))
+        end(*group)
+
+    torch.distributed.destroy_process_group = said
 
 
 def dies(name, call, by, module=m):

@@ -22,8 +22,8 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT, llada_checkpoint, write_checkpoint
-from runs import dies, ended, forked, forked_pair, lines_of, one_error, results_of, same_run, same_training, small_run
-from runs import sharded, spied
+from runs import dies, ended, forked, forked_pair, group_ends, lines_of, one_error, results_of, same_run
+from runs import same_training, sharded, small_run, spied
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from slow import MASK, SCORE, Enumerable, advantage_by_hand, batch_of, chance, masks_of, merged, plain, slow_ell
@@ -820,14 +820,15 @@ def test_the_survivor_of_two_processes_says_that_the_other_has_ended(flags, tmp_
 
 def test_two_processes_of_which_one_is_stopped_go_on_to_the_same_numbers(on_two, flags, tmp_path, capfd):
     argv = small_run(tmp_path / "run", **flags, batch_size=8, **LONG)
-    stopped = forked_pair(argv, tmp_path, dies("policy_loss", 5, signal.SIGTERM))  # in step 3
+    stopped = forked_pair(argv, tmp_path, dies("policy_loss", 5, signal.SIGTERM), both=group_ends)  # in step 3
     assert stopped == [143, 143], (tmp_path / "out").read_text()
     assert f"stopped after step 3; to go on: --resume --output_dir {argv[1]}" in (tmp_path / "out").read_text()
     assert len(lines_of(tmp_path / "run")) == 3 and not (tmp_path / "run" / "results.json").exists()
     resume, before = ["--resume", "--output_dir", tmp_path / "run"], contents(tmp_path / "run")
     assert "batches over all processes of [16, 0], here of [8, 0]" in one_error([*resume, "--lr", 1], capfd)
     assert "--mu contradicts" in one_error([*resume, "--mu", 7], capfd) and contents(tmp_path / "run") == before
-    assert forked_pair(resume, tmp_path) == [0, 0], (tmp_path / "out").read_text()
+    assert forked_pair(resume, tmp_path, both=group_ends) == [0, 0], (tmp_path / "out").read_text()
+    assert re.findall(r"models left: (\d+)", (tmp_path / "out").read_text()) == ["0"] * 4
     same_run(on_two, tmp_path / "run")
 
 
