@@ -1073,7 +1073,7 @@ class Run:
         self.finish()
 
     def finish(self) -> None:
-        """End together, and the trackers: a process that leaves early can hang the others."""
+        """End the trackers, and together: a process that leaves early can hang the others."""
         self.accelerator.wait_for_everyone()
         for tracker in self.accelerator.trackers:
             tracker.finish()
