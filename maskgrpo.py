@@ -141,7 +141,7 @@ def group_advantages(rewards: Tensor, group_size: int, convention: str) -> Tenso
     centred = centred * (groups != groups[:, :1]).any(1, keepdim=True)  # a mean may round
     if convention == "std":
         std = groups.std(1, keepdim=True)  # unbiased, as in most GRPO code
-        centred = torch.where(std > 1e-6, centred / std.clamp(min=1e-6), 0.0)
+        centred = torch.where(std > 1e-6, centred / std, 0.0)
     return centred.reshape(-1)
 
 
@@ -341,7 +341,7 @@ class Common:
     bf16: bool = flag(torch.cuda.is_available(), "frozen weights, rollouts and upo.py's policy in bfloat16")
     gen_length: int = flag(256, "completion length, tokens")
     block_length: int = flag(16, "tokens per semi-autoregressive block")
-    temperature: float = flag(0.9, "of tokens in rollouts; in maskgrpo.py also of their log-probabilities")
+    temperature: float = flag(0.9, "of rollouts; in maskgrpo.py of log-probabilities, in upo.py of evaluation, too")
     group_size: int = flag(6, "G, completions per prompt")
     batch_size: int = flag(6, "completions per process and micro-batch, a multiple of G")
     mu: int = flag(12, "updates per rollout")
@@ -494,6 +494,7 @@ def check(cfg, positive: str, rules: dict[str, object]) -> None:
     rules[f"--output_dir {cfg.output_dir} is the run that is read, or holds it; name another"] = not held
     rules[rewards.CODE_REFUSED.format(cfg.task)] = cfg.allow_code_execution or not TASKS[cfg.task].runs_code
     rules["--eval_data needs published problems"] = cfg.eval_only or not (cfg.eval_data and cfg.generated())
+    rules["--mask_token is one of a --model"] = cfg.model or not cfg.mask_token
     require(rules)
     if cfg.allow_code_execution:
         rewards.allow_code_execution()
@@ -893,7 +894,7 @@ class MaskedDiffusionModel(nn.Module):
         """Take out of `data` whatever is longer, with its completion, than the model's context. Raise UsageError if
         nothing is left, or if a solution, as this model would have to write it, earns less than its text: a WordPiece
         tokenizer writes `#### 5` as `# # # # 5`, and such a base could never earn anything."""
-        context = getattr(self.hf.config, "max_position_embeddings", None) or math.inf
+        context = (getattr(self.hf.config, "max_position_embeddings", None) or math.inf) - self.first_position
         for split, problems in data.items():
             data[split] = [p for p in problems if len(self.prompt_ids(task, p)) + gen_length <= context]
             if long := len(problems) - len(data[split]):
@@ -1294,8 +1295,8 @@ def elbo_step(run: Run, model, base, optimizer, lesson: list[tuple], step: int) 
         dropped = torch.rand(size, generator=noise) < 0.1  # guidance has to know what there is without a prompt
         prompts = [base.image_prompt("") if drop else ids for drop, ids in zip(dropped.tolist(), prompts)]
     batch = base.batch(prompts, starts, run.device, targets)
-    # t is stratified over the batch, r_b = 1 - (b + u) / B: the same expectation at less variance
-    r = 1 - (torch.arange(size) + torch.rand(1, generator=noise)) / size
+    # t is stratified over the batch, r_b = 1 - (b + u) / B: the same expectation at less variance; never rounded to 0
+    r = (1 - (torch.arange(size) + torch.rand(1, generator=noise)) / size).clamp(min=2**-24)
     u = torch.rand(batch.x.shape, generator=noise)
     model.train()
     batch, r, u = Batch(*(v[mine] for v in batch)), r[mine].to(run.device), u[mine].to(run.device)
@@ -1345,7 +1346,8 @@ def base_path(run: Run, data: dict[str, list[Problem]]) -> tuple[str, bool]:
         run.say(f"base      {kept}, trained earlier")
         return str(kept), True
     # A run within the run, and moved only when it is complete: runs that start together do not meet in there. Images
-    # are drawn by emerge, and texts by no shortcut, so that every method starts from the same base.
+    # are drawn by emerge, and texts by no shortcut, so that every method starts from the same base; but for justgrpo,
+    # whose decoding is another.
     of_base = dict(sampler="emerge" if images else cfg.sampler, threshold=1.0, cache="off", eos_last=False)
     of_base |= dict(output_dir=str(run.path / "base"), guidance=cfg.guidance * images)
     training = Run(dataclasses.replace(cfg, **of_base), run.accelerator)
@@ -1439,9 +1441,13 @@ def main(argv: list[str] | None = None) -> None:
     rules = {
         f"--gamma {cfg.gamma}: at least 0 and below 1": 0 <= cfg.gamma < 1,
         f"--sampler {cfg.sampler}: not for --task {cfg.task}": image == (cfg.sampler != "semi_autoregressive"),
-        f"--cache {cfg.cache}: of texts": not image or cfg.cache == "off",
+        "--cache, --threshold and --eos_last: of texts": not image
+        or (cfg.cache, cfg.threshold, cfg.eos_last) == ("off", 1, False),
         "--rewards scores images of a --model: --task t2i": (image and not cfg.tiny()) or not cfg.rewards,
         "--eval_only, --lora and --sft_steps need --model": cfg.model or not cfg.eval_only + cfg.lora + cfg.sft_steps,
+        "--eval_only trains nothing: without --lora, --sft_steps": not (cfg.eval_only and cfg.lora + cfg.sft_steps),
+        "--task t2i: of problems from a file no base can be trained, they have no images": not image
+        or cfg.generated() or (cfg.model and not cfg.sft_steps),
         f"--lora {cfg.lora}: {adapter} is an adapter already, and trains as it is": not (cfg.lora and adapter),
     }
     check(cfg, "temperature tokens_per_step threshold steps accumulation sft_batch_size sft_lr base_steps", rules)

@@ -213,9 +213,10 @@ def sum_over_steps(values: Tensor, e: Trajectories) -> Tensor:
     return per_row(e.weight * values, e.row, len(e.length)).mean()
 
 
-def mean_over_steps(values: Tensor, e: Trajectories) -> float:
-    """(1/B) sum_b (1/L_b) sum_n of values (S,), for what is reported: a step's k values add up."""
-    return (per_row(e.weight * values.detach(), e.row, len(e.length)) / e.length).mean().item()
+def mean_over_actions(values: Tensor, e: Trajectories) -> float:
+    """(1/B) sum_b of the weighted mean of values (S,) over b's actions, for what is reported."""
+    total, count = (per_row(e.weight * v, e.row, len(e.length)) for v in (values.detach(), torch.ones_like(values)))
+    return (total / count).mean().item()
 
 
 def surrogate(log_g: Tensor, log_old: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -248,8 +249,8 @@ def upo_loss(log_g: Tensor, e: Trajectories, advantages: Tensor, *, ref: str, cl
     Proposition 1: at g = g_old it has the gradient of L_output = - E[p_g(x_0) / p_g_old(x_0) A(x_0)], whose p_g(x_0) is
     a sum over all orders. log_g (U, W): g on the states of e; advantages (B,). D is L_KL, the KL over trajectories,
     with softmax_confidence and topk; with max_confidence, whose g_ref is 0 almost everywhere, the cross-entropy, summed
-    over steps; and nothing with none. The figures are the loss and, per step, the cross-entropy, the share of ratios
-    outside the clip, and mean |log rho|.
+    over steps; and nothing with none. The figures are the loss and, over actions, the mean cross-entropy, the share of
+    ratios outside the clip, and mean |log rho|.
     """
     at_action = log_g[e.at, e.action]  # log g(a_n | x_n), (S,)
     gain = surrogate(at_action, e.log_old, advantages[e.row], clip)
@@ -261,7 +262,7 @@ def upo_loss(log_g: Tensor, e: Trajectories, advantages: Tensor, *, ref: str, cl
     log_rho = at_action - e.log_old
     outside = ((log_rho.exp() - 1).abs() > clip).float()
     figures = {"cross_entropy": divergence, "clipped": outside, "log_ratio": log_rho.abs()}
-    return loss, {"loss": loss.item()} | {name: mean_over_steps(values, e) for name, values in figures.items()}
+    return loss, {"loss": loss.item()} | {name: mean_over_actions(values, e) for name, values in figures.items()}
 
 
 # --- The paper, 5: the algorithm --------------------------------------------------------------------------------------
@@ -357,7 +358,7 @@ TINY_TASK = {
     | dict(batch_size=512, minibatch_size=256),
 }
 # What a policy was trained with, and needs when it is evaluated; and what its task needs, unless that is another.
-OF_THE_POLICY = "ref tau heads temperature position_temperature positions_per_step bf16 seed".split()
+OF_THE_POLICY = "ref tau heads temperature position_temperature positions_per_step mask_token bf16 seed".split()
 OF_ITS_TASK = "task topk gen_length block_length data eval_data corpus".split()
 
 
@@ -485,14 +486,15 @@ def see(base: FrozenBase, x: Tensor, attention: Tensor, candidates: Tensor, cfg:
 
 
 def step_weights(cfg: Config, most: list[int], keys) -> Tensor:
-    """(B, max of most) float32: 1 / the chance that a step is in an update, 0 where it is not. most: the positions of
-    each row, which are its steps unless EOS comes first; keys: as in `unmask`.
+    """(B, steps) float32: 1 / the chance that a step is in an update, 0 where it is not. most: the positions of each
+    row, which say how many steps it has unless EOS comes first; keys: as in `unmask`.
 
     All steps, or with --steps_per_update the first one and, of every `stride` that follow, one at random: the chance
     is 1 / stride exactly, however long the trajectory turns out to be. All passes over a rollout share the draw, so
     that the features of no other step need be kept."""
-    rows = []
-    for steps, key in zip(most, keys, strict=True):
+    rows, of = [], lambda positions: -(-positions // cfg.positions_per_step)
+    for (blocks, rest), key in zip([divmod(n, cfg.block_length) for n in most], keys, strict=True):
+        steps = blocks * of(cfg.block_length) + of(rest)
         row, stride = torch.ones(steps), -(-steps // cfg.steps_per_update) if cfg.steps_per_update else 1
         if stride > 1:
             offsets = torch.randint(stride, (-(-(steps - 1) // stride),), generator=seeded(*key, SUBSET))
@@ -704,7 +706,8 @@ def init_step(run: Run, base: FrozenBase, g: nn.Module, optimizer, problems: lis
             entropy = cross_entropy(log_g, part.log_ref)[part.at]
             loss = sum_over_steps(entropy, part)
             run.accelerator.backward(loss)
-        losses.append(dict(loss=loss.item(), cross_entropy=mean_over_steps(entropy, part), clipped=0.0, log_ratio=0.0))
+        figures = dict(cross_entropy=mean_over_actions(entropy, part), clipped=0.0, log_ratio=0.0)
+        losses.append({"loss": loss.item()} | figures)
         if len(losses) == cfg.shape()[1]:
             updates.append(run.update(g, optimizer, cfg.init_lr, cfg.max_grad_norm, losses, f"init step {step + 1}"))
             losses = []

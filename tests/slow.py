@@ -265,7 +265,7 @@ def upo_step_by_hand(cfg, g, rows, advantages, rate, init):
     for first in [*range(0, m, size)] * cfg.mu:
         total = []
         mine = [pair for i, pair in enumerate(zip(rows, advantages)) if first <= i % m < first + size]
-        for (steps, forwards), adv in mine:
+        for (steps, _), adv in mine:
             kept = [step for step in steps if step[4]]
             over = lambda values: sum(w * v for v, (*_, w) in zip(values, kept))  # noqa: B023
             now = [slow_policy(g, state, cfg.position_temperature) for state, *_ in kept]
@@ -282,8 +282,8 @@ def upo_step_by_hand(cfg, g, rows, advantages, rate, init):
                 apart = sum(old[n] - ref[n] for _, old, ref, n, _ in steps)
                 loss = loss + cfg.beta * min(max(moved.exp().item(), 0.5), 2) * (1 + moved + apart) * along
             figures = [over([float(abs(v.exp() - 1) > cfg.clip) for v in log_rho]), over([abs(v) for v in log_rho])]
-            figures = [entropy, *(0 * v if init else v for v in figures)]  # each a mean over steps
-            total.append((entropy if init else loss, *(v / forwards for v in figures)))
+            figures = [entropy, *(0 * v if init else v for v in figures)]  # each a mean over actions
+            total.append((entropy if init else loss, *(v / sum(w for *_, w in kept) for v in figures)))
         figures = [sum(values) / len(total) for values in zip(*total)]
         norm = sgd_by_hand(figures[0], dict(g.named_parameters()), rate(len(found)), cfg.max_grad_norm)
         found.append([*(torch.as_tensor(v).item() for v in figures), norm])

@@ -202,6 +202,8 @@ def test_steps_left_out_change_no_expectation():
         go = lambda **of: gradient(expected_loss(theta, base, old, ref, value, **settings, **of), theta)  # noqa: B023
         one, other = (go(weight=draw) for draw in draws)
         assert torch.allclose((one + other) / 2, go(), atol=1e-6) and not torch.allclose(one, other, atol=1e-4)
+    two = dataclasses.replace(cfg, positions_per_step=2, steps_per_update=5)
+    assert upo.step_weights(two, [7], [(0, 0)]).tolist() == [[1] * 5]  # blocks of 3, 3 and 1: no step is left out
     shares = upo.step_weights(cfg, [3] * 4000, [(0, k) for k in range(4000)]).mean(0)
     assert (shares - 1).abs().max() < 0.08  # the mean weight is 1: five standard errors of 4,000 draws
 
