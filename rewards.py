@@ -120,7 +120,7 @@ TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
 HASHES = re.compile(r"#{4,}\s*([^\n<]*)")
 # "The answer is 4", "**Answer:** 4", "A: 4", to the sentence's end. What a fence or an object follows is JSON's.
 SAID = re.compile(r"(?im)(?:\banswer\b[*_]*(?:\s+is\b|\s*[:=])|^A:)(?=[:*\s]*(?![`{\s*:])([^\n\x22]{1,200}))")
-FIELD = re.compile(r'(?i)"(?:final_)?answer"\s*:\s*("(?:[^"\\\n]|\\.){1,500}"|-?[\d.]+)')
+FIELD = re.compile(r'(?i)"(?:final_)?answer"\s*:\s*("(?:[^"\\\n]|\\.){1,500}"|-?[\d.]+(?=\s*(?:[}\]\n]|,(?!\d)|\Z)))')
 # A heading or a sentence of the working: "#### Step 2: ...", "#### 1. Add 5", "Answer: Tom has 5 ..."
 HEADING = re.compile(r"[\s*]*(?:[A-Za-z]{2}|\d+[.):][ \t]+\**[A-Za-z])")
 SAYS = re.compile(r"[^\W_]|[<>=∞∅]")  # what an answer holds at least: a letter, a digit, a relation
@@ -171,7 +171,7 @@ SPELLINGS = (  # the LaTeX of a number or an expression -> its plain spelling, o
     (r"\A\s*\{([^{}]*)\}\s*\Z", r"\1"),  # \boxed{{5}}
     (r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mathit|mbox|hbox)\s*\{([^{}]*)\}", r" \1 "),
     (r"(?<=\d)(?:\{,\}|,?\\[,!])\s*(?=\d{3}(?!\d))", ","),  # 385\,000
-    (r"(?<!\\)\\[!,;:> ]|(?<=[\w}])~|\\q?quad\b|\\(?:left|right|displaystyle)(?![a-zA-Z])|\*\*", " "),
+    (r"(?<!\\)\\[!,;:> ]|(?<=[\w}])~|\\q?quad\b|\\(?:left|right|displaystyle)(?![a-zA-Z])|\*\*(?!\s*[-+\d(])", " "),
     (r"(?<!\\)\\(?:([$%])|[()\[\]])", r"\1"),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac(?:\s*(\d)|\s+([a-zA-Z]))", r"\\frac{\1\2}"),  # \frac12, \frac1e
@@ -219,7 +219,7 @@ def parse_number(text: str) -> Fraction | None:
 # --- Verdicts: MATH. Exact numbers and tidied text; what these do not decide is math-verify's -------------------------
 
 UNICODE = str.maketrans(dict(zip("π∞±∪≤≥°", map("{} ".format, r"\pi \infty \pm \cup \le \ge ^\circ".split()))))
-UNITS = rf"(?<=\S)\s*\\(?:text|mathrm|mbox)\s*\{{\s*(?:square |cubic )?{UNIT}\.?\s*\}}(?:\^\{{?[23]\}}?)?\s*\Z"
+UNITS = rf"(?<=[^\s\\])(?:\\?\s)*\\(?:text|mathrm|mbox)\s*\{{\s*(?:square |cubic )?{UNIT}\.?\s*\}}(?:\^\{{?[23]\}}?)?$"
 TIDY = (  # spellings that mean the same, one after the other
     (r",?\s*(?<![\w\\])(?:and|or)(?!\w)", ","),
     (r"(?<!\\)\$", ""),
@@ -237,7 +237,7 @@ NAME = re.compile(r"\s*([a-zA-Z](?:_\w)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z]))\s*
 
 def tidy(text: str) -> str:
     """An expression in one of the spellings that mean the same."""
-    return plain(plain(re.sub(UNITS, "", text.translate(UNICODE))), TIDY).strip(" ,")
+    return plain(plain(re.sub(UNITS, "", text.translate(UNICODE).strip())), TIDY).strip(" ,")
 
 
 def squeeze(text: str) -> str:
@@ -245,31 +245,37 @@ def squeeze(text: str) -> str:
     return re.sub(r"(?<![\d\s])\s+|\s+(?![\d\s])", "", text)
 
 
-# All that may stand in an expression for math-verify, which skips what it cannot read: "8 a.m.", 0.\overline{3}, 42_5.
+# All that may stand in an expression for math-verify, which skips what it cannot read: "8 a.m.", 0.\overline{3}, 42_5;
+# and to which CAT is a product, equal to TAC.
 READ = re.compile(
     r"(?:\\(?:frac|sqrt|pi|infty|pm|cup|cap|setminus|cdot|times|div|le|ge|lt|gt|neq?|in|emptyset|sin|cos|tan|cot|ln|log|"
     r"theta|alpha|beta|gamma|phi|omega|lambda|(?:begin|end)\{pmatrix\})(?![a-zA-Z])|\\\\|\\[{}]|\d+(?:\.\d+)?(?!\s*_)|"
-    r"(?<![a-zA-Z])[a-zA-Z]{1,3}(?![a-zA-Z])|[-+*/^_=<>|(),&{}\[\] ])+"
+    r"(?<![a-zA-Z])(?:[a-zA-Z]|[a-z]{2,3})(?![a-zA-Z])|[-+*/^_=<>|(),&{}\[\] ])++"
 )
 # What could keep sympy busy: long numbers, high powers, powers of powers, deep nesting.
 WILD = re.compile(
     r"\\frac(?!\s*\{)|\\frac\s*\{[^{}]*\}(?!\s*\{)|"  # and what it reads only half of: \frac\pi 2
-    r"\d{16}|\^\s*\{?\s*-?\d{3}|\^[^-+,=]*\^[^-+,=]*\^|\^\s*\{[^{}]*\^|[)}\]]\s*\^\s*\{?\d\d|(?:[({][^(){}]*){20}|\d\s+\d"
+    r"\d{16}|\^\s*\{?\s*-?\d{3}|\^[^-+,=]*\^[^-+,=]*\^|\^\s*\{[^{}]*\^|[)}\]]\s*\^\s*\{?\d\d|(?:[({][^(){}]*){20}|\d\s+\d|"
+    r"(?:[-+*/^&]|\\(?:cap|cup|cdot|times|div|pm|sin|cos|tan|cot|ln|log))[\\{}\s]*(?:,|\Z)"  # cut short: 2^
 )
+# A list is in an order; a number is still to be worked out, unless it is written as 3*10^8.
+ORDERED = re.compile(r"(?i)(?:creas|scend)ing order|(?:least|smallest|greatest|largest) to (?:great|large|least|small)")
+WORK = re.compile(r"[\d)}]\s*(?:[-+/(]|(?:\*|\\cdot|\\times|\\div)(?!\s*10\s*\^))")
 # What an answer has as many of as the published one: relations of each kind, parts, signs, brackets around parts.
 OUTLINE = (r"[<>]|\\[lg][et](?![a-z])", "=", r"\\neq?", r"\\in(?![a-z])", ",", r"\\pm", r"[(\[](?=[^()\[\]]*,)")
 
 
 def same_by_math_verify(answer: str, gold: str, question: str) -> bool:
     """Whether math-verify finds two tidied expressions equal and reads all of them; False where it is not installed. No
-    answer has a variable that the gold lacks, or repeats the question: "Factor x^2 - 1" is not answered by x^2 - 1."""
+    answer has a variable that the gold lacks. Parts may stand in any order, unless the question asks for one."""
+    if "," in gold and ORDERED.search(question):
+        answer, gold = f"({answer})", f"({gold})"
     both = f"{gold} , {answer}"
     if len(both) > 300 or WILD.search(both) or not (READ.fullmatch(answer) and READ.fullmatch(gold)):
         return False
     letters = [set("".join(re.findall(r"(?<![a-zA-Z\\])[a-zA-Z]+", text))) for text in (answer, gold)]
     outlines = [[len(re.findall(sign, text)) for sign in OUTLINE] for text in (answer, gold)]
-    repeats = re.search(r"\W", squeeze(answer)) and squeeze(answer) in squeeze(tidy(question[:10_000]))
-    if repeats or not letters[0] <= letters[1] | {"e", "i"} or outlines[0] != outlines[1]:
+    if not letters[0] <= letters[1] | {"e", "i"} or outlines[0] != outlines[1]:
         return False
     # its time limit is an alarm signal, which only the main thread can set
     limit = 3 if threading.current_thread() is threading.main_thread() else None
@@ -284,19 +290,23 @@ def same_by_math_verify(answer: str, gold: str, question: str) -> bool:
 
 
 def same_answer(answer: str, gold: str, question: str) -> bool:
-    """Whether an answer to a MATH problem is right: equal as exact numbers, or as tidied text, or to math-verify."""
+    """Whether an answer to a MATH problem is right: equal as tidied text, as exact numbers or to math-verify. Unless it
+    is spelled as published it may not be copied from the question ("Simplify 12/18") or left to be worked out, 7*8."""
     texts = [tidy(answer), tidy(gold)]
     names = [NAME.match(text) for text in texts]
     for i, (name, other) in enumerate(zip(names, names[::-1])):
         if name and not other and "=" not in texts[1 - i]:
-            texts[i] = texts[i][name.end() :]  # x = 5 is 5
-    numbers = [parse_number(text) for text in texts]
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    squeezed = [squeeze(text) for text in texts]
+            texts[i] = texts[i].replace(name[0], "")  # x = 5 is 5
+    numbers, squeezed = [parse_number(text) for text in texts], [squeeze(text) for text in texts]
     words = squeezed[0].isalpha() and squeezed[0].casefold() == squeezed[1].casefold()
     if squeezed[0] == squeezed[1] or words:
         return True
+    if re.search(r"\W" if numbers[0] is None else r"[/.]|\\frac", squeezed[0]):
+        copied = rf"(?<![\d.]){re.escape(squeezed[0])}(?!\d)"
+        if re.search(copied, squeeze(tidy(question[:10_000]))):
+            return False
+    if numbers[1] is not None and (numbers[0] is not None or WORK.search(texts[0])):
+        return numbers[0] == numbers[1]
     return same_by_math_verify(*texts, question)
 
 
@@ -551,7 +561,7 @@ def check_mbpp(row: dict) -> Problem:
     problem = {"question": pick_text(row, QUESTION)}
     for name, published in (("answer", "code"), ("imports", "test_imports"), ("setup", "test_setup_code")):
         value = pick(row, (published, name)) or ""
-        problem[name] = "\n".join(value) if isinstance(value, list) else str(value)
+        problem[name] = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
     try:
         problem["tests"] = list(pick(row, ("test_list", "tests", "test")))
         split_tests(problem)
@@ -698,7 +708,7 @@ for name, most in job["limits"].items():
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
     except (AttributeError, ValueError, OSError):  # a system that does not know it
         pass
-scope = types.ModuleType("program").__dict__
+scope = sys.modules.setdefault("program", types.ModuleType("program")).__dict__
 try:
     for part in ("imports", "program", "setup"):
         exec(compile(job[part], part, "exec"), scope)
@@ -842,7 +852,7 @@ def countdown_verdict(completion: str, problem: Problem) -> Verdict:
     found, whole = set(), lambda made: made is not None and sorted(made[1]) == sorted(problem["numbers"])
     for text in map(plain, announced(written(completion))):
         text = re.sub(r"\\div|\u00f7", "/", re.sub(r"\\times|\\cdot|[\u00d7\u00b7]", "*", text))
-        made = {side: evaluate(side) for side in (side.strip(" .`$") for side in text.split("="))}
+        made = {side: evaluate(side) for side in (squeeze(side.strip(" .`$")) for side in text.split("="))}
         equal = None not in made.values() and len({value for value, _ in made.values()}) == 1
         found.add(next((side for side in made if whole(made[side])), next(iter(made))) if equal else None)
     answer = found.pop() if len(found) == 1 else None
@@ -928,7 +938,8 @@ def sudoku_verdict(completion: str, problem: Problem) -> Verdict:
     text, clues = unicodedata.normalize("NFKC", written(completion)), problem["question"]
     side = math.isqrt(len(clues))
     text = "\n".join(TAGGED.findall(text)) or text
-    rows = [line.split(" ") if " " in line else list(line) for line in text.strip("\r\n").splitlines()]
+    lines = re.sub("[][,]", "", text).strip("\r\n").splitlines()
+    rows = [line.split(" ") if " " in line else list(line) for line in lines]
     runs = {re.sub("[^0-9]", "", run) for run in re.findall(r"[0-9\s|,*\[\]+-]+", text)} - {clues}
     grids = [run for run in runs if len(run) == len(clues)]
     if [len(row) for row in rows] == [side] * side:
@@ -1123,7 +1134,7 @@ def check_zebra(row: dict) -> Problem:
     question, table = pick_text(row, QUESTION), pick(row, GOLD)
     try:
         table = read(table) if isinstance(table, str) else table
-        header, rows = table["header"], [list(map(str, entries)) for entries in table["rows"]]
+        header, rows = [*map(str, table["header"])], [list(map(str, entries)) for entries in table["rows"]]
     except (TypeError, LookupError):
         header, rows = [], []
     if not rows or any(not 2 <= len(entries) == len(header) or "___" in entries for entries in rows):
@@ -1143,7 +1154,7 @@ def zebra_verdict(completion: str, problem: Problem) -> Verdict:
     for house, inside in re.findall(r'"House (\d{1,2})"\s*:\s*\{([^{}]*)\}', text):
         of = dict(re.findall(r'"([^"]+)"\s*:\s*"([^"]*)"', inside))
         rows.append((house, [of.get(name, "") for name in names]))
-    rows = [(house, [entry.strip(" .*").casefold() for entry in entries]) for house, entries in rows]
+    rows = [(house, [entry.strip(" .*;\t\r").casefold() for entry in entries]) for house, entries in rows]
     found = dict(rows)
     if not all(found[house] == entries for house, entries in rows):
         found = {}

@@ -183,13 +183,14 @@ NUMBERS = {  # published number -> (what is right, what is wrong or no answer)
          "\\boxed{42}\\boxed{42.0}", "\\boxed{\\boxed{42}}", "\\boxed{{42}}", "\\boxed{42}<|eot_id|>\\boxed{0}",
          "<ANSWER>\n$42\n</ANSWER>", "<answer>42", "<answer>\n\\boxed{42}\n</answer>", "<answer>\\boxed{}42</answer>",
          "<answer>\\boxed{42></answer>", "<think>#### 7, no</think>\n#### 42", "**Answer:** 42", "A: The answer is 42.",
-         "The final answer is $42$. I hope it is correct.", "The answer is\n\n$$42$$", '{"why": 6, "answer": 42}',
+         "The final answer is $42$. I hope it is correct.", "The answer is\n\n$$42$$", '{"answer":42,"why":6}',
          'The answer is:\n```json\n{"answer": "42"}\n```', "#### Step 1: Add 6 and 7\n6 * 7\nThe answer is 42."],
         ["", "42", "so 42 it is", "### 42", "####", "#### forty", "\\boxed{}", "\\boxed{4}2", "#### 4 2", "#### 42k",
          "#### 41\n#### 42", "#### 42 or 43", "#### 41, 42", "\\boxed{42} or \\boxed{43}", "\\boxed{41}\n#### 42",
          "The answer is not 42", "#### -42", "#### minus 42", "#### 42.5", "#### 42,00", "#### \u00b2\u0664",
          "#### " + "9" * 600 + "\n42", "#### at least 42", "#### 42+", "#### 42\u00b2", "The answer is 42 dozen eggs.",
-         "#### 42 and a half hours", "#### 42 per cent more", "\\boxed{42x}"],
+         "#### 42 and a half hours", "#### 42 per cent more", "\\boxed{42x}",
+         '{"answer": 42 dozen}', '{"answer": 42/3}', '{"answer": 42,000}'],
     ),
     "3.46": (["We round the answer to the nearest cent: 3.456.\nThe answer is 3.46"], ["#### 3.456"]),
     "-7": (["#### -7", "#### \u22127", "#### -$7", "#### $-7", "\\boxed{-7.0}"], ["#### 7", "#### --7"]),
@@ -203,7 +204,7 @@ EXPRESSIONS = {  # without math-verify, too
     r"\frac{1}{2}": ([r"\frac12", r"\tfrac{1}{2}", "1/2", "0.5", r"x = \frac{1}{2}", r"$\frac{2}{4}$"], ["2", "12"]),
     r"\text{(C)}": (["C", "(C)", r"\textbf{(C)}"], ["(B)", "C or D"]),
     r"\text{Evelyn}": (["Evelyn", r"\mathrm{evelyn}"], ["Eve", "not Evelyn"]),
-    "10,000": (["10000", "10{,}000", r"10,\!000", r"\$10,000", r"10,000\text{ dollars}"], ["10", "(10,0)"]),
+    "10,000": (["10000", "10{,}000", r"10,\!000", r"\$10,000", r"10,000\ \text{dollars}"], ["10", "(10,0)"]),
     r"90^\circ": (["90", r"90^{\circ}", r"90\text{ degrees}", "90\u00b0"], ["9", r"90\text{ hundred}"]),
     "(3,4)": ([r"\left(3, 4\right)", "( 3,4 )"], ["(4,3)", "[3,4)", "3,4", "34"]),
     "4210_5": (["4210_{5}"], ["4210_6", "421"]), "34": (["34."], ["3 4", r"3\ 4", r"\frac34"]),
@@ -211,16 +212,23 @@ EXPRESSIONS = {  # without math-verify, too
 SYMBOLIC = {  # what only math-verify finds equal, and what it must not
     "x^2+x": (["x(x+1)", "x + x^2"], ["x^2", "x^2+x=0", "x^2 + y"]), "y=2x+1": (["2x+1"], ["y > 2x+1", "y=2x"]),
     r"2\sqrt{3}": ([r"\sqrt{12}", r"2\sqrt3"], ["3.4641016151", r"2\sqrt{3}, 2\sqrt{3}", r"2\sqrt{3}\text{ hundred}"]),
-    "1,-2": (["-2, 1", r"-2\text{ and }1"], ["1", "1,-2,3", "1,2", "(1,-2)"]),
+    "1,-2": (["-2, 1", r"-2\text{ and }1", r"x = 1 \text{ or } x = -2"], ["1", "1,-2,3", "1,2", "(1,-2)"]),
     r"(-\infty,2)\cup(3,\infty)": ([r"(3,\infty)\cup(-\infty,2)"], [r"(-\infty,2]\cup(3,\infty)", r"(3,\infty)"]),
     "5": (["x=5"], ["x could be 3; x could be 5", "5 is wrong", r"7\text{ million}", r"5+\text{i}", r"5\ldots",
-                    r"\log 5", "5!", "5'", "5:1", r"5\overline{5}", "at least 5", r"5\text{ p.m.}"]),
+                    r"\log 5", "5!", "5'", "5:1", r"5\overline{5}", "at least 5", r"5\text{ p.m.}", "5 +",
+                    r"5 \times", "5^", "2+3", r"\frac{2+3}{1}", r"2 \cdot 2.5", "1000+" * 9 + "1000!"]),
+    "300000000": ([r"3 \times 10^8"], [r"3 \times 10000"]), "CAT": (["cat"], ["TAC"]), "2x-1": (["-1+2x"], ["x**2-1"]),
     r"1-\frac{1}{\mathrm{e}}": ([r"1-\frac{1}{e}"], [r"1+\frac{1}{\mathrm{e}}"]),
     r"1 \pm \sqrt{19}": ([], [r"1+\sqrt{19}", r"\pm\sqrt{19}"]), r"0.\overline{6}": ([], [r"0.\overline{3}", "0.6"]),
     "0.1234568": (["0.12345680"], ["0.1234567"]), r"8\text{ p.m.}": ([], [r"8\text{ a.m.}"]),
     r"x \leq 5": ([r"5 \geq x", "x \u2264 5"], [r"x \geq 5", "x < 5", "5"]),
     "3": ([r"\sqrt{9}"], [r"3\mathbf{i}+4\mathbf{j}", r"3_5", "3 million", "3, 3"]),
 }  # fmt: skip
+QUESTIONED = [  # the question is no answer, and may ask for an order
+    ("x^2-1", "(x-1)(x+1)", "Factor $x^2 - 1$.", 0), (r"\frac{12}{18}", r"\frac23", r"Simplify $\frac{12}{18}$.", 0),
+    ("0.5", r"\frac12", "Is it above 10.5?", 1), ("A,C,B", "C,B,A", "Write the letters in increasing order.", 0),
+    ("0.4, 0.5", r"0.4, \frac12", "Order them from least to greatest.", 1), ("A,C,B", "C,B,A", "Which ones?", 1),
+]  # fmt: skip
 WILD = "9^{9^{9^9}} ((10^{99})^{99})^{99}^9 1000! 99999999999999999+1 2^{99999999} (x+y+z)^{99}".split()  # never tried
 SYMBOLIC |= {wild: ([], [f"{wild}+0"]) for wild in WILD}
 
@@ -236,7 +244,8 @@ def test_verdicts(library, monkeypatch):
     if library:
         pytest.importorskip("math_verify")
         tables.append(("math500", "\\boxed{{{}}}", SYMBOLIC))
-        assert verdict("math500", "\\boxed{x^2-1}", "(x-1)(x+1)", "Factor $x^2 - 1$.") == 0  # the question is no answer
+        for answer, gold, question, right in QUESTIONED:
+            assert verdict("math500", f"\\boxed{{{answer}}}", gold, question) == right
     else:
         monkeypatch.setitem(sys.modules, "math_verify", None)
     for task, form, table in tables:
@@ -272,17 +281,20 @@ EARNED = {  # task -> (a problem, the terms of its reward -> completions that ea
         (0.0, 0.0): ["\\boxed{15} \\boxed{2}", "15"],
     }),
     "countdown": (rewards.countdown_problem([3, 8, 5, 2], 32), {
-        (0.9, 0.1): ["#### (3 + 5) * 8 / 2", "<answer>(3+5)*8/2</answer>", "\\boxed{(3+5) \\times 8 \\div 2}",
-                     "#### 32 = (3 + 5) * 8 / 2", "#### (3 + 5) \u00d7 8 \u00f7 2 = 32", "#### `(3 + 5) * 8 / 2`</s>",
+        (0.9, 0.1): ["#### (3 + 5) * 8 / 2", "<answer>(3+5)*8/2</answer>#### (3 + 5) * 8 / 2",
+                     "\\boxed{(3+5) \\times 8 \\div 2}", "#### 32 = (3 + 5) * 8 / 2",
+                     "#### (3 + 5) \u00d7 8 \u00f7 2 = 32", "#### `(3 + 5) * 8 / 2`</s>",
                      "#### (3 + 5) * 8 / 2 = 8 * 8 / 2 = 64 / 2 = 32"],
         (0.0, 0.1): ["#### 3 + 5 * 8 / 2"],
         (0.0, 0.0): ["(3 + 5) * 8 / 2", "#### (3 + 5) * 8 / 2 = 33", "#### 32 = 32", "#### (3 + 5) * 8 / 2 = x",
                      "#### 8 * 2 * 2", "#### (3 + 5) * 8 / 2 * 1", "#### 3 5 8 2", "#### 2 ** 5 + 3 - 8",
+                     "#### 8 * 2 * (5 ** -3)",
                      "#### ((3+5)*8/2", "#### 3/(5-5)+8+2", "#### 3.0 + 8 + 2 + 5", f"#### {'(' * 300}3{')' * 300}",
                      "#### __import__('os').system('true')", "#### (3 + 5) * 8 / 2\n#### 8 * 5 - 3 - 2"],
     }),
     "sudoku": ({"question": "1234341221430000", "answer": "1234341221434321"}, {
-        (1,): [BOARD + "4 3 2 1", "1234341221434321", f"The solution is:\n```\n{BOARD}4 3 2 1\n```",
+        (1,): [BOARD + "4 3 2 1", "1234341221434321", BOARD.replace(" ", ", ") + "[4, 3, 2, 1]",
+               f"The solution is:\n```\n{BOARD}4 3 2 1\n```",
                "<answer>**1234341221434321**</answer>", "1234341221434321<|eot_id|>7",
                "Puzzle: 1234341221430000\nSolution: 1234341221434321"],
         # a wrong digit, none, or a changed clue costs a cell
