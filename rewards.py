@@ -1427,7 +1427,7 @@ class PixelReward:
 # --- Files of completions -> figures; the command line ----------------------------------------------------------------
 
 SCALE = (  # measured on published LLaDA-8B generations of 256 tokens
-    "On LLaDA's outputs these verdicts give 2.6 points more on MATH, 1.0 more on GSM8K than the MaskGRPO paper's parser."
+    "On LLaDA's outputs these verdicts give 2.6 points more on MATH, 1.0 on GSM8K than the MaskGRPO paper's parser."
 )
 
 
