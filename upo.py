@@ -411,7 +411,6 @@ class FrozenBase:
         keep = lambda block, args, kwargs: setattr(self, "hidden", args[0] if args else kwargs["hidden_states"])
         max(stacks, key=len)[-1].register_forward_pre_hook(keep, with_kwargs=True)
 
-    @torch.no_grad()
     def read(self, x: Tensor, attention: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(hidden (B, W, D), logits (N, V) float32 at the N True positions); all of one forward."""
         logits = self.model(x, attention, positions, rough=True)

@@ -16,12 +16,10 @@ step (KL, nats per completion), and what of the exact gradient of the sampler th
 
     python experiments/estimator_audit.py            # makes its models on first use, prints, draws
     python experiments/estimator_audit.py 1 of 2     # every second base, to share the work; prints nothing
-    python experiments/estimator_audit.py --quick    # a test of the script; its numbers mean nothing
 """
 
 import dataclasses
 import re
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -36,19 +34,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import maskgrpo as m  # noqa: E402
 import remask  # noqa: E402
 import rewards  # noqa: E402
+from experiments.common import run as made
 from experiments.common import share, table, tidy  # noqa: E402
 from tests.exact import log_likelihood  # noqa: E402
 
-QUICK = "--quick" in sys.argv
-SEEDS, DRAWS, FORWARDS = (range(2), 2, (1, 4)) if QUICK else (range(8), 2, (1, 2, 4, 12))
-T95 = 12.706 if QUICK else 2.365  # the t distribution's 97.5% point
+SEEDS, DRAWS, FORWARDS = range(8), 2, (1, 2, 4, 12)
+T95 = 2.365  # the t distribution's 97.5% point
 ONE, FOUR = dict(tokens_per_step=1), dict(tokens_per_step=4)
 SAMPLERS = {"one token per step": ONE, "four": FOUR}
 FAST = {"one token per step": ONE, "four": FOUR} | {f"threshold {p}": ONE | dict(threshold=p) for p in (0.9, 0.7)}
 FAST |= {f"cache {kind}": ONE | dict(cache=kind) for kind in ("prefix", "dual")}
 FLAGS = "--task gsm8k --gen_length 15 --tokens_per_step 1 --max_steps 10"
 FLAGS += " --eval_n 64 --pass_k 0 --eval_every 0 --save_every 0"
-FLAGS += " --base_steps 50 --batch_size 16" if QUICK else ""
 
 
 class Estimator(NamedTuple):
@@ -98,10 +95,9 @@ RIVALS = (
 
 def policies(seed: int) -> tuple[m.Run, list, m.MaskedDiffusionModel, m.MaskedDiffusionModel]:
     """(run, training problems, the base, the base after 10 steps of RL) of a seed, by the project's own command."""
-    flags = [*FLAGS.split(), "--seed", str(seed), "--output_dir", f"runs/audit-s{seed}" + "-quick" * QUICK]
-    if not Path(flags[-1], "results.json").is_file():
-        subprocess.run([sys.executable, "maskgrpo.py", *flags], check=True)
-    cfg = m.parse(flags)
+    flags, path = f"{FLAGS} --seed {seed}", f"runs/audit-s{seed}"
+    made(f"accelerate launch maskgrpo.py {flags}", path)
+    cfg = m.parse([*flags.split(), "--output_dir", path])
     run, data = m.Run(cfg, Accelerator()), rewards.splits(rewards.TASKS[cfg.task], cfg, cfg.generated())
     path, _ = m.base_path(run, data)
     before, after = (m.load_model(p, cfg, trainable=True).eval() for p in (path, cfg.output_dir))
@@ -374,8 +370,7 @@ def main() -> None:
     if of > 1:
         return
     report(found)
-    if not QUICK:
-        draw(found)
+    draw(found)
 
 
 if __name__ == "__main__":

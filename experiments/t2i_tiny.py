@@ -42,7 +42,7 @@ def plain(flags: str) -> str:
 
 def before_rl(sampler: str, guidance: int, seed: int) -> float:
     """Accuracy of a base under another sampler or guidance."""
-    base = next(Path("runs").glob(f"base-t2i-s{seed}-*"))  # which the first run of that seed has trained
+    (base,) = Path("runs").glob(f"base-t2i-s{seed}-*")  # which the first run of that seed has trained
     command = f"accelerate launch maskgrpo.py --task t2i --eval_only --model {base} --sampler {sampler}"
     ended = run(f"{command} --guidance {guidance} --seed {seed}", f"runs/t2i-base-{plain(sampler)}-{guidance}-s{seed}")
     return results(ended)["eval_only"]["accuracy"]
