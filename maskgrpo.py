@@ -473,6 +473,9 @@ def parse(argv: list[str] | None = None, kind: type = Config, about: str = __doc
     # so that --help shows the defaults of this model, method and task
     parser.set_defaults(**(saved or defaults) | {"output_dir": path, "resume": first.resume})
     cfg = kind(**vars(parser.parse_args(argv)))
+    for name in ("model", "data", "eval_data", "policy"):  # a run may go on, and be read, from another directory
+        if (given := vars(cfg).get(name)) and os.path.exists(given):
+            setattr(cfg, name, os.path.abspath(given))
     # with anything else changed it would be another run; of batches Run.checkpoint compares what they are in all
     free = "resume output_dir max_steps save_every log_with eval_batch_size lr max_grad_norm "
     free += "batch_size accumulation minibatch_size sft_batch_size"
@@ -485,8 +488,9 @@ def check(cfg, positive: str, rules: dict[str, object]) -> None:
     """Raise UsageError for what either script would compute something wrong from without a word, and for a script's own
     `rules`, message -> whether it holds; positive: names of its fields that must be above 0."""
     names = f"gen_length block_length batch_size mu eval_batch_size lr max_grad_norm clip {positive}"
-    rules = rules | {f"--{k} {vars(cfg)[k]}: must be above 0": vars(cfg)[k] > 0 for k in names.split()}
-    rules |= {f"--{k} {v}: must be at least 0": v >= 0 for k, v in vars(cfg).items() if type(v) in (int, float)}
+    rules = {f"--{k} {vars(cfg)[k]}: must be above 0": vars(cfg)[k] > 0 for k in names.split()} | rules
+    numbers = {k: v for k, v in vars(cfg).items() if type(v) in (int, float)}
+    rules |= {f"--{k} {v}: must be at least 0 and below 2**63": 0 <= v < 2**63 for k, v in numbers.items()}
     whole_groups = cfg.group_size > 1 and cfg.batch_size % cfg.group_size == 0
     rules[f"--batch_size {cfg.batch_size} is no multiple of --group_size {cfg.group_size}, 2 or more"] = whole_groups
     read = [Path(path).resolve() for path in (cfg.model, getattr(cfg, "policy", None)) if path]
@@ -540,13 +544,15 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
     raw, _ = PreTrainedConfig.get_config_dict(path)
     kind = str(raw.get("model_type")).lower()
     own = "qwen2" if kind == "dream" else kind.removeprefix("a2d-")  # dllm's name for masked diffusion models
-    family, options, words = transformers.AutoModelForCausalLM, {"trust_remote_code": False}, AutoTokenizer
+    family, words = transformers.AutoModelForCausalLM, AutoTokenizer
+    options = {"trust_remote_code": False, "ignore_mismatched_sizes": True}  # but named below
     if "d_model" in raw:  # LLaDA, iLLaDA, MMaDA
         rope = dict(rope_type="default", rope_theta=raw.get("rope_theta", 1e4))
         sizes = {"eos_token_id": None} | {LLADA_SIZES[k]: raw[k] for k in LLADA_SIZES if raw.get(k) is not None}
         options |= dict(config=LlamaConfig(**sizes, **BIDIRECTIONAL, rope_parameters=rope), key_mapping=LLADA_KEYS)
     elif own in NATIVE:  # a2d-* and Dream are bidirectional by their names, others if is_causal says so
-        require({f"--model {path}: a causal {kind}": own != kind or not raw.get("is_causal", True)})
+        causal = f'--model {path}: a causal {kind}, unless "is_causal": false stands in its config.json'
+        require({causal: own != kind or not raw.get("is_causal", True)})
         sizes = {name: v for name, v in raw.items() if name not in ("architectures", "auto_map", "model_type")}
         sizes = {"shifted_logits": kind == "dream"} | sizes | BIDIRECTIONAL  # Dream predicts position i at i - 1
         options["config"] = transformers.AutoConfig.for_model(own, **sizes)
@@ -564,12 +570,14 @@ def load_published(path: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
 def resolve(path: str) -> tuple[str, str | None]:
     """(base model, adapter or None) of a hub id, a model directory, an adapter directory or a run directory."""
     path = str(inner) if (inner := Path(path) / "model").is_dir() else path
+    require({f"--model {path}: a run of upo.py, or not finished (--resume)": not Path(path, "lock").is_file()})
     hub_id = path.count("/") < 2 and not path.startswith(("/", ".", "~", "runs/"))
     require({f"--model {path}: not a directory, and not a hub id either (OWNER/NAME)": Path(path).is_dir() or hub_id})
     with in_one_line(f"--model {path}: adapter_config.json"):
         path = str(Path(path).resolve()) if Path(path).is_dir() else path  # an adapter keeps its base's
         file = find_adapter_config_file(path)
-        return (json.loads(Path(file).read_text())["base_model_name_or_path"], path) if file else (path, None)
+        base = json.loads(Path(file).read_text())["base_model_name_or_path"] if file else path
+        return os.fspath(base), path if file else None
 
 
 def llama_name(name: str) -> str:
@@ -613,7 +621,7 @@ def load_model(path: str, cfg: Config, trainable: bool) -> "MaskedDiffusionModel
             hf = peft.get_peft_model(hf, peft.LoraConfig(**settings))
     if not trainable:
         hf.requires_grad_(False)
-    elif cfg.gradient_checkpointing:
+    elif cfg.gradient_checkpointing and hf.supports_gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     return MaskedDiffusionModel(hf, tokenizer, bool(TASKS[cfg.task].codebook), cfg.bf16)
 
@@ -902,8 +910,9 @@ class MaskedDiffusionModel(nn.Module):
                 why = f"longer than {context} tokens with a completion of {gen_length}: {longest[:40]!r} ..."
                 require({f"{self.name}: all {split} problems are {why}": data[split]})
                 say(f"left out  {long} of {len(problems)} {split} problems, {why}")
-        some = (data["train"] or data["test"])[:100]
-        problem = next((p for p in some if not task.codebook and task.score(task.target(p), p) == 1), None)
+        some, problem = (data["train"] or data["test"])[:100], None
+        with contextlib.suppress(UsageError):  # some numbers of countdown make no target
+            problem = next((p for p in some if not task.codebook and task.score(task.target(p), p) == 1), None)
         if problem is not None:
             target = task.target(problem)
             text = self.tokenizer.decode(self.target_ids(task, problem)[:-1], skip_special_tokens=True)
@@ -1023,6 +1032,8 @@ class Run:
         try:
             if self.main:
                 self.path.mkdir(parents=True, exist_ok=True)
+                foreign = (self.path / "config.json").exists() and not lock.exists()
+                require({f"--output_dir {self.path} holds something that is no run; name another": not foreign})
                 self.lock = lock.open("a+")  # held by this process, until it ends in whatever way
                 try:
                     import fcntl
@@ -1034,15 +1045,16 @@ class Run:
                 except (ImportError, OSError):  # Windows and some file systems have none of these locks
                     pass
                 if not self.cfg.resume and (self.path / "config.json").exists():
-                    names = (self.path.with_name(f"{self.path.name}.old{n}") for n in itertools.count(1))
+                    names = (Path(f"{self.path.resolve()}.old{n}") for n in itertools.count(1))
                     (aside := next(path for path in names if not path.exists())).mkdir()
                     for item in {*self.path.iterdir()} - {lock}:
                         item.rename(aside / item.name)
+                    self.say(f"moved     what was in {self.path} to {aside}")
                 self.lock.truncate(0)
                 own = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}"
                 print(own, file=self.lock, flush=True)
         except (UsageError, OSError) as error:
-            refusal = [str(error)]
+            refusal = [str(error) if isinstance(error, UsageError) else f"--output_dir {self.path}: {error}"]
         broadcast_object_list(refusal)
         require({refusal[0]: refusal[0] is None})
         if self.cfg.resume:
@@ -1414,7 +1426,11 @@ def measure(run: Run, model, base, data: dict, phase: str) -> list[dict]:
     completions_PHASE.jsonl; those before RL are read back when a run is resumed."""
     file, k = run.path / f"completions_{phase}.jsonl", run.cfg.pass_k
     if run.cfg.resume and phase == "before" and file.is_file():
-        return [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        asked = [row["prompt"] for row in rows if (row["split"], row["sample"]) == ("test", None)]
+        same = asked == [problem["question"] for problem in data["test"]]
+        require({f"--resume: {file} is about other test problems than --data or --eval_data has now": same})
+        return rows
     rows = []
     for split, samples in (("test", 0), ("unseen", 0), *[("test", k)] * (k > 0)):
         rows += [{"split": split} | row for row in evaluate(run, model, base, data[split], samples)]
@@ -1440,20 +1456,24 @@ def main(argv: list[str] | None = None) -> None:
     image, adapter = bool(TASKS[cfg.task].codebook), cfg.model and resolve(cfg.model)[1]
     rules = {
         f"--gamma {cfg.gamma}: at least 0 and below 1": 0 <= cfg.gamma < 1,
+        f"--gamma: --remask {cfg.remask} has none": cfg.remask in ("fading_out", "uniform")
+        or cfg.gamma == METHODS[cfg.method]["gamma"],
+        f"--gen_length {cfg.gen_length}: an image has a square of codes, and one token more": not image
+        or (cfg.gen_length > 1 and math.isqrt(cfg.gen_length - 1) ** 2 == cfg.gen_length - 1),
         f"--sampler {cfg.sampler}: not for --task {cfg.task}": image == (cfg.sampler != "semi_autoregressive"),
         "--cache, --threshold and --eos_last: of texts": not image
         or (cfg.cache, cfg.threshold, cfg.eos_last) == ("off", 1, False),
         "--rewards scores images of a --model: --task t2i": (image and not cfg.tiny()) or not cfg.rewards,
         "--eval_only, --lora and --sft_steps need --model": cfg.model or not cfg.eval_only + cfg.lora + cfg.sft_steps,
         "--eval_only trains nothing: without --lora, --sft_steps": not (cfg.eval_only and cfg.lora + cfg.sft_steps),
-        "--task t2i: of problems from a file no base can be trained, they have no images": not image
-        or cfg.generated() or (cfg.model and not cfg.sft_steps),
         f"--lora {cfg.lora}: {adapter} is an adapter already, and trains as it is": not (cfg.lora and adapter),
     }
     check(cfg, "temperature tokens_per_step threshold steps accumulation sft_batch_size sft_lr base_steps", rules)
     run, data = start(cfg, "MaskGRPO")
     asked = {problem["question"] for problem in sum(data.values(), []) if image and cfg.tiny()}
     require({f"prompt {q!r}: not one that the embedded t2i task knows": q in rewards.scene_table() for q in asked})
+    drawn = not image or cfg.generated() or (cfg.model and not cfg.sft_steps)
+    require({"--task t2i: of problems from a file no base can be trained, they have no images": drawn})
     if cfg.rewards:
         with in_one_line("--rewards"):
             run.pixels = rewards.PixelReward(load_magvit(cfg.decoder, run.device).pixels, cfg.rewards, run.device)

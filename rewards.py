@@ -1330,7 +1330,8 @@ def figures(phases: dict[str, list[dict]], k: int) -> dict[str, Any]:
         kinds = dict.fromkeys(row["category"] for row in parts["test"])
         by_kind = {kind: of([row for row in parts["test"] if row["category"] == kind]) for kind in kinds}
         found |= {phase: of(parts["test"]), f"{phase}_unseen": of(parts["unseen"])}
-        found[f"{phase}_pass_at"] = {n: round(pass_at(groups, n), 6) for n in (1, 2, 4, 8, 16, 32) if n <= k} or None
+        sizes = [n for n in sorted({1, 2, 4, 8, 16, 32, k}) if 0 < n <= k]
+        found[f"{phase}_pass_at"] = {n: round(pass_at(groups, n), 6) for n in sizes} or None
         found[f"{phase}_rewards"] = {name: mean_of([r["terms"] for r in part]) for name, part in parts.items() if part}
         found[f"{phase}_categories"] = None if None in kinds else by_kind
         pairs = {split: [*pairs[split], scores(part)] for split, part in parts.items()}

@@ -194,3 +194,7 @@ def test_what_draws_no_images_and_prompts_that_cannot_be_read_are_named(llada, t
     (tmp_path / "p.txt").write_text("\n".join([*sorted(rewards.scene_table())[:40], "a photo of a cat"]))
     flags = ["--task", "t2i", "--data", tmp_path / "p.txt", "--output_dir", tmp_path / "run"]
     assert "'a photo of a cat': not one that the embedded t2i task knows" in one_error(flags, capfd)
+    (tmp_path / "p.txt").write_text("\n".join(sorted(rewards.scene_table())[:40]))
+    assert "no base can be trained, they have no images" in one_error(flags, capfd)
+    square = ["--task", "t2i", "--gen_length", 64, "--output_dir", tmp_path / "run"]
+    assert "--gen_length 64: an image has a square of codes" in one_error(square, capfd)

@@ -804,6 +804,21 @@ def test_a_directory_has_one_run_at_a_time(flags, tmp_path, capfd):
     assert m.cli(["--resume", *argv[:2]]) == 0 and "resumed   after 0 steps" in capfd.readouterr().out
 
 
+def test_a_run_goes_on_from_any_directory_but_not_on_other_problems(flags, tmp_path, monkeypatch, capfd):
+    problems = shutil.copy(flags["data"], tmp_path / "own.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert m.cli(small_run("run", model=flags["model"], data="own.jsonl", max_steps=1)) == 0
+    monkeypatch.chdir(ROOT)
+    resume = ["--resume", "--output_dir", tmp_path / "run", "--max_steps"]
+    assert m.cli([str(word) for word in [*resume, 2]]) == 0 and len(lines_of(tmp_path / "run")) == 2
+    lines = problems.read_text().splitlines()
+    problems.write_text("\n".join(lines[10:] + lines[:10]))
+    assert "completions_before.jsonl is about other test problems than --data" in one_error([*resume, 3], capfd)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "config.json").write_text("{}")
+    assert "holds something that is no run" in one_error(small_run(tmp_path / "thesis", **flags), capfd)
+
+
 @pytest.mark.parametrize("file", ["config.json.part", "metrics.jsonl", "checkpoint.pt.part", "model"])
 def test_a_full_disk_says_so_whoever_writes(file, flags, tmp_path, capfd, monkeypatch):
     (tmp_path / "run").mkdir()
@@ -862,7 +877,7 @@ def test_signals_are_given_back_by_a_loop_that_is_left_early(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_resumes_it(flags, tmp_path, capfd):
-    wild = one_error(small_run(tmp_path / "run", **flags, lr=1e30, warmup=0), capfd)
+    wild = one_error(small_run(tmp_path / "run", **flags, lr=1e18, warmup=0), capfd)
     assert "step 1, update 2: the loss or its gradient is not finite; lower --lr, by --resume" in wild
     assert m.cli(["--resume", "--output_dir", str(tmp_path / "run"), "--lr", "1e-4"]) == 0
     assert len(lines_of(tmp_path / "run")) == 3
@@ -876,7 +891,8 @@ BAD = {
     "--lr nan": "--lr nan", "--model /nowhere": "/nowhere: not a directory", "--task mbpp": "--allow_code_execution",
     "--batch_size 20 --group_size 8": "--batch_size 20 .*--group_size 8", "--lora 4": "--lora and --sft_steps need",
     "--task t2i --cache dual": "--cache, .*: of texts", "--task t2i --threshold 0.5": "--threshold and --eos_last: of",
-    "--mask_token [M]": "--mask_token is one of a --model",
+    "--mask_token [M]": "--mask_token is one of a --model", "--method tracerl --gamma 0.6": "--remask trace has none",
+    "--seed 99999999999999999999": "--seed 9+: .* below 2", "--gen_length 0": "--gen_length 0: must be above 0",
     "--bf16 false": "accelerate launch --mixed_precision bf16: --bf16 decides, which is False here",
     "--resume --output_dir /nowhere": "--resume.*no run", "--sampler emerge": "--sampler emerge: not for --task gsm8k",
 }  # fmt: skip
